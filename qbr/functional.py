@@ -1,0 +1,155 @@
+"""The functions that people call: LSQ fake quantization and bin regularization of a tensor, or both in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from qbr import ops
+from qbr.spec import QuantSpec
+
+
+class Bins(NamedTuple):
+    """The bin sums of one tensor, on its device; reading a figure from them is what synchronises.
+
+    Attributes:
+        table: [3 * L + 2] float64: n_k, S_k = sum d, Q_k = sum d^2 for the L slots qn..qp, then sum |d| and the
+            count of |d| < 0.01 * alpha (math: qbr/kernels/README.md).
+        alpha: [1] or [C], the steps that the distances d were taken to, detached.
+        spec: the tensor's QuantSpec.
+        numel: how many elements it has.
+    """
+
+    table: Tensor
+    alpha: Tensor
+    spec: QuantSpec
+    numel: int
+
+    @property
+    def counts(self) -> Tensor:
+        """n_k, [L]."""
+        return self.table[: self.spec.num_slots]
+
+    @property
+    def sums(self) -> Tensor:
+        """S_k, [L]."""
+        return self.table[self.spec.num_slots : 2 * self.spec.num_slots]
+
+    @property
+    def squares(self) -> Tensor:
+        """Q_k, [L]."""
+        return self.table[2 * self.spec.num_slots : 3 * self.spec.num_slots]
+
+
+class BinLoss(NamedTuple):
+    loss: Tensor
+    bins: Bins
+
+
+class FakeQuantizedWithBinLoss(NamedTuple):
+    xhat: Tensor
+    loss: Tensor
+    bins: Bins
+
+
+def fake_quantize(
+    x: Tensor,
+    alpha: Tensor | float,
+    spec: QuantSpec,
+    *,
+    relu: bool = False,
+    clip: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """LSQ fake quantization: round(clamp(x / alpha, qn, qp)) * alpha, half to even, straight-through backward.
+
+    Args:
+        x: any shape and strides; float32, bfloat16, float16 (float64 in the reference backend).
+        alpha: the step size, positive: one element, or [C] with ``spec.channel_axis``; a number for a fixed step.
+        spec: the integer range.
+        relu: quantize min(max(x, 0), clip) instead of x, in the same pass; needs an unsigned range.
+        clip: the upper bound of that ReLU.
+        backend: "auto", "triton", "native" or "reference".
+
+    Returns:
+        xhat, in x's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: for a bad argument. BackendUnavailable: for a backend that is not there.
+
+    Source: Esser et al., Learned Step Size Quantization, ICLR 2020, equations 1 to 5.
+    """
+    return ops.lsq(x, alpha, spec, relu, clip, backend)
+
+
+def bin_loss(
+    x: Tensor,
+    alpha: Tensor | float,
+    spec: QuantSpec,
+    *,
+    relu: bool = False,
+    clip: float | None = None,
+    backprop_to_alpha: bool | str = False,
+    backend: str = "auto",
+) -> BinLoss:
+    """Bin regularization: sum over occupied codes k of (mean of the bin - level)^2 + variance of the bin.
+
+    Args:
+        backprop_to_alpha: whether the loss has a gradient to alpha: False, True (unscaled, as the predecessor) or
+            "scaled" (times LSQ's gradient scale).
+        x, alpha, spec, relu, clip, backend: as in fake_quantize.
+
+    Returns:
+        loss, a scalar in the graph, float32; bins, the sums it came from.
+
+    Source: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021.
+    """
+    loss, table = ops.bin_loss(x, alpha, spec, relu, clip, backprop_to_alpha, backend)
+    return BinLoss(loss, _bins(table, x, alpha, spec))
+
+
+def fake_quantize_with_bin_loss(
+    x: Tensor,
+    alpha: Tensor | float,
+    spec: QuantSpec,
+    *,
+    relu: bool = False,
+    clip: float | None = None,
+    backprop_to_alpha: bool | str = False,
+    backend: str = "auto",
+) -> FakeQuantizedWithBinLoss:
+    """fake_quantize and bin_loss in one pass over x; backward reads x and the incoming gradient once."""
+    xhat, loss, table = ops.lsq_bin(x, alpha, spec, relu, clip, backprop_to_alpha, backend)
+    return FakeQuantizedWithBinLoss(xhat, loss, _bins(table, x, alpha, spec))
+
+
+def foreach_fake_quantize(xs: Sequence[Tensor], alphas: Sequence, specs, **options) -> list[Tensor]:
+    """fake_quantize over lists; ``specs`` is one QuantSpec for all or a list."""
+    return [fake_quantize(*each, **options) for each in _zip(xs, alphas, specs)]
+
+
+def foreach_bin_loss(xs: Sequence[Tensor], alphas: Sequence, specs, **options) -> list[BinLoss]:
+    """bin_loss over lists; ``specs`` is one QuantSpec for all or a list."""
+    return [bin_loss(*each, **options) for each in _zip(xs, alphas, specs)]
+
+
+def foreach_fake_quantize_with_bin_loss(xs, alphas, specs, **options) -> list[FakeQuantizedWithBinLoss]:
+    """fake_quantize_with_bin_loss over lists; ``specs`` is one QuantSpec for all or a list."""
+    return [fake_quantize_with_bin_loss(*each, **options) for each in _zip(xs, alphas, specs)]
+
+
+def _zip(xs, alphas, specs):
+    specs = [specs] * len(xs) if isinstance(specs, QuantSpec) else list(specs)
+    if not len(xs) == len(alphas) == len(specs):
+        raise ValueError(f"{len(xs)} tensors, {len(alphas)} alphas and {len(specs)} specs: expected as many of each")
+    return zip(xs, alphas, specs)
+
+
+def _bins(table: Tensor, x: Tensor, alpha, spec: QuantSpec) -> Bins:
+    if isinstance(alpha, Tensor):
+        alpha = alpha.detach()
+    else:
+        alpha = table.new_full((1,), alpha)
+    return Bins(table, alpha, spec, x.numel())

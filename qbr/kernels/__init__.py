@@ -1,0 +1,119 @@
+"""The table of backends: which can run here, which one a tensor gets, and why another cannot.
+
+A backend is a module with ``DTYPES``, ``load(device_type)`` and either the op functions under the names of
+qbr/ops.py or a compiled library that registers them. ``load`` raises BackendUnavailable, with the remedy, for
+what is absent (normal: "auto" takes the next one) and anything else for what is broken (which "auto" passes on).
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+MODULES = {
+    "reference": "qbr.kernels.reference",
+    "native": "qbr.kernels.native",
+    "triton": "qbr.kernels.triton_backend",
+}
+AUTO_ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
+
+_preferred: ContextVar[str] = ContextVar("qbr_backend", default="auto")
+_resolved: dict[tuple[str, str, torch.dtype], str] = {}
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend cannot be had here; the message says what is missing and how to get it."""
+
+
+def module(name: str):
+    return importlib.import_module(MODULES[name])
+
+
+@contextmanager
+def use_backend(name: str):
+    """Prefer one backend ("auto", "triton", "native", "reference") for the calls inside that name none.
+
+    The backward of a call runs on the backend of its forward, wherever it runs. torch.compile takes the choice
+    that holds when it traces.
+    """
+    _check_name(name)
+    token = _preferred.set(name)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+def resolve(requested: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs a tensor of this device and dtype; loads it (and builds it) on first use.
+
+    Raises:
+        ValueError: for a name that is no backend.
+        BackendUnavailable: if the one that was named cannot be had, or does not take the dtype.
+    """
+    if requested == "auto":
+        requested = _preferred.get()
+    key = (requested, device_type, dtype)
+    if key not in _resolved:
+        _resolved[key] = _choose(requested, device_type, dtype)
+    return _resolved[key]
+
+
+def _check_name(name: str) -> None:
+    if name != "auto" and name not in MODULES:
+        raise ValueError(f"backend={name!r}: expected 'auto' or one of {', '.join(map(repr, MODULES))}")
+
+
+def _choose(requested: str, device_type: str, dtype: torch.dtype) -> str:
+    _check_name(requested)
+    if requested != "auto":
+        backend = module(requested)
+        if dtype not in backend.DTYPES:
+            raise BackendUnavailable(
+                f"backend={requested!r} does not take {dtype} (it takes {', '.join(map(str, backend.DTYPES))}); "
+                "use backend='reference' or cast x"
+            )
+        backend.load(device_type)
+        return requested
+    for name in AUTO_ORDER.get(device_type, ("reference",)):
+        backend = module(name)
+        if dtype not in backend.DTYPES:
+            continue
+        try:
+            backend.load(device_type)
+        except BackendUnavailable:
+            continue
+        return name
+    raise AssertionError("the reference backend runs everywhere")
+
+
+class BackendTable(dict):
+    """{backend: {device: None if it runs there, else what is missing and how to get it}}; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [
+            f"{name:<10} {device:<5} {'available' if reason is None else reason}"
+            for name, by_device in self.items()
+            for device, reason in by_device.items()
+        ]
+        return "\n".join(rows)
+
+
+def backends() -> BackendTable:
+    """What can run here, and why the rest cannot. Loads (and where it can, builds) every backend."""
+    table = BackendTable()
+    for name in MODULES:
+        table[name] = {}
+        for device_type in ("cpu", "cuda"):
+            if device_type == "cuda" and not torch.cuda.is_available():
+                table[name]["cuda"] = "torch sees no CUDA device" + ("" if torch.version.cuda else " (a CPU-only build)")
+                continue
+            try:
+                module(name).load(device_type)
+                table[name][device_type] = None
+            except Exception as error:  # a report: a broken backend is told here, and raises where it is used
+                table[name][device_type] = f"{type(error).__name__}: {error}"
+    return table

@@ -1,0 +1,81 @@
+"""QuantSpec: the integer range of a quantized tensor and everything that follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MAX_LEVELS = 256
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The integer grid of one quantized tensor.
+
+    Signed b bits: qn = -2^(b-1), qp = 2^(b-1) - 1. Unsigned b bits: qn = 0, qp = 2^b - 1.
+    Signed 1 bit is binary: codes -1 and +1. Other ranges, ternary (-1, 1) for one, are had by
+    naming ``qn`` and ``qp``.
+
+    Args:
+        bits: width of a code, 1 to 8.
+        signed: weights are signed, activations after a ReLU are not.
+        channel_axis: the dimension of x along which steps differ; None for one step per tensor.
+        qn, qp: both or neither; they override the range that ``bits`` and ``signed`` give.
+
+    Raises:
+        ValueError, TypeError: for a range that no kernel has; the message names the argument.
+
+    Source: Esser et al., Learned Step Size Quantization, ICLR 2020, section 2.
+    """
+
+    bits: int
+    signed: bool = True
+    channel_axis: int | None = None
+    qn: int | None = None
+    qp: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "channel_axis", "qn", "qp"):
+            value = getattr(self, name)
+            optional = name != "bits"
+            if isinstance(value, bool) or not (isinstance(value, int) or (optional and value is None)):
+                raise TypeError(f"{name}={value!r}: expected an int{' or None' if optional else ''}")
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits}: expected 1 to 8 (leave a tensor unquantized to keep it in float)")
+        if (self.qn is None) != (self.qp is None):
+            raise ValueError(f"qn={self.qn}, qp={self.qp}: name both or neither")
+        object.__setattr__(self, "signed", bool(self.signed))
+        named = self.qn is not None
+        object.__setattr__(self, "_binary", self.signed and self.bits == 1 and not named)
+        if not named:
+            half = 1 << (self.bits - 1)
+            low, high = (-half, half - 1) if self.signed else (0, 2 * half - 1)
+            object.__setattr__(self, "qn", low)
+            object.__setattr__(self, "qp", 1 if self._binary else high)
+        if self.qn > self.qp:
+            raise ValueError(f"qn={self.qn} > qp={self.qp}: expected qn <= qp")
+        if self.qp - self.qn + 1 > MAX_LEVELS:
+            raise ValueError(f"qn={self.qn}, qp={self.qp}: {self.qp - self.qn + 1} levels, expected at most {MAX_LEVELS}")
+
+    @property
+    def binary(self) -> bool:
+        """True for signed 1 bit: codes are -1 and +1, and 0 does not occur."""
+        return self._binary
+
+    @property
+    def num_slots(self) -> int:
+        """Entries of a table indexed by ``code - qn`` (binary leaves the middle one empty)."""
+        return self.qp - self.qn + 1
+
+    @property
+    def codes(self) -> tuple[int, ...]:
+        """The codes that can occur, ascending."""
+        return (-1, 1) if self.binary else tuple(range(self.qn, self.qp + 1))
+
+    def channels(self, shape) -> int:
+        """How many steps a tensor of this shape has."""
+        return 1 if self.channel_axis is None else shape[self.channel_axis]
+
+    def lsq_grad_scale(self, numel_per_step: int) -> float:
+        """s = 1 / sqrt(N * max(qp, 1)), N the elements that share one step (LSQ paper, section 2.2)."""
+        return 1.0 / math.sqrt(max(numel_per_step, 1) * max(self.qp, 1))

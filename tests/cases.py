@@ -70,3 +70,60 @@ def values(count: int, spec: QuantSpec, alpha: float, seed: int = 0) -> torch.Te
     where = torch.randperm(count, generator=generator)[: len(special)]
     x[where] = special[torch.randperm(len(special), generator=generator)[: len(where)]]
     return x
+
+
+def step_for(spec: QuantSpec) -> float:
+    """An ordinary step, no power of two: products and quotients round."""
+    return 0.3 if spec.num_slots <= 16 else 0.013
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to quantize: the range, one step or many, and the fused ReLU."""
+
+    name: str
+    spec: QuantSpec
+    relu: bool = False
+    clip: float | None = None
+
+    def fits(self, size: tuple[int, ...]) -> bool:
+        axis = self.spec.channel_axis
+        return axis is None or len(size) > max(axis, 1)
+
+    def inputs(self, size: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, alpha and an incoming gradient, float32, contiguous."""
+        count = 1
+        for n in size:
+            count *= n
+        base = step_for(self.spec)
+        x = values(count, self.spec, base, seed).reshape(size)
+        if self.relu:  # the ReLU's own half-line, too
+            x = x - self.spec.qp * base * 0.2
+        channels = self.spec.channels(size)
+        alpha = base * (1 + 0.37 * torch.arange(channels) % 1.0) if channels != 1 else torch.full((1,), base)
+        grad = torch.randn(size, generator=torch.Generator().manual_seed(seed + 1))
+        return x, alpha, grad
+
+    def spread(self, alpha: torch.Tensor, dims: int) -> torch.Tensor:
+        """alpha, broadcastable against x."""
+        return alpha.reshape([-1 if i == self.spec.channel_axis else 1 for i in range(dims)])
+
+
+SPECS = [
+    Case("w1", QuantSpec(bits=1)),
+    Case("w2", QuantSpec(bits=2)),
+    Case("w3", QuantSpec(bits=3)),
+    Case("w4", QuantSpec(bits=4)),
+    Case("w5", QuantSpec(bits=5)),
+    Case("w8", QuantSpec(bits=8)),
+    Case("ternary", QuantSpec(bits=2, qn=-1, qp=1)),
+    Case("u1", QuantSpec(bits=1, signed=False)),
+    Case("u2-relu-clip", QuantSpec(bits=2, signed=False), relu=True, clip=1.0),
+    Case("u4-relu", QuantSpec(bits=4, signed=False), relu=True),
+    Case("u8-relu-clip", QuantSpec(bits=8, signed=False), relu=True, clip=2.5),
+    Case("w1-channel0", QuantSpec(bits=1, channel_axis=0)),
+    Case("w2-channel0", QuantSpec(bits=2, channel_axis=0)),
+    Case("w4-channel1", QuantSpec(bits=4, channel_axis=1)),
+    Case("w8-channel0", QuantSpec(bits=8, channel_axis=0)),
+    Case("u2-relu-channel1", QuantSpec(bits=2, signed=False, channel_axis=1), relu=True, clip=1.0),
+]

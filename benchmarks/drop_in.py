@@ -1,0 +1,166 @@
+"""The drop-in against the predecessor's eager formulas: one tensor, and a whole ResNet-18 training step.
+
+    python benchmarks/drop_in.py [--device cpu|cuda] [--part tensor|step|all] [--quick]
+
+Every result is checked against the reference formulas before it is timed. Rows go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("benchmarks", "experiments")]
+import measure  # noqa: E402
+import predecessor  # noqa: E402
+from cifar10.models import build_model  # noqa: E402
+
+import qbr  # noqa: E402
+
+
+def tensor_rows(device: str, log2_sizes: list[int], repeats: int) -> list[dict]:
+    """LSQ + BR forward and backward of one float32 tensor, and the bytes-moved limit: one copy and one add."""
+    rows = []
+    for log2_size in log2_sizes:
+        for bits in (2, 4):
+            spec = qbr.QuantSpec(bits=bits)
+            x = torch.randn(1 << log2_size, device=device, requires_grad=True)
+            grad = torch.randn_like(x)
+            alpha = torch.tensor([2 * 0.8 / spec.qp**0.5], device=device, requires_grad=True)
+            out = torch.empty_like(x)
+
+            def step(forward):
+                x.grad = alpha.grad = None
+                xhat, loss = forward()
+                torch.autograd.backward([xhat, loss], [grad, torch.ones_like(loss)])
+
+            def eager():
+                return predecessor.fake_quantize(x, alpha, spec.qn, spec.qp), predecessor.bin_loss(x, alpha, spec.qn, spec.qp)[0]
+
+            def drop_in():
+                return (
+                    qbr.functional.fake_quantize(x, alpha, spec),
+                    qbr.BinRegularizer(num_bits=bits).compute_bin_loss(x, alpha)[0],
+                )
+
+            def fused():
+                return qbr.functional.fake_quantize_with_bin_loss(x, alpha, spec)[:2]
+
+            def limit():
+                torch.clone(x.detach())
+                torch.add(x.detach(), grad)
+
+            check([eager, drop_in, fused], step, x, alpha)
+            peers = {"predecessor": eager, "drop-in": drop_in, "fused": fused}
+            runs = {name: lambda f=f: step(f) for name, f in peers.items()}
+            result = measure.alternate({"limit": limit, **runs}, device, repeats)
+            rows.append({"what": "tensor", "log2_size": log2_size, "bits": bits, "device": device, **result})
+            print_row(f"2^{log2_size} float32, {bits} bits", result)
+            del out
+    return rows
+
+
+def check(forwards, step, x, alpha) -> None:
+    """All peers agree with the first on loss and gradients, or nothing is timed."""
+    expected = None
+    for forward in forwards:
+        step(forward)
+        got = forward()[1].item(), x.grad.clone(), alpha.grad.clone()
+        if expected is None:
+            expected = got
+            continue
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(got[2], expected[2], rtol=1e-3, atol=1e-3)
+        # The predecessor's re-scaled step moves a few elements across a tie or an end.
+        wrong = ((got[1] - expected[1]).abs() > 1e-3 * expected[1].abs().max()).float().mean()
+        assert wrong < 1e-5, f"{wrong:.2%} of the gradient differs"
+
+
+def step_rows(device: str, batch: int, repeats: int) -> list[dict]:
+    """One ResNet-18 training step at W2A2: float, the predecessor's formulas, qbr as drop-in, qbr prepared (fused)."""
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, 32, 32, device=device)
+    labels = torch.randint(10, (batch,), device=device)
+    base = build_model("resnet18").to(device)
+
+    def trained(model, regularizer):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+        def step():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            for part in regularizer(model):
+                loss = loss + part
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    def drop_in_regularizer(model):
+        if not hooks:
+            hooks["manager"] = qbr.ActivationHookManager(model)
+            model(images)
+        weights = {n: m.weight for n, m in model.named_modules() if hasattr(m, "weight_quantizer")}
+        alphas = {n: m.weight_quantizer.alpha for n, m in model.named_modules() if hasattr(m, "weight_quantizer")}
+        acts = hooks["manager"].get_pre_quant_activations()
+        steps = {n: m.quantizer.alpha for n, m in model.named_modules() if isinstance(m, qbr.QuantizedClippedReLU)}
+        w = qbr.BinRegularizer(num_bits=2).compute_total_loss(weights, alphas)[0]
+        return w, qbr.BinRegularizer(num_bits=2, signed=False).compute_total_loss(acts, steps)[0]
+
+    def fused_regularizer(model):
+        parts = qbr.bin_loss(model)
+        return parts.weights, parts.activations
+
+    hooks: dict = {}
+    config = qbr.QATConfig(weight_bits=2, act_bits=2)
+    eager = predecessor.prepare(copy.deepcopy(base), 2, 2)
+    drop_in = qbr.prepare(copy.deepcopy(base), config)
+    fused = qbr.prepare(copy.deepcopy(base), config)
+    qbr.AlphaControl(warmup_epochs=0).attach(fused).begin_epoch(1)
+    steps = {
+        "float": trained(copy.deepcopy(base), lambda model: ()),
+        "predecessor": trained(eager, predecessor.model_bin_loss),
+        "drop-in": trained(drop_in, drop_in_regularizer),
+        "fused": trained(fused, fused_regularizer),
+    }
+    losses = {name: [step().item() for _ in range(2)] for name, step in steps.items() if name != "float"}
+    print("losses of the first steps:", losses)
+    for name in ("drop-in", "fused"):
+        torch.testing.assert_close(losses[name][0], losses["predecessor"][0], rtol=0.02, atol=0.02)
+    result = measure.alternate(steps, device, repeats)
+    print_row(f"ResNet-18 step, batch {batch}", result, limit="float")
+    return [{"what": "step", "model": "resnet18", "batch": batch, "device": device, "first_losses": losses, **result}]
+
+
+def print_row(title: str, result: dict, limit: str = "limit") -> None:
+    unit = result[limit]["median_s"]
+    figures = (f"{name} {r['median_s'] * 1e3:.1f} ms ({r['median_s'] / unit:.2f}x)" for name, r in result.items())
+    print(f"{title}: " + ", ".join(figures), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--part", default="all", choices=["tensor", "step", "all"])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--quick", action="store_true", help="small tensors and few repeats")
+    parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/results/drop_in-DEVICE.json")
+    args = parser.parse_args()
+    repeats = 3 if args.quick else args.repeats
+    rows = []
+    if args.part in ("tensor", "all"):
+        rows += tensor_rows(args.device, [20] if args.quick else [24], repeats)
+    if args.part in ("step", "all"):
+        rows += step_rows(args.device, args.batch, repeats)
+    measure.save(args.output or measure.ROOT / f"benchmarks/results/drop_in-{args.device}.json", args.device, rows)
+
+
+if __name__ == "__main__":
+    main()

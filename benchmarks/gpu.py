@@ -1,0 +1,112 @@
+"""Everything that only a GPU can settle, in one command: build, parity, memory checker, microbenchmarks, profile, training.
+
+    python benchmarks/gpu.py --output DIR [--data CIFAR_FOLDER] [--only STAGE ...] [--minutes 10]
+
+Each stage writes its own log and result under DIR and a line in DIR/stages.json; run again, and the stages that ended
+well at this commit are skipped, training goes on from its last checkpoint. A stage that does not fit into --minutes is
+stopped and left for the next run. --device cpu rehearses the whole on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PY = sys.executable
+
+
+def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str]]]:
+    """{stage: commands}, most valuable first."""
+    on_gpu = device == "cuda"
+    bench = ["--device", device] + ([] if on_gpu else ["--quick"])
+    parity = ["-m", "pytest", "-q", "-rs", "--junitxml"]
+    mark = ["-m", "gpu"] if on_gpu else ["-k", "native-cpu and w2"]
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    checked = [PY, "benchmarks/sanitize.py", "--device", device]
+    train = [PY, "experiments/cifar10_qat_br.py", "--resume"] + (["--data", str(data)] if data else [])
+    memory = [
+        ([sanitizer, "--tool", tool, "--error-exitcode", "7"] if on_gpu else []) + checked + ["--backends", backend]
+        for backend in ("native", "triton")
+        for tool in (("memcheck", "racecheck", "initcheck") if on_gpu else ("none",))
+    ]
+    short = ["--warmup-epochs", "1", "--qat-epochs", "2"]
+    return {
+        "build": [[PY, "-c", "import torch, qbr; print(torch.__version__); print(qbr.backends())"]],
+        "parity": [[PY, *parity, str(out / "parity.xml"), "tests", *mark]],
+        "memory": memory,
+        "kernels": [[PY, "benchmarks/kernels.py", *bench, "--output", str(out / "kernels.json")]],
+        "drop_in": [[PY, "benchmarks/drop_in.py", *bench, "--output", str(out / "drop_in.json"), "--batch", "128" if on_gpu else "2"]],
+        "profile": [[PY, "benchmarks/profile_kernels.py", "--device", device, "--output", str(out / "profile.txt")]],
+        "training": [
+            [*train, "--output-dir", str(out / "w2a2"), *(["--warmup-epochs", "5", "--qat-epochs", "15"] if on_gpu else ["--quick"])],
+            *([[*train, "--output-dir", str(out / "w2a2-freeze"), "--freeze-alpha", *short]] if on_gpu else []),
+        ],
+    }
+
+
+def run(command: list[str], log, deadline: float) -> int:
+    """The exit status; 124 if the deadline came first. Output goes to the log and to the terminal."""
+    log.write(f"$ {' '.join(command)}\n")
+    log.flush()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=max(deadline - time.time(), 1),
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        )
+        return done.returncode
+    except subprocess.TimeoutExpired:
+        return 124
+    except OSError as error:
+        log.write(f"{error}\n")
+        return 127
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=None, help="an image folder or torchvision root; default: the bundled subset")
+    parser.add_argument("--only", nargs="+", default=None, metavar="STAGE")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop cleanly before this many minutes are over")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    args = parser.parse_args()
+    out = args.output.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.time() + args.minutes * 60
+    plan = stages(out, args.device, args.data.resolve() if args.data else None)
+    unknown = set(args.only or ()) - plan.keys()
+    if unknown:
+        parser.error(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(plan)}")
+    commit = os.environ.get("QBR_COMMIT") or subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    record_path = out / "stages.json"
+    record = json.loads(record_path.read_text()) if record_path.exists() else {}
+    for stage in args.only or plan:
+        if record.get(stage, {}).get("status") == "ok" and record[stage]["commit"] == commit:
+            print(f"{stage:10} done before", flush=True)
+            continue
+        if time.time() > deadline - 5:
+            print(f"{stage:10} left for the next run", flush=True)
+            continue
+        start = time.time()
+        with open(out / f"{stage}.log", "a") as log:
+            codes = [run(command, log, deadline) for command in plan[stage]]
+        status = "ok" if not any(codes) else "stopped by the time limit" if 124 in codes else f"failed: exit {codes}"
+        record[stage] = {"status": status, "commit": commit, "device": args.device, "seconds": round(time.time() - start, 1)}
+        partial = record_path.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(record_path)
+        tail = (out / f"{stage}.log").read_text().strip().splitlines()[-4:]
+        print(f"{stage:10} {status}, {record[stage]['seconds']} s", *tail, sep="\n    ", flush=True)
+    sys.exit(any(record.get(stage, {}).get("status") != "ok" for stage in args.only or plan))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""How everything here is timed and recorded: side by side in one process, alternating, medians, with the facts of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import qbr
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def time_once(run: Callable[[], object], device: str) -> float:
+    """Seconds of one call; on CUDA between two events, so that the host's own time does not count."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def alternate(runs: dict[str, Callable[[], object]], device: str, repeats: int, warm_up: int = 2) -> dict[str, dict]:
+    """Time every run in turn, `repeats` rounds: {name: {median_s, low_s, high_s (quartiles), repeats}}."""
+    for run in runs.values():
+        for _ in range(warm_up):
+            run()
+    times = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(time_once(run, device))
+    summary = {}
+    for name, values in times.items():
+        low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+        summary[name] = {"median_s": median, "low_s": low, "high_s": high, "repeats": len(values)}
+    return summary
+
+
+def environment(device: str) -> dict:
+    """What a figure means nothing without: command, versions, hardware, threads, commit."""
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        model = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+        hardware = model[0].split(":", 1)[1].strip() if model else platform.processor()
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    return {
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "commit": commit + ("+changes" if _git("status", "--porcelain", "--", "qbr", "csrc", "benchmarks/*.py") else ""),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "qbr": qbr.__version__,
+    }
+
+
+def save(path: Path, device: str, rows: list[dict]) -> None:
+    """Write {environment, rows} as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
+    partial.replace(path)
+    print(f"wrote {os.path.relpath(path)}")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _git(*words: str) -> str:
+    try:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

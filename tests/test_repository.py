@@ -1,0 +1,80 @@
+"""Rules of this repository that a machine can check: lazy imports, one-way imports, one name per room, file lengths."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qbr import kernels, ops
+
+ROOT = Path(__file__).resolve().parents[1]
+# Each module imports only from the lines above it.
+LAYERS = [
+    ["qbr.spec"],
+    ["qbr.kernels.build"],
+    ["qbr.kernels.reference", "qbr.kernels.native", "qbr.kernels.triton_kernels", "qbr.kernels.triton_backend"],
+    ["qbr.kernels"],
+    ["qbr.ops"],
+    ["qbr.functional"],
+    ["qbr.metrics"],
+    ["qbr.quantizers"],
+    ["qbr.layers"],
+    ["qbr.regularizer"],
+    ["qbr.alpha_control"],
+    ["qbr.prepare"],
+    ["qbr.compat"],
+    ["qbr"],
+]
+
+
+def test_import_touches_neither_cuda_nor_triton_nor_a_compiler():
+    code = (
+        "import sys, subprocess, torch; before = set(sys.modules); subprocess.Popen = None\n"
+        "import qbr\n"
+        "new = set(sys.modules) - before\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not [m for m in new if m.split('.')[0] in ('triton', 'torchvision', 'matplotlib')], sorted(new)\n"
+        "assert 'qbr.kernels.triton_backend' not in new and 'qbr.kernels.native' not in new"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def _level(module: str) -> int | None:
+    return next((i for i, layer in enumerate(LAYERS) if module in layer), None)
+
+
+def test_imports_run_one_way():
+    for path in sorted((ROOT / "qbr").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        mine = _level(name)
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = []
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "qbr":
+                full = [f"{node.module}.{alias.name}" for alias in node.names]
+                imported = [f if _level(f) is not None else node.module for f in full]
+            elif isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names if alias.name.split(".")[0] == "qbr"]
+            for other in imported:
+                # The backends' own error type lives in the table's module.
+                if other == "qbr.kernels" and name.startswith("qbr.kernels."):
+                    continue
+                assert mine is None or _level(other) is None or _level(other) <= mine, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("backend", [name for name in kernels.MODULES if name != "native"])
+def test_every_op_has_its_function_in_every_python_backend(backend):
+    path = ROOT / (kernels.MODULES[backend].replace(".", "/") + ".py")
+    defined = {n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)}
+    assert not ops.SCHEMAS.keys() - defined
+
+
+def test_files_stay_short_and_say_what_they_hold():
+    for path in [p for folder in ("qbr", "csrc", "benchmarks", "experiments", "tests") for p in (ROOT / folder).rglob("*")]:
+        if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh") and "build" not in path.parts:
+            lines = path.read_text().splitlines()
+            assert len(lines) <= 450, f"{path.relative_to(ROOT)}: {len(lines)} lines"
+            assert not lines or lines[0].startswith(('"""', "//", "#!", "# ")), f"{path.relative_to(ROOT)} has no head"

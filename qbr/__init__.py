@@ -1,8 +1,35 @@
 """qbr: quantization-aware training with learned step sizes (LSQ) and bin regularization (BR), fused."""
 
 from qbr import functional
+from qbr.alpha_control import AlphaControl, parameter_groups
+from qbr.compat import ActivationHookManager, grad_scale, round_pass
 from qbr.kernels import BackendUnavailable, backends, use_backend
+from qbr.layers import QuantizedClippedReLU, QuantizedConv2d, QuantizedLinear
+from qbr.prepare import QATConfig, prepare
+from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer
+from qbr.regularizer import BinRegularizer, bin_loss
 from qbr.spec import QuantSpec
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailable", "QuantSpec", "backends", "functional", "use_backend"]
+__all__ = [
+    "ActivationHookManager",
+    "AlphaControl",
+    "BackendUnavailable",
+    "BinRegularizer",
+    "LSQQuantizer",
+    "LSQ_ActivationQuantizer",
+    "LSQ_WeightQuantizer",
+    "QATConfig",
+    "QuantSpec",
+    "QuantizedClippedReLU",
+    "QuantizedConv2d",
+    "QuantizedLinear",
+    "backends",
+    "bin_loss",
+    "functional",
+    "grad_scale",
+    "parameter_groups",
+    "prepare",
+    "round_pass",
+    "use_backend",
+]

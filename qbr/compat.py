@@ -1,0 +1,141 @@
+"""The predecessor's names that are not also ours: grad_scale, round_pass and ActivationHookManager."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qbr.layers import QuantizedClippedReLU, clipped_relu
+
+
+class _GradScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.scale, None
+
+
+class _RoundPass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def grad_scale(x: Tensor, scale: float) -> Tensor:
+    """x itself, to the last bit; its gradient times scale (LSQ paper, section 2.2)."""
+    return _GradScale.apply(x, scale)
+
+
+def round_pass(x: Tensor) -> Tensor:
+    """x rounded half to even; the gradient passes unchanged (straight-through estimator)."""
+    return _RoundPass.apply(x)
+
+
+class ActivationHookManager:
+    """Keeps what the activation modules of a model put out in a training forward, every call of every module.
+
+    The calls of a module that runs more than once are ``name``, ``name@2``, ... Kept until the next forward of model,
+    ``clear_activations()`` or ``set_training_mode(False)``; nothing is kept in eval mode.
+
+    Args:
+        model: its forward starts a new set.
+        target_modules: module types to watch, by default ReLU and ReLU6; QuantizedClippedReLU always is.
+        layer_names: watch exactly these instead.
+        exclude_first_last: leave out the first and the last match, where more than two match.
+        detach_activations: give tensors outside of the graph.
+
+    Attributes:
+        activations: {name: output}; hooks: the handles; registered_layers: the names that are watched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: Sequence[type] | None = None,
+        layer_names: Sequence[str] | None = None,
+        exclude_first_last: bool = True,
+        detach_activations: bool = False,
+    ) -> None:
+        self.model = model
+        self.target_modules = (nn.ReLU, nn.ReLU6) if target_modules is None else tuple(target_modules)
+        self.layer_names = None if layer_names is None else list(layer_names)
+        self.exclude_first_last = exclude_first_last
+        self.detach_activations = detach_activations
+        self.training = True
+        self.activations: dict[str, Tensor] = {}
+        self._inputs: dict[str, tuple[Tensor, float | None]] = {}
+        self._calls: dict[str, int] = {}
+        matches = self._matches()
+        if exclude_first_last and len(matches) > 2:
+            matches = matches[1:-1]
+        self.registered_layers = [name for name, _ in matches]
+        self.hooks = [model.register_forward_pre_hook(lambda *_: self.clear_activations())]
+        self.hooks += [module.register_forward_hook(self._keep(name)) for name, module in matches]
+
+    def _matches(self) -> list[tuple[str, nn.Module]]:
+        modules = dict(self.model.named_modules())
+        if self.layer_names is None:
+            types = (*self.target_modules, QuantizedClippedReLU)
+            return [(name, module) for name, module in modules.items() if isinstance(module, types)]
+        unknown = [name for name in self.layer_names if name not in modules]
+        if unknown:
+            warnings.warn(f"layer_names={unknown}: no such modules in the model; see model.named_modules()", stacklevel=3)
+        return [(name, module) for name, module in modules.items() if name in self.layer_names]
+
+    def _keep(self, name: str):
+        def hook(module, inputs, output):
+            if not (self.training and module.training):
+                return
+            self._calls[name] = call = self._calls.get(name, 0) + 1
+            key = name if call == 1 else f"{name}@{call}"
+            self.activations[key] = output.detach() if self.detach_activations else output
+            if isinstance(module, QuantizedClippedReLU):
+                x = inputs[0].detach() if self.detach_activations else inputs[0]
+                self._inputs[key] = x, module.clip_value
+
+        return hook
+
+    def get_activations(self) -> dict[str, Tensor]:
+        """{name: what the module put out}; of a QuantizedClippedReLU, after quantization."""
+        return dict(self.activations)
+
+    def get_pre_quant_activations(self) -> dict[str, Tensor]:
+        """{name: after ReLU and clip, before quantization} of every QuantizedClippedReLU call, in the graph."""
+        return {name: clipped_relu(x, clip) for name, (x, clip) in self._inputs.items()}
+
+    def clear_activations(self) -> None:
+        self.activations.clear()
+        self._inputs.clear()
+        self._calls.clear()
+
+    def remove_hooks(self) -> None:
+        for handle in self.hooks:
+            handle.remove()
+        self.hooks.clear()
+
+    def get_registered_layers(self) -> list[str]:
+        return list(self.registered_layers)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Whether forwards are kept; False drops what is there."""
+        self.training = mode
+        if not mode:
+            self.clear_activations()
+
+    def __enter__(self) -> ActivationHookManager:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.remove_hooks()
+        self.clear_activations()

@@ -1,0 +1,305 @@
+"""The LSQ quantizer module: its step size alpha, initialisation from data, and the guard that keeps alpha positive."""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from qbr import functional
+from qbr.functional import BinLoss
+from qbr.spec import QuantSpec
+
+KINDS = ("weight", "activation")
+LARGEST_SHRINK = 10.0  # one optimizer step leaves at least alpha / 10 ...
+SMALLEST_ALPHA = 1e-8  # ... and never less than this, so that x / alpha stays finite for every ordinary x
+
+
+def check_bits(bits: int, argument: str) -> int:
+    """bits, if a kernel has it; the error names the argument that the caller used."""
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"{argument}={bits!r}: expected an int, 1 to 8")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"{argument}={bits}: expected 1 to 8; use the float layer to leave a tensor in float")
+    return bits
+
+
+class LSQQuantizer(nn.Module):
+    """Fake-quantizes a tensor with a learned step size, and collects its bin loss in the same pass when asked to.
+
+    Esser et al., Learned Step Size Quantization, ICLR 2020: equations 1 and 2 forward, 3 and 5 backward, section
+    2.1 for the initialisation. One alpha for the tensor, or one per channel.
+
+    Args:
+        spec: the integer range; ``spec.channel_axis`` for a step per channel.
+        kind: "weight" or "activation": which of the model's two bin losses the tensor belongs to. A weight counts
+            once a step however often its layer is called, an activation once a call.
+        initial_alpha: the step before any data was seen, in units of x.
+        channels: how many steps; 1 without ``spec.channel_axis``.
+        device: where alpha is made.
+
+    Attributes:
+        alpha: Parameter [1] or [C], float32 whatever dtype the model is cast to. Positive: see ``guard_step``.
+        init_state: buffer [1], float32: 0 before alpha was set from data, then 1.
+        collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``.
+        br_to_alpha: whether that loss has a gradient to alpha: False, True or "scaled". A frozen alpha has none.
+
+    Raises:
+        TypeError, ValueError: for a bad argument, or a state_dict whose alpha is not positive, not finite or of
+            another shape.
+    """
+
+    def __init__(
+        self, spec: QuantSpec, kind: str, *, initial_alpha: float, channels: int = 1, device=None
+    ) -> None:
+        super().__init__()
+        if not isinstance(spec, QuantSpec):
+            raise TypeError(f"spec={spec!r}: expected a qbr.QuantSpec")
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r}: expected 'weight' or 'activation'")
+        if not (math.isfinite(initial_alpha) and initial_alpha > 0):
+            raise ValueError(f"initial_alpha={initial_alpha}: expected a positive, finite step size")
+        if channels < 1 or (channels > 1 and spec.channel_axis is None):
+            raise ValueError(f"channels={channels} with spec.channel_axis={spec.channel_axis}: expected 1")
+        self.spec = spec
+        self.kind = kind
+        self.collecting = False
+        self.br_to_alpha: bool | str = False
+        self.alpha = nn.Parameter(torch.full((channels,), float(initial_alpha), dtype=torch.float32, device=device))
+        self.register_buffer("init_state", torch.zeros(1, dtype=torch.float32, device=device))
+        # init_state's value on the host: reading the buffer in forward would wait for the device.
+        self._initialised = False
+        self._retained: list[BinLoss] = []
+        _register(self)
+
+    @property
+    def initialised(self) -> bool:
+        """Whether alpha has been set from data or from a state_dict that says so."""
+        return self._initialised
+
+    @property
+    def num_bits(self) -> int:
+        return self.spec.bits
+
+    @property
+    def Qn(self) -> int:  # noqa: N802 (the predecessor's name)
+        return self.spec.qn
+
+    @property
+    def Qp(self) -> int:  # noqa: N802 (the predecessor's name)
+        return self.spec.qp
+
+    def get_quantization_levels(self) -> Tensor:
+        """The values that a code can stand for, ascending and detached: [L], or [C, L] with a step per channel."""
+        codes = torch.tensor(self.spec.codes, dtype=torch.float32, device=self.alpha.device)
+        levels = self.alpha.detach()[:, None] * codes
+        return levels[0] if self.spec.channel_axis is None else levels
+
+    def forward(self, x: Tensor, *, relu: bool = False, clip: float | None = None) -> Tensor:
+        """xhat, in x's shape and dtype; of min(max(x, 0), clip) with ``relu``. Never waits for the device."""
+        if self.training and not self._initialised:
+            self.initialise(x, relu=relu, clip=clip, force=False)
+        if not (self.collecting and self.training and torch.is_grad_enabled()):
+            return functional.fake_quantize(x, self.alpha, self.spec, relu=relu, clip=clip)
+        br_to_alpha = self.br_to_alpha if self.alpha.requires_grad else False
+        xhat, loss, bins = functional.fake_quantize_with_bin_loss(
+            x, self.alpha, self.spec, relu=relu, clip=clip, backprop_to_alpha=br_to_alpha
+        )
+        entry = BinLoss(loss, bins)
+        if self.kind == "weight":
+            self._retained = [entry]
+        else:
+            self._retained.append(entry)
+        return xhat
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, *, relu: bool = False, clip: float | None = None, force: bool = True) -> None:
+        """Set alpha = 2 * mean|x| / sqrt(max(qp, 1)) (LSQ, section 2.1); binary: mean|x|, its least-squares step.
+
+        The first training forward calls it. With torch.distributed the mean is over all ranks, so that all hold
+        the same alpha: every rank has to take part. A mean that is 0 or not finite leaves alpha as it was.
+
+        Args:
+            x, relu, clip: as in forward.
+            force: False leaves alpha alone where init_state was set to 1 by hand.
+        """
+        shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if x.numel() == 0 and not shared:
+            return
+        size = (x.detach().clamp(min=0, max=clip) if relu else x.detach()).abs()
+        axis = self.spec.channel_axis
+        others = None if axis is None else [i for i in range(x.dim()) if i != axis % x.dim()]
+        count = x.numel() // self.alpha.numel()
+        if count == 0:
+            mean = torch.zeros_like(self.alpha)
+        elif others == []:
+            mean = size.to(torch.float32)
+        else:
+            mean = size.mean(others, dtype=torch.float32).reshape(self.alpha.shape)
+        if shared:
+            total = torch.cat([mean * count, torch.full_like(mean[:1], count)])
+            dist.all_reduce(total)
+            mean = total[:-1] / total[-1]
+        step = mean if self.spec.binary else mean * (2.0 / math.sqrt(max(self.spec.qp, 1)))
+        usable = torch.isfinite(step) & (step > 0)
+        if not force:
+            usable = usable & (self.init_state == 0)
+        self.alpha.copy_(torch.where(usable, step, self.alpha))
+        self.init_state.fill_(1)
+        self._initialised = True
+
+    def reset(self) -> None:
+        """Let the next training forward set alpha from its data again."""
+        self.init_state.zero_()
+        self._initialised = False
+
+    def take_retained(self) -> list[BinLoss]:
+        """What training forwards have collected since the last call, in order; nothing is kept."""
+        entries, self._retained = self._retained, []
+        return entries
+
+    def train(self, mode: bool = True) -> LSQQuantizer:
+        if not mode:
+            self._retained = []
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        axis = "" if self.spec.channel_axis is None else f", channel_axis={self.spec.channel_axis}"
+        return f"{self.kind}, bits={self.spec.bits}, codes {self.spec.qn}..{self.spec.qp}{axis}"
+
+    def _apply(self, fn, recurse=True):
+        # A cast of the model (.half(), .to(torch.bfloat16)) moves alpha but never rounds it.
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.check_state(state_dict, prefix)
+        alpha, init_state = state_dict.get(prefix + "alpha"), state_dict.get(prefix + "init_state")
+        if alpha is not None and alpha.dtype != torch.float32:
+            state_dict = {**state_dict, prefix + "alpha": alpha.to(torch.float32)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if init_state is not None and not init_state.is_meta:
+            self._initialised = bool((init_state != 0).all())
+
+    def check_state(self, state_dict, prefix: str = "") -> None:
+        """Raise ValueError unless the alpha and init_state that state_dict has for this module can be used."""
+        for name, mine in (("alpha", self.alpha), ("init_state", self.init_state)):
+            key, value = prefix + name, state_dict.get(prefix + name)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or value.shape != mine.shape or not value.is_floating_point():
+                got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{key} is {got} in the state_dict: expected float32 {tuple(mine.shape)}; "
+                                 "load it into a model that was prepared with the same configuration")
+            if name == "alpha" and not value.is_meta and not bool((torch.isfinite(value) & (value > 0)).all()):
+                raise ValueError(f"{key}={value.tolist()} in the state_dict: expected positive, finite step sizes; "
+                                 "delete the key and load with strict=False to set alpha from data again")
+
+    def __getstate__(self):
+        # Collected losses are part of a graph: neither deepcopy nor pickle takes them.
+        return {**self.__dict__, "_retained": []}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        _register(self)
+
+
+class LSQ_WeightQuantizer(LSQQuantizer):  # noqa: N801 (the predecessor's name)
+    """LSQQuantizer of a weight: signed, alpha = 0.1 / max(|qn|, |qp|) before data.
+
+    Args:
+        num_bits: 1 to 8; 1 is binary, {-alpha, +alpha}.
+        channel_axis, channels: for a step per channel, which dimension, and how many it has.
+        device: where alpha is made.
+    """
+
+    def __init__(self, num_bits: int = 2, *, channel_axis: int | None = None, channels: int = 1, device=None) -> None:
+        spec = QuantSpec(check_bits(num_bits, "num_bits"), signed=True, channel_axis=channel_axis)
+        initial = 0.1 / max(abs(spec.qn), abs(spec.qp))
+        super().__init__(spec, "weight", initial_alpha=initial, channels=channels, device=device)
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.spec.codes)
+
+
+class LSQ_ActivationQuantizer(LSQQuantizer):  # noqa: N801 (the predecessor's name)
+    """LSQQuantizer of a non-negative activation: unsigned, alpha = (clip_value or 4.0) / qp before data.
+
+    Args:
+        num_bits: 1 to 8.
+        clip_value: only sets the first alpha; QuantizedClippedReLU is what clips.
+        device: where alpha is made.
+    """
+
+    def __init__(self, num_bits: int = 2, clip_value: float | None = None, *, device=None) -> None:
+        spec = QuantSpec(check_bits(num_bits, "num_bits"), signed=False)
+        check_clip(clip_value, "clip_value")
+        super().__init__(spec, "activation", initial_alpha=(clip_value or 4.0) / spec.qp, device=device)
+
+
+def check_clip(clip: float | None, argument: str) -> None:
+    """Raise ValueError, naming the argument, unless clip is None or positive and finite."""
+    if clip is not None and not (math.isfinite(clip) and clip > 0):
+        raise ValueError(f"{argument}={clip}: expected a positive, finite number, or None for no upper bound")
+
+
+def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
+    """The quantizers of a model by module name, in the order of named_modules()."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LSQQuantizer)}
+
+
+def check_state_dict(model: nn.Module, state_dict, prefix: str = "") -> None:
+    """Raise ValueError, before anything is written, for a state_dict that one of model's quantizers rejects.
+
+    prepare() and AlphaControl.attach() hook it into ``model.load_state_dict``.
+    """
+    for name, quantizer in quantizers(model).items():
+        quantizer.check_state(state_dict, f"{prefix}{name}." if name else prefix)
+
+
+# The step guard. Every live quantizer is known here, so that an optimizer's alphas are found by identity: this
+# survives deepcopy, pickle, .to() and load_state_dict(assign=True), as no mark on the parameter does.
+_live: weakref.WeakSet[LSQQuantizer] = weakref.WeakSet()
+_before: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
+_hooks: list = []
+
+
+def _register(quantizer: LSQQuantizer) -> None:
+    _live.add(quantizer)
+    if not _hooks:
+        _hooks.extend([register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(guard_step)])
+
+
+@torch.no_grad()
+def _before_step(optimizer: Optimizer, args, kwargs) -> None:
+    """Note the least value that each of this optimizer's alphas may have after the step."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    mine = [q for q in _live if id(q._parameters.get("alpha")) in owned]
+    alphas = [q.alpha for q in mine if q.alpha.requires_grad]
+    floors = torch._foreach_div(alphas, LARGEST_SHRINK) if alphas else []
+    if floors:
+        torch._foreach_clamp_min_(floors, SMALLEST_ALPHA)
+    _before[optimizer] = (weakref.WeakSet(mine), alphas, floors)
+
+
+@torch.no_grad()
+def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
+    """Keep alpha positive after any torch.optim step: alpha = max(alpha, alpha before the step / 10, 1e-8).
+
+    Runs by itself after every ``optimizer.step()`` once a quantizer exists; two fused operations for all alphas of
+    the optimizer, no synchronisation, no state. A NaN stays a NaN. Bin losses that nobody asked for go here too:
+    after the step their graph is stale.
+    """
+    mine, alphas, floors = _before.pop(optimizer, ((), [], []))
+    if alphas:
+        torch._foreach_maximum_(alphas, floors)
+    for quantizer in mine:
+        quantizer._retained = []

@@ -1,0 +1,244 @@
+"""Bin regularization of a model: bin_loss(model) from the fused pass, and the predecessor's BinRegularizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qbr import functional, metrics
+from qbr.functional import BinLoss, Bins
+from qbr.metrics import BinMetrics, LazyInfo
+from qbr.quantizers import check_bits, check_state_dict, quantizers
+from qbr.spec import QuantSpec
+
+_OWNED = ("weight_quantizer", "quantizer")  # a quantizer with one of these names is reported as its layer
+_LAYER_KEYS = (
+    "loss", "mse", "var", "quantization_mse", "bins_used", "mean_distance", "effectiveness", "pct_near_levels",
+)  # fmt: skip
+
+
+class ModelBinLoss(NamedTuple):
+    """The bin losses that the last training forward collected.
+
+    Attributes:
+        weights, activations: scalar float32 tensors in the graph, the sums of the layers' losses; 0 where nothing
+            was collected (eval, no_grad, warm-up).
+        layers: {layer name: BinLoss(loss, bins)}; the further calls of an activation module that is called more than
+            once in a forward are ``name@2``, ``name@3``, and so on.
+    """
+
+    weights: Tensor
+    activations: Tensor
+    layers: dict[str, BinLoss]
+
+    def metrics(self) -> dict[str, BinMetrics]:
+        """Each layer's figures, with one synchronisation for all."""
+        return dict(zip(self.layers, metrics.read([each.bins for each in self.layers.values()])))
+
+
+def bin_loss(model: nn.Module) -> ModelBinLoss:
+    """Take the bin losses that model's training forward has collected; call it between forward and backward.
+
+    Nothing is left behind: a second call without a forward in between finds nothing. No synchronisation.
+
+    Args:
+        model: a prepared model, or any module that contains quantizers (wrapped or compiled too).
+
+    Raises:
+        ValueError: for a model without quantizers.
+
+    Source: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021.
+    """
+    found = quantizers(model)
+    if not found:
+        raise ValueError(f"model ({type(model).__name__}) has no quantizers: call qbr.prepare(model, config) first")
+    layers: dict[str, BinLoss] = {}
+    losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
+    for name, quantizer in found.items():
+        for call, entry in enumerate(quantizer.take_retained(), start=1):
+            layers[_call_name(_layer_name(name), call)] = entry
+            losses[quantizer.kind].append(entry.loss)
+    device = next(iter(found.values())).alpha.device
+    return ModelBinLoss(
+        _sum(losses["weight"], device), _sum(losses["activation"], device), dict(zip(layers, _fixed(layers.values())))
+    )
+
+
+def _layer_name(name: str) -> str:
+    layer, _, last = name.rpartition(".")
+    return layer if last in _OWNED else name
+
+
+def _call_name(name: str, call: int) -> str:
+    """The name of a module's call in one forward, from 1: ``name``, ``name@2``, ``name@3``."""
+    return name if call == 1 else f"{name}@{call}"
+
+
+def _sum(losses: list[Tensor], device) -> Tensor:
+    if not losses:
+        return torch.zeros((), dtype=torch.float32, device=device)
+    return torch.stack([loss.to(device=device, dtype=torch.float32) for loss in losses]).sum()
+
+
+def _fixed(entries) -> list[BinLoss]:
+    """The entries with alpha as it is now: metrics that are read after the optimizer's step must not see its new one."""
+    entries = list(entries)
+    alphas = torch._foreach_mul([entry.bins.alpha for entry in entries], 1.0) if entries else []
+    return [entry._replace(bins=entry.bins._replace(alpha=alpha)) for entry, alpha in zip(entries, alphas)]
+
+
+def forget(model: nn.Module, *_) -> None:
+    """Drop what earlier forwards of model have collected; as a forward pre-hook, at the start of each new one."""
+    for module in quantizers(model).values():
+        if module._retained:
+            module._retained = []
+
+
+def _check_before_loading(model, state_dict, prefix, *_) -> None:
+    check_state_dict(model, state_dict, prefix)
+
+
+def watch(model: nn.Module) -> None:
+    """Hook the root of a model, once: forget() before each forward, check_state_dict() before each load."""
+    if forget not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(forget)
+        model.register_load_state_dict_pre_hook(_check_before_loading)
+
+
+class BinRegularizer:
+    """The predecessor's regularizer, for tensors that the caller names; ``bin_loss(model)`` needs no second pass.
+
+    Args:
+        num_bits: 1 to 8.
+        signed: True for weights, False for activations after a ReLU. Signed 1 bit is binary.
+        name: only kept and shown.
+    """
+
+    def __init__(self, num_bits: int = 2, signed: bool = True, name: str | None = None) -> None:
+        self.num_bits = num_bits
+        self.signed = signed
+        self.name = name
+        self.spec = QuantSpec(check_bits(num_bits, "num_bits"), signed=signed)
+
+    def __repr__(self) -> str:
+        return f"BinRegularizer(num_bits={self.num_bits}, signed={self.signed}, name={self.name!r})"
+
+    def compute_bin_loss(self, weights: Tensor, alpha: Tensor | float, backprop_to_alpha: bool | str = False):
+        """Bin regularization of one tensor.
+
+        Args:
+            weights: any shape.
+            alpha: its step size: a tensor of one element, or a number.
+            backprop_to_alpha: False, True, or "scaled" (by LSQ's gradient scale).
+
+        Returns:
+            (loss, mse, var, info). loss: a scalar tensor in the graph. mse and var: its two parts, detached. info: a
+            dict whose values are read from the device, all at once, when one is first read: bins_used (int) and
+            br_mse_loss, br_var_loss, quantization_mse, mean_distance, effectiveness, pct_near_levels (floats).
+
+        Raises:
+            TypeError, ValueError: for a bad argument, naming it.
+        """
+        loss, bins = self._bin_loss(weights, alpha, backprop_to_alpha)
+        mse, var = metrics.mse_and_var(bins)
+
+        def load() -> dict:
+            (m,) = metrics.read([bins])
+            return {
+                "bins_used": m.bins_used,
+                "br_mse_loss": m.mse,
+                "br_var_loss": m.var,
+                "quantization_mse": m.quantization_mse,
+                "mean_distance": m.mean_distance,
+                "effectiveness": m.effectiveness,
+                "pct_near_levels": m.pct_near_levels,
+            }
+
+        keys = ("bins_used", "br_mse_loss", "br_var_loss", "quantization_mse", "mean_distance", "effectiveness",
+                "pct_near_levels")  # fmt: skip
+        return loss, mse, var, LazyInfo(keys, load)
+
+    def compute_total_loss(
+        self, weights_dict: Mapping[str, Tensor], alphas_dict: Mapping, backprop_to_alpha: bool | str = False
+    ) -> tuple[Tensor, LazyInfo]:
+        """The sum of the layers' losses.
+
+        Args:
+            weights_dict: {layer: tensor}. The alpha of ``name@2`` (a later call of one module) is that of ``name``.
+            alphas_dict: {layer: step size}. A layer that has none is skipped.
+            backprop_to_alpha: as in compute_bin_loss.
+
+        Returns:
+            (loss, info). info is a dict that is read from the device, all at once, when a value is first read:
+            avg_loss, avg_mse, avg_var (sums over the layers, in spite of their names), avg_quantization_mse,
+            avg_mean_distance, avg_effectiveness, avg_pct_near (means over the layers) and layer_losses:
+            {layer: {loss, mse, var, quantization_mse, bins_used, mean_distance, effectiveness, pct_near_levels}}.
+        """
+        results = {
+            name: self._bin_loss(weights, alpha, backprop_to_alpha)
+            for name, weights, alpha in _with_alphas(weights_dict, alphas_dict)
+        }
+        device = next((w.device for w in weights_dict.values()), None)
+        total = _sum([each.loss for each in results.values()], device)
+        tables = {name: each.bins for name, each in results.items()}
+        return total, LazyInfo(_TOTAL_KEYS, lambda: _total_info(tables))
+
+    def get_bin_statistics(self, weights_dict: Mapping[str, Tensor], alphas_dict: Mapping) -> dict[str, dict]:
+        """Each layer's bins, read with one synchronisation for all; lists have one entry per code, ascending.
+
+        Returns:
+            {layer: {bin_counts (ints), bin_means, bin_stds (unbiased, 0.0 for fewer than two), total_values, levels}}
+        """
+        with torch.no_grad():
+            tables = {
+                name: self._bin_loss(weights, alpha, False).bins
+                for name, weights, alpha in _with_alphas(weights_dict, alphas_dict)
+            }
+        return {
+            name: {
+                "bin_counts": m.counts,
+                "bin_means": m.means,
+                "bin_stds": m.stds,
+                "total_values": m.numel,
+                "levels": m.levels,
+            }
+            for name, m in zip(tables, metrics.read(list(tables.values())))
+        }
+
+    def _bin_loss(self, weights: Tensor, alpha: Tensor | float, backprop_to_alpha: bool | str) -> BinLoss:
+        result = functional.bin_loss(weights, alpha, self.spec, backprop_to_alpha=backprop_to_alpha)
+        return _fixed([result])[0]
+
+
+_TOTAL_KEYS = (
+    "avg_loss", "avg_mse", "avg_var", "avg_quantization_mse", "avg_mean_distance", "avg_effectiveness", "avg_pct_near",
+    "layer_losses",
+)  # fmt: skip
+
+
+def _with_alphas(weights_dict: Mapping[str, Tensor], alphas_dict: Mapping):
+    """(name, tensor, alpha) of the layers that have an alpha, under their own name or the one before '@'."""
+    for name, weights in weights_dict.items():
+        alpha = alphas_dict.get(name)
+        if alpha is None:
+            alpha = alphas_dict.get(name.partition("@")[0])
+        if alpha is not None:
+            yield name, weights, alpha
+
+
+def _total_info(tables: dict[str, Bins]) -> dict:
+    layers = metrics.read(list(tables.values()))
+    count = max(len(layers), 1)
+    return {
+        "avg_loss": sum(m.loss for m in layers),
+        "avg_mse": sum(m.mse for m in layers),
+        "avg_var": sum(m.var for m in layers),
+        "avg_quantization_mse": sum(m.quantization_mse for m in layers) / count,
+        "avg_mean_distance": sum(m.mean_distance for m in layers) / count,
+        "avg_effectiveness": sum(m.effectiveness for m in layers) / count,
+        "avg_pct_near": sum(m.pct_near_levels for m in layers) / count,
+        "layer_losses": {name: {key: getattr(m, key) for key in _LAYER_KEYS} for name, m in zip(tables, layers)},
+    }

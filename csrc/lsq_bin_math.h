@@ -5,7 +5,7 @@
 #ifdef __CUDACC__
 #define QBR_HD __host__ __device__ __forceinline__
 #else
-#define QBR_HD inline
+#define QBR_HD static inline  // internal: cpu_loops.cpp is compiled for several instruction sets
 #endif
 
 namespace qbr {
@@ -21,7 +21,7 @@ struct Quant {
 QBR_HD float relu_clip(float x, float clip) { return x <= 0.f ? 0.f : (x > clip ? clip : x); }
 
 // The ReLU's gradient mask: 0 < x <= clip; NaN for a NaN.
-QBR_HD float relu_mask(float x, float clip) { return x != x ? x : (x > 0.f && x <= clip ? 1.f : 0.f); }
+QBR_HD float relu_mask(float x, float clip) { return x != x ? x : ((x > 0.f) & (x <= clip) ? 1.f : 0.f); }
 
 // Round to nearest, ties to even, for |c| <= 2^22: adding 1.5 * 2^23 leaves no fraction bits.
 QBR_HD float round_half_even(float c) { return (c + 12582912.f) - 12582912.f; }
@@ -35,6 +35,6 @@ QBR_HD float code(float v, const Quant& q) {
 }
 
 // qn <= v <= qp, both ends included.
-QBR_HD bool inside(float v, const Quant& q) { return v >= q.qn && v <= q.qp; }
+QBR_HD bool inside(float v, const Quant& q) { return (v >= q.qn) & (v <= q.qp); }
 
 }  // namespace qbr

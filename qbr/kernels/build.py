@@ -1,0 +1,358 @@
+"""The builder of the native extension: finds torch's headers and the compilers, compiles csrc/, links one library.
+
+It imports neither torch nor qbr: setup.py loads it by path, in pip's isolated build too, and qbr/kernels/native.py
+calls it at first use where no built library lies in the package. LibTorch's stable ABI makes one library serve
+every torch from 2.11 on, CPU-only builds included, and every Python.
+
+Environment:
+    QBR_BUILD=0   build nothing, at install or at first use (what is built already is still used)
+    QBR_CUDA=0    leave the CUDA part out;  QBR_CUDA=1: insist on it, beside a CPU-only torch too
+    CXX           the C++ compiler;  CUDA_HOME: the CUDA toolkit;  XDG_CACHE_HOME: where the cache lies
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import site
+import stat
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+MIN_TORCH = (2, 11)
+LIBRARY = "qbr_native.so"
+RECORD = "qbr_native.json"
+
+_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of 2.10, which 2.11's headers hold in full
+_CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
+# Contraction would move codes across ties; errno and traps keep loops with divisions and comparisons scalar.
+_LOOP_FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512cd", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+# The loops' copies by instruction set; their names are cpu_loops.h's.
+_LOOPS = {"baseline": (), "avx2": _AVX2, "avx512": _AVX512} if platform.machine() in ("x86_64", "AMD64") else {"baseline": ()}
+# A100 and its kin, H100, and PTX for what comes after.
+_ARCHS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
+_NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+_LOG_TAIL = 4000
+
+
+class CannotBuild(RuntimeError):
+    """Something that building needs is missing; the message says what, and how to get it."""
+
+
+class BuildFailed(RuntimeError):
+    """A compiler that was found did not compile our sources; the message ends with its output."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch, read from its files."""
+
+    root: Path
+    version: str
+    cuda: str | None
+
+    @property
+    def release(self) -> tuple[int, int]:
+        major, minor = re.match(r"(\d+)\.(\d+)", self.version).groups()
+        return int(major), int(minor)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A built library and what is known of it."""
+
+    path: Path
+    sources: str
+    cuda: bool
+    why_no_cuda: str | None
+
+    @classmethod
+    def read(cls, directory: Path) -> Built | None:
+        try:
+            record = json.loads((directory / RECORD).read_text())
+        except FileNotFoundError:
+            return None
+        path = directory / LIBRARY
+        return cls(path, **record) if path.exists() else None
+
+
+# ---- finding -------------------------------------------------------------------------------------------------------
+
+
+def source_dir() -> Path | None:
+    """csrc/: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    return next((d for d in (package / "csrc", package.parent / "csrc") if (d / "bindings.cpp").exists()), None)
+
+
+@functools.cache
+def find_torch() -> Torch | None:
+    """The torch of this interpreter, not imported; also from inside pip's isolated build, whose own path hides it."""
+    spec = importlib.util.find_spec("torch")
+    roots = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    paths = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), site.getusersitepackages()]
+    roots += [Path(p) / "torch" for p in paths if p]
+    for root in roots:
+        version_file = root / "version.py"
+        if not version_file.exists():
+            continue
+        values = dict(re.findall(r"^(__version__|cuda)\b[^=\n]*= *(.+)$", version_file.read_text(), re.MULTILINE))
+        cuda = values.get("cuda", "None").strip("'\"")
+        return Torch(root, values["__version__"].strip("'\""), None if cuda == "None" else cuda)
+    return None
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler's command."""
+    if os.environ.get("CXX"):
+        command = shlex.split(os.environ["CXX"])
+        return command if shutil.which(command[0]) else None
+    return next(([path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
+
+
+def cuda_plan(torch: Torch | None, sources: Path) -> tuple[str | None, str | None]:
+    """(nvcc, None) where a CUDA part is to be built, else (None, why not)."""
+    wish = os.environ.get("QBR_CUDA", "")
+    nvcc = find_nvcc()
+    if wish == "0":
+        return None, "QBR_CUDA=0 leaves it out"
+    if not (sources / "cuda.cu").exists():
+        return None, "csrc/cuda.cu is absent"
+    if wish != "1" and (torch is None or torch.cuda is None):
+        return None, "torch is a CPU-only build (QBR_CUDA=1 builds it nevertheless)"
+    if nvcc is None:
+        if wish == "1":
+            raise CannotBuild("QBR_CUDA=1, but no nvcc: put a CUDA toolkit's nvcc on the PATH or set CUDA_HOME")
+        return None, "no nvcc: put a CUDA toolkit's nvcc on the PATH or set CUDA_HOME"
+    return nvcc, None
+
+
+def cuda_library_dirs(nvcc: str) -> list[str]:
+    """Where the toolkit's libraries lie; nvcc itself tells, since the nvcc on the PATH may be a wrapper."""
+    with tempfile.TemporaryDirectory() as tmp:
+        probe = Path(tmp) / "probe.cu"
+        probe.touch()
+        done = _run([nvcc, "--dryrun", "-c", str(probe), "-o", str(probe.with_suffix(".o"))])
+    line = re.search(r"^#\$ LIBRARIES=(.*)$", done.output, re.MULTILINE)
+    return [word for word in shlex.split(line.group(1)) if word.startswith("-L")] if line else []
+
+
+def sources_hash(sources: Path, cuda: bool) -> str:
+    """Identifies the sources and how they are compiled; a library with another hash is out of date."""
+    digest = hashlib.sha256()
+    for path in sorted(sources.iterdir()):
+        if path.suffix in (".cpp", ".h") or (cuda and path.suffix in (".cu", ".cuh")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    flags = (_TARGET, _CXX_FLAGS, _LOOP_FLAGS, _LOOPS, *((_ARCHS, _NVCC_FLAGS) if cuda else ()))
+    digest.update(repr(flags).encode())
+    return digest.hexdigest()[:16]
+
+
+# ---- building ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build with what."""
+
+    sources: Path
+    torch: Torch
+    compiler: list[str]
+    nvcc: str | None
+    why_no_cuda: str | None
+
+
+def plan(sources: Path | None = None) -> Plan:
+    """Everything a build needs.
+
+    Raises:
+        CannotBuild: naming what is missing and how to get it.
+    """
+    sources = sources or source_dir()
+    if sources is None:
+        raise CannotBuild("the sources (csrc/) are not in this installation: reinstall qbr")
+    if not sys.platform.startswith("linux"):
+        raise CannotBuild(f"the native backend is built on Linux only, not on {sys.platform}")
+    torch = find_torch()
+    if torch is None or not (torch.root / "include/torch/csrc/stable/library.h").exists():
+        raise CannotBuild("torch's C++ headers were not found beside this Python: install torch>=2.11 from a wheel")
+    if torch.release < MIN_TORCH:
+        raise CannotBuild(f"torch {torch.version} is too old: install torch>={'.'.join(map(str, MIN_TORCH))}")
+    compiler = find_compiler()
+    if compiler is None:
+        named = f"CXX={os.environ['CXX']!r} is not there" if os.environ.get("CXX") else "none of c++, g++, clang++"
+        raise CannotBuild(f"no C++ compiler ({named}): install g++ 10 or clang++ 12 or later, or set CXX")
+    return Plan(sources, torch, compiler, *cuda_plan(torch, sources))
+
+
+@dataclass(frozen=True)
+class _Done:
+    command: list[str]
+    returncode: int
+    output: str
+
+    @property
+    def log(self) -> str:
+        return f"$ {shlex.join(self.command)}\n{self.output[-_LOG_TAIL:]}"
+
+
+def _run(command: list[str]) -> _Done:
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+    except OSError as error:
+        return _Done(command, 127, str(error))
+    return _Done(command, done.returncode, done.stdout)
+
+
+def _compile_commands(p: Plan, out: Path, with_cuda: bool) -> dict[str, list[str]]:
+    """{object name: command}."""
+    cxx = [*p.compiler, *_CXX_FLAGS]
+    torch = [_TARGET, "-isystem", str(p.torch.root / "include")]
+    commands = {
+        "bindings": [*cxx, *torch, *(["-DQBR_WITH_CUDA"] if with_cuda else []), str(p.sources / "bindings.cpp")],
+        "cpu": [*cxx, *torch, *(["-DQBR_X86_LOOPS"] if len(_LOOPS) > 1 else []), str(p.sources / "cpu.cpp")],
+    }
+    for isa, flags in _LOOPS.items():
+        name = f"loops_{isa}"
+        commands[name] = [*cxx, *_LOOP_FLAGS, *flags, f"-DQBR_ISA={name}", str(p.sources / "cpu_loops.cpp")]
+    if with_cuda:
+        host = ["-ccbin", p.compiler[0]]
+        archs = [word for arch in _ARCHS for word in ("-gencode", arch)]
+        commands["cuda"] = [p.nvcc, *_NVCC_FLAGS, *host, *archs, str(p.sources / "cuda.cu")]
+    return {name: [*command, "-c", "-o", str(out / f"{name}.o")] for name, command in commands.items()}
+
+
+def _compile(commands: dict[str, list[str]]) -> dict[str, _Done]:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return dict(zip(commands, pool.map(_run, commands.values()), strict=True))
+
+
+def build(p: Plan, directory: Path) -> Built:
+    """Compile and link into ``directory``, which exists.
+
+    Raises:
+        BuildFailed: with the end of the compiler's output. A failed nvcc leaves a library without its CUDA part
+            that says so, unless QBR_CUDA=1 insists.
+    """
+    with_cuda, why_no_cuda = p.nvcc is not None, p.why_no_cuda
+    with tempfile.TemporaryDirectory(prefix="qbr-build-") as tmp:
+        out = Path(tmp)
+        done = _compile(_compile_commands(p, out, with_cuda))
+        if with_cuda and done["cuda"].returncode != 0:
+            if os.environ.get("QBR_CUDA") == "1":
+                raise BuildFailed(f"nvcc failed on csrc/cuda.cu\n{done['cuda'].log}")
+            with_cuda, why_no_cuda = False, f"nvcc failed on csrc/cuda.cu\n{done.pop('cuda').log}"
+            done |= _compile({"bindings": _compile_commands(p, out, False)["bindings"]})
+        for name, result in done.items():
+            if result.returncode != 0:
+                raise BuildFailed(f"the native extension did not compile ({name})\n{result.log}")
+        objects = [str(out / f"{name}.o") for name in done]
+        torch_libs = [f"-L{p.torch.root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+        # The static runtime loads beside any torch, and needs no toolkit where the library is used.
+        cuda_libs = [*cuda_library_dirs(p.nvcc), "-lcudart_static", "-ldl", "-lrt", "-lpthread"] if with_cuda else []
+        target = ["-shared", "-s", "-Wl,--exclude-libs,ALL", "-o", str(out / LIBRARY)]
+        linked = _run([*p.compiler, *target, *objects, *torch_libs, *cuda_libs])
+        if linked.returncode != 0:
+            raise BuildFailed(f"the native extension did not link\n{linked.log}")
+        record = {"sources": sources_hash(p.sources, with_cuda), "cuda": with_cuda, "why_no_cuda": why_no_cuda}
+        shutil.copy(out / LIBRARY, directory / LIBRARY)
+        (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    return Built(directory / LIBRARY, **record)
+
+
+# ---- the cache -----------------------------------------------------------------------------------------------------
+
+
+def _private(directory: Path) -> Path | None:
+    """The directory, made if need be, if nobody else can write to it: what lies there gets loaded."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+            return None
+        with tempfile.TemporaryFile(dir=directory):
+            return directory
+    except OSError:
+        return None
+
+
+def cache_dir() -> Path:
+    """A directory of this user alone: under the home, else under the temporary directory, else one for this process."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    home = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
+    shared_tmp = Path(tempfile.gettempdir()) / f"qbr-{os.getuid()}"
+    return _private(home / "qbr") or _private(shared_tmp) or Path(tempfile.mkdtemp(prefix="qbr-"))
+
+
+def _cache_key(sources: Path, torch: Torch | None) -> str:
+    """Sources, torch's release, and whether a CUDA part is wanted: not the compiler, which may be gone by now."""
+    release = "none" if torch is None else "{}.{}".format(*torch.release)
+    cuda = cuda_plan(torch, sources)[0] is not None
+    return f"{sources_hash(sources, cuda)}-torch{release}-{'cuda' if cuda else 'cpu'}-{platform.machine()}"
+
+
+def find_cached(sources: Path, cache: Path) -> Built | None:
+    return Built.read(cache / _cache_key(sources, find_torch()))
+
+
+def build_cached(sources: Path | None = None, cache: Path | None = None) -> Built:
+    """Build into the cache, once, whoever else is at it: the others wait, then find it there.
+
+    Raises:
+        CannotBuild, BuildFailed: as ``plan`` and ``build`` do.
+    """
+    p = plan(sources)
+    cache = cache or cache_dir()
+    target = cache / _cache_key(p.sources, p.torch)
+    with _locked(cache / f"{target.name}.lock"):
+        found = Built.read(target)
+        if found is not None:
+            return found
+        _say(f"building the native extension, once, in {target} ...")
+        start = time.perf_counter()
+        staging = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=cache))
+        try:
+            built = build(p, staging)
+            shutil.rmtree(target, ignore_errors=True)  # half a directory from an older failure, or none
+            staging.rename(target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    why = "with CUDA" if built.cuda else f"without CUDA: {(built.why_no_cuda or '').splitlines()[0]}"
+    _say(f"built in {time.perf_counter() - start:.0f} s ({why})")
+    return Built.read(target)
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    import fcntl  # not on Windows, where nothing is built
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _say(message: str) -> None:
+    print(f"qbr: {message}", file=sys.stderr, flush=True)

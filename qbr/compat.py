@@ -90,7 +90,8 @@ class ActivationHookManager:
             return [(name, module) for name, module in modules.items() if isinstance(module, types)]
         unknown = [name for name in self.layer_names if name not in modules]
         if unknown:
-            warnings.warn(f"layer_names={unknown}: no such modules in the model; see model.named_modules()", stacklevel=3)
+            message = f"layer_names={unknown}: no such modules in the model; see model.named_modules()"
+            warnings.warn(message, stacklevel=3)
         return [(name, module) for name, module in modules.items() if name in self.layer_names]
 
     def _keep(self, name: str):

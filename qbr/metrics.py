@@ -16,7 +16,7 @@ class BinMetrics(NamedTuple):
     """The figures of one tensor, plain numbers.
 
     Attributes:
-        loss, mse, var: L_BR = mse + var, summed over the occupied bins, in units of x squared.
+        loss, mse, var: L_BR and its two parts, mse + var = loss to rounding, in units of x squared.
         quantization_mse: mean of d^2 over all elements, d the distance to an element's level.
         mean_distance: mean |d|.
         effectiveness: 100 * (1 - mean |d| / (alpha / 2)), between 0 and 100; a uniform spread reads 50.
@@ -46,8 +46,8 @@ class BinMetrics(NamedTuple):
 def mse_and_var(bins: Bins) -> tuple[Tensor, Tensor]:
     """(sum of mse_k, sum of var_k) over the occupied bins: scalar float32 tensors on the device, detached."""
     n = bins.counts.clamp(min=1)
-    mse = (bins.sums / n).square()
-    var = (bins.squares / n - mse).clamp(min=0)  # an empty bin's sums are 0, and so are both of its terms
+    mse = (bins.sums / n).square()  # an empty bin's sums are 0, and so are both of its terms
+    var = torch.where(n == 1, 0.0, bins.squares / n - mse).clamp(min=0)
     return mse.sum().to(torch.float32), var.sum().to(torch.float32)
 
 
@@ -71,7 +71,7 @@ def _metrics(table: list[float], alphas: list[float], bins: Bins) -> BinMetrics:
     spec, numel = bins.spec, bins.numel
     slots = spec.num_slots
     alpha = sum(alphas) / len(alphas)
-    mse = var = squares = 0.0
+    loss = mse = var = squares = 0.0
     bins_used = 0
     levels, counts, means, stds = [], [], [], []
     for code in spec.codes:
@@ -86,12 +86,13 @@ def _metrics(table: list[float], alphas: list[float], bins: Bins) -> BinMetrics:
             bins_used += 1
             mse_k = (s / n) ** 2
             mse += mse_k
-            var += _at_least_0(q / n - mse_k)
+            var += _at_least_0(q / n - mse_k) if n > 1 else 0.0
+            loss += q / n
             squares += q
     distance, near = table[-2] / max(numel, 1), table[-1]
     effectiveness = 100.0 * (1.0 - distance / (alpha / 2)) if numel else 0.0
     return BinMetrics(
-        loss=mse + var,
+        loss=loss,
         mse=mse,
         var=var,
         quantization_mse=squares / max(numel, 1),

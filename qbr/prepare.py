@@ -105,12 +105,13 @@ def _find(model: nn.Module, config: QATConfig) -> tuple[list[nn.Module], list[nn
         elif (config.weight_bits, config.act_bits)[side] is not None:
             found[side].append(module)
     if unmatched:
-        raise ValueError(f"skip={sorted(unmatched)}: matches no Conv2d, Linear, ReLU or ReLU6; see model.named_modules()")
+        raise ValueError(f"skip={sorted(unmatched)}: no Conv2d, Linear, ReLU or ReLU6 has such a name")
     for side, argument, what in ((0, "weight_bits", "Conv2d or Linear"), (1, "act_bits", "ReLU or ReLU6 module")):
         bits = getattr(config, argument)
         if bits is not None and not found[side]:
             reason = f"all {skipped[side]} are skipped" if skipped[side] else "the model has none"
-            raise ValueError(f"{argument}={bits}: no {what} to quantize ({reason}); pass {argument}=None to leave it out")
+            message = f"{argument}={bits}: no {what} to quantize ({reason}); pass {argument}=None to leave it out"
+            raise ValueError(message)
     return found
 
 

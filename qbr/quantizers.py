@@ -86,11 +86,11 @@ class LSQQuantizer(nn.Module):
         return self.spec.bits
 
     @property
-    def Qn(self) -> int:  # noqa: N802 (the predecessor's name)
+    def Qn(self) -> int:
         return self.spec.qn
 
     @property
-    def Qp(self) -> int:  # noqa: N802 (the predecessor's name)
+    def Qp(self) -> int:
         return self.spec.qp
 
     def get_quantization_levels(self) -> Tensor:
@@ -211,7 +211,7 @@ class LSQQuantizer(nn.Module):
         _register(self)
 
 
-class LSQ_WeightQuantizer(LSQQuantizer):  # noqa: N801 (the predecessor's name)
+class LSQ_WeightQuantizer(LSQQuantizer):
     """LSQQuantizer of a weight: signed, alpha = 0.1 / max(|qn|, |qp|) before data.
 
     Args:
@@ -230,7 +230,7 @@ class LSQ_WeightQuantizer(LSQQuantizer):  # noqa: N801 (the predecessor's name)
         return len(self.spec.codes)
 
 
-class LSQ_ActivationQuantizer(LSQQuantizer):  # noqa: N801 (the predecessor's name)
+class LSQ_ActivationQuantizer(LSQQuantizer):
     """LSQQuantizer of a non-negative activation: unsigned, alpha = (clip_value or 4.0) / qp before data.
 
     Args:

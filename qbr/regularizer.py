@@ -68,8 +68,9 @@ def bin_loss(model: nn.Module) -> ModelBinLoss:
 
 
 def _layer_name(name: str) -> str:
-    layer, _, last = name.rpartition(".")
-    return layer if last in _OWNED else name
+    """What a quantizer is reported as: its layer, without the prefix that torch.compile's wrapper adds."""
+    layer, _, last = name.replace("_orig_mod.", "").rpartition(".")
+    return layer if last in _OWNED else f"{layer}.{last}" if layer else last
 
 
 def _call_name(name: str, call: int) -> str:
@@ -84,7 +85,7 @@ def _sum(losses: list[Tensor], device) -> Tensor:
 
 
 def _fixed(entries) -> list[BinLoss]:
-    """The entries with alpha as it is now: metrics that are read after the optimizer's step must not see its new one."""
+    """The entries with a copy of alpha: metrics that are read after the optimizer's step must not see its new one."""
     entries = list(entries)
     alphas = torch._foreach_mul([entry.bins.alpha for entry in entries], 1.0) if entries else []
     return [entry._replace(bins=entry.bins._replace(alpha=alpha)) for entry, alpha in zip(entries, alphas)]

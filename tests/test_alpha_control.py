@@ -1,0 +1,197 @@
+"""AlphaControl: which loss moves which alpha in each phase, trained for a few steps; and the parameter groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import qbr
+from qbr import AlphaControl, QATConfig
+from qbr.quantizers import quantizers
+
+
+def _model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    return qbr.prepare(model, QATConfig(weight_bits=2, act_bits=2))
+
+
+def _data(seed=0):
+    return torch.randn(32, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def _alphas(model, kind):
+    return [q.alpha for q in quantizers(model).values() if q.kind == kind]
+
+
+def _moved_by(model, which):
+    """{kind: whether the alphas of that kind are moved by training 3 steps on this loss alone}, and the gradients."""
+    moved = {}
+    before = {kind: [a.detach().clone() for a in _alphas(model, kind)] for kind in ("weight", "activation")}
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=1e-3, weight_decay=1e-4), momentum=0.9)
+    for step in range(3):
+        optimizer.zero_grad()
+        y = model(_data(step))
+        br = qbr.bin_loss(model)
+        loss = y.square().mean() if which == "CE" else br.weights + br.activations
+        if loss.requires_grad:
+            loss.backward()
+        optimizer.step()
+    for kind, old in before.items():
+        changed = [not torch.equal(a, b) for a, b in zip(_alphas(model, kind), old, strict=True)]
+        assert len(set(changed)) == 1, (kind, changed)
+        moved[kind] = changed[0]
+    return moved
+
+
+# freeze, BR to alpha -> does CE move alpha, does BR (the four rows of the guide)
+ROWS = [(False, False, True, False), (True, False, False, False), (False, True, True, True), (True, True, False, False)]
+
+
+@pytest.mark.parametrize("freeze,to_alpha,ce_moves,br_moves", ROWS)
+@pytest.mark.parametrize("side", ["both", "weight", "activation"])
+def test_the_four_rows(freeze, to_alpha, ce_moves, br_moves, side):
+    settings = {}
+    if side in ("both", "weight"):
+        settings.update(freeze_weights=freeze, br_to_alpha_weights=to_alpha)
+    if side in ("both", "activation"):
+        settings.update(freeze_acts=freeze, br_to_alpha_acts=to_alpha)
+    model = _model()
+    control = AlphaControl(**settings, warmup_epochs=2).attach(model)
+    for epoch in (1, 2):
+        control.begin_epoch(epoch)
+        assert not control.br_active
+        assert _moved_by(model, "CE") == {"weight": True, "activation": True}
+        assert _moved_by(model, "BR") == {"weight": False, "activation": False}
+        y = model(_data())
+        br = qbr.bin_loss(model)
+        assert not br.layers and br.weights.item() == br.activations.item() == 0
+        y.sum().backward()
+    control.begin_epoch(3)
+    assert control.br_active
+    for kind in ("weight", "activation"):
+        mine = side in ("both", kind)
+        assert all(a.requires_grad != (mine and freeze) for a in _alphas(model, kind))
+        assert all(a.grad is None for a in _alphas(model, kind) if mine and freeze)
+    expected_ce, expected_br = {}, {}
+    for kind in ("weight", "activation"):
+        mine = side in ("both", kind)
+        expected_ce[kind], expected_br[kind] = (ce_moves, br_moves) if mine else (True, False)
+    assert _moved_by(model, "CE") == expected_ce
+    # An activation's bin loss depends on the alphas of the layers before it through their outputs: that gradient
+    # is cut off here, so that what is left is the loss of each tensor on its own step.
+    assert _own_gradients(model) == expected_br
+
+
+def _own_gradients(model):
+    """{kind: whether each quantizer's own bin loss has a gradient to its own alpha}."""
+    model(_data())
+    layers = qbr.bin_loss(model).layers
+    got = {}
+    for name, q in quantizers(model).items():
+        loss = layers[name.rpartition(".")[0]].loss
+        grad = torch.autograd.grad(loss, q.alpha, allow_unused=True, retain_graph=True)[0] if (
+            q.alpha.requires_grad and loss.requires_grad) else None  # fmt: skip
+        got.setdefault(q.kind, set()).add(grad is not None and bool(grad.abs().sum() > 0))
+    return {kind: value.pop() for kind, value in got.items() if len(value) == 1}
+
+
+def test_scaled_is_the_lsq_scale_times_the_unscaled_gradient():
+    grads = []
+    for setting in (True, "scaled"):
+        model = _model()
+        AlphaControl(br_to_alpha_weights=setting).attach(model)
+        model(_data())
+        qbr.bin_loss(model).weights.backward()
+        grads.append(_alphas(model, "weight")[0].grad.item())
+    assert grads[1] == pytest.approx(grads[0] / 48**0.5)
+
+
+def test_release_and_any_order():
+    model = _model()
+    control = AlphaControl(freeze_weights=True, freeze_acts=True, warmup_epochs=1).attach(model)
+    assert all(a.requires_grad for kind in ("weight", "activation") for a in _alphas(model, kind))
+    control.begin_epoch(2)
+    assert not any(a.requires_grad for kind in ("weight", "activation") for a in _alphas(model, kind))
+    control.begin_epoch(1)
+    assert all(a.requires_grad for kind in ("weight", "activation") for a in _alphas(model, kind))
+
+
+def test_no_warmup_starts_with_br():
+    model = _model()
+    control = AlphaControl().attach(model)
+    assert control.br_active
+    model(_data())
+    assert qbr.bin_loss(model).weights.item() > 0
+
+
+def test_frozen_alphas_stay_under_momentum_and_weight_decay():
+    model = _model()
+    control = AlphaControl(freeze_weights=True, warmup_epochs=1).attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for epoch in (1, 2):
+        control.begin_epoch(epoch)
+        before = [a.detach().clone() for a in _alphas(model, "weight")]
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(_data()).square().sum().backward()
+            optimizer.step()
+        same = [torch.equal(a, b) for a, b in zip(_alphas(model, "weight"), before, strict=True)]
+        assert all(same) if epoch == 2 else not any(same)
+
+
+def test_describe():
+    text = AlphaControl(True, False, True, "scaled", warmup_epochs=30).describe()
+    rows = text.splitlines()
+    assert "epochs 1 to 30" in text and "from epoch 31" in text and len(rows) == 5
+    assert "freeze wins" in rows[3] and "frozen" in rows[3] and "scaled" in rows[4]
+    assert len(AlphaControl().describe().splitlines()) == 3
+
+
+def test_state():
+    model = _model()
+    control = AlphaControl(True, False, False, "scaled", 3).attach(model)
+    control.begin_epoch(4)
+    state = control.state_dict()
+    model = _model()
+    other = AlphaControl().attach(model)
+    other.load_state_dict(state)
+    assert other.state_dict() == state and other.br_active
+    assert not any(a.requires_grad for a in _alphas(model, "weight"))
+    fresh = AlphaControl()
+    fresh.load_state_dict(state)
+    assert fresh.attach(_model()).br_active
+    with pytest.raises(ValueError, match="keys"):
+        other.load_state_dict({"epoch": 1})
+    with pytest.raises(ValueError, match="warmup_epochs=-1"):
+        other.load_state_dict({**state, "warmup_epochs": -1})
+    assert other.state_dict() == state
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="warmup_epochs=-1"):
+        AlphaControl(warmup_epochs=-1)
+    with pytest.raises(TypeError, match="freeze_weights='yes'"):
+        AlphaControl(freeze_weights="yes")
+    with pytest.raises(ValueError, match="br_to_alpha_acts='some'"):
+        AlphaControl(br_to_alpha_acts="some")
+    with pytest.raises(RuntimeError, match="attach"):
+        AlphaControl().begin_epoch(1)
+    with pytest.raises(ValueError, match="epoch=0"):
+        AlphaControl().attach(_model()).begin_epoch(0)
+    with pytest.raises(ValueError, match="no quantizers"):
+        AlphaControl().attach(nn.Linear(2, 2))
+
+
+def test_parameter_groups():
+    model = _model()
+    weights, alphas = qbr.parameter_groups(model, lr=0.1, weight_decay=5e-4, alpha_lr=0.01)
+    assert (weights["lr"], weights["weight_decay"]) == (0.1, 5e-4)
+    assert (alphas["lr"], alphas["weight_decay"]) == (0.01, 0.0)
+    assert len(alphas["params"]) == 5 and len(weights["params"]) == 6
+    assert {id(p) for g in (weights, alphas) for p in g["params"]} == {id(p) for p in model.parameters()}
+    assert qbr.parameter_groups(model, lr=0.1, weight_decay=0)[1]["lr"] == 0.1
+    torch.optim.AdamW([weights, alphas], lr=1.0)
+    with pytest.raises(ValueError, match="call qbr.prepare"):
+        qbr.parameter_groups(nn.Linear(2, 2), lr=0.1, weight_decay=0)

@@ -1,0 +1,184 @@
+"""prepare(): what becomes of a model's modules, what stays, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import qbr
+from qbr import QATConfig, prepare
+
+
+def _model():
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular", bias=False), nn.BatchNorm2d(4), nn.ReLU(True)),
+        nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.ReLU6()),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 5),
+    )
+
+
+def _x(seed=0):
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_is_in_place_and_keeps_what_was_there():
+    model = _model().to(torch.float64).eval()
+    model[1][0].weight.requires_grad_(False)
+    model[0][2].train()
+    calls = []
+    model[0][0].register_forward_hook(lambda *_: calls.append(1))
+    modules, parameters = list(model.modules()), dict(model.named_parameters())
+    assert prepare(model, QATConfig(weight_bits=3, act_bits=4)) is model
+    assert [m for m in model.modules() if m in modules] == modules
+    for name, parameter in parameters.items():
+        assert dict(model.named_parameters())[name] is parameter
+    conv, relu, relu6 = model[0][0], model[0][2], model[1][1]
+    assert type(conv) is qbr.QuantizedConv2d and type(model[3]) is qbr.QuantizedLinear
+    assert type(relu) is type(relu6) is qbr.QuantizedClippedReLU
+    assert (relu.clip_value, relu6.clip_value) == (None, 6.0)
+    assert conv.weight_quantizer.num_bits == 3 and relu.quantizer.num_bits == relu.num_bits == 4
+    assert conv.padding_mode == "circular" and conv.weight.dtype == torch.float64
+    assert conv.weight_quantizer.alpha.dtype == torch.float32
+    assert not model[1][0].weight.requires_grad and model[1][0].weight_quantizer.alpha.requires_grad
+    assert not conv.weight_quantizer.training and relu.quantizer.training
+    with qbr.use_backend("reference"):
+        model(_x().double())
+    assert calls == [1]
+
+
+def test_high_precision_is_close_to_the_float_model():
+    torch.manual_seed(0)
+    model = _model()
+    expected = model(_x())
+    got = prepare(model, QATConfig(weight_bits=8, act_bits=8))(_x())
+    assert (got - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("act_bits", [None, 32])
+def test_a_side_stays_in_float(act_bits):
+    model = prepare(_model(), QATConfig(weight_bits=2, act_bits=act_bits))
+    assert type(model[0][2]) is nn.ReLU and type(model[1][1]) is nn.ReLU6
+    model = prepare(_model(), QATConfig(weight_bits=act_bits, act_bits=2))
+    assert type(model[0][0]) is nn.Conv2d and type(model[0][2]) is qbr.QuantizedClippedReLU
+
+
+def test_skip():
+    model = prepare(_model(), QATConfig(skip=["0.[0]", "1"]))
+    kinds = [type(m) for m in (model[0][0], model[0][2], model[1][0], model[1][1], model[3])]
+    assert kinds == [nn.Conv2d, qbr.QuantizedClippedReLU, nn.Conv2d, nn.ReLU6, qbr.QuantizedLinear]
+    model = prepare(_model(), QATConfig(skip=["3"], clip=2.5))
+    assert type(model[3]) is nn.Linear and model[0][2].clip_value == model[1][1].clip_value == 2.5
+
+
+def test_a_step_per_channel():
+    model = prepare(_model(), QATConfig(weight_per_channel=True))
+    assert [m.weight_quantizer.alpha.numel() for m in (model[0][0], model[1][0], model[3])] == [4, 4, 5]
+    model(_x()).sum().backward()
+    assert qbr.bin_loss(model).weights.item() > 0
+
+
+def test_the_root_and_shared_and_tied_modules():
+    root = prepare(nn.Linear(3, 3), QATConfig(act_bits=None))
+    assert type(root) is qbr.QuantizedLinear
+    root(torch.ones(1, 3))
+    assert list(qbr.bin_loss(root).layers) == [""]
+    relu = nn.ReLU()
+    model = prepare(nn.Sequential(relu, nn.Sequential(relu)), QATConfig(weight_bits=None))
+    assert model[0] is model[1][0] is relu and type(relu) is qbr.QuantizedClippedReLU
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    prepare(model, QATConfig(act_bits=None))
+    assert model[0].weight is model[1].weight
+
+
+class _OwnConv(nn.Conv2d):
+    """A user's subclass, which prepare leaves alone."""
+
+
+def test_subclasses_are_left_alone():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), _OwnConv(1, 1, 1), nn.MultiheadAttention(4, 2))
+    prepare(model, QATConfig(act_bits=None))
+    assert type(model[1]) is _OwnConv and not isinstance(model[2].out_proj, qbr.QuantizedLinear)
+
+
+@pytest.mark.parametrize(
+    "model,config,message",
+    [
+        (_model(), dict(weight_bits=None, act_bits=32), "nothing to quantize"),
+        (_model(), dict(skip=["0.0", "layer9*"]), r"skip=\['layer9\*'\]"),
+        (nn.Linear(2, 2), dict(), "act_bits=2: no ReLU or ReLU6 module to quantize"),
+        (nn.ReLU(), dict(), "weight_bits=2: no Conv2d or Linear"),
+        (_model(), dict(skip=["*.0", "3"]), "all 3 are skipped"),
+        (nn.Sequential(), dict(), "weight_bits=2"),
+    ],
+)
+def test_refused(model, config, message):
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        prepare(model, QATConfig(**config))
+    assert [type(m) for m in model.modules()] == before
+
+
+def test_twice():
+    model = prepare(_model())
+    with pytest.raises(ValueError, match="quantizers already"):
+        prepare(model)
+
+
+@pytest.mark.parametrize(
+    "config,error,message",
+    [
+        (dict(weight_bits=0), ValueError, "weight_bits=0"),
+        (dict(act_bits=16), ValueError, "act_bits=16"),
+        (dict(act_bits=2.5), TypeError, "act_bits=2.5"),
+        (dict(clip=0), ValueError, "clip=0"),
+        (dict(skip="conv1"), TypeError, "skip='conv1'"),
+    ],
+)
+def test_bad_config(config, error, message):
+    with pytest.raises(error, match=message):
+        QATConfig(**config)
+    with pytest.raises(TypeError, match="config="):
+        prepare(_model(), config)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_prepared_model_train_alike(copied):
+    torch.manual_seed(0)
+    model = prepare(_model())
+    model(_x())
+    other = copied(model)
+    results = []
+    for m in (model, other):
+        optimizer = torch.optim.SGD(qbr.parameter_groups(m, lr=0.1, weight_decay=0.1), momentum=0.9)
+        for step in range(2):
+            optimizer.zero_grad()
+            y = m(_x(step))
+            br = qbr.bin_loss(m)
+            (y.square().mean() + br.weights + br.activations).backward()
+            optimizer.step()
+        results.append([*m.state_dict().values()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compile_fullgraph_of_a_whole_model_equals_eager():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = prepare(_model())
+    model(_x())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        y = run(_x(1))
+        br = qbr.bin_loss(run)
+        (y.square().mean() + br.weights + br.activations).backward()
+        results.append([y, br.weights, br.activations, *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,261 @@
+"""The Triton backend: launchers of the kernels in triton_kernels.py, triton_bins.py and triton_finalize.py.
+
+Every tuning constant stands here. Nothing synchronises with the device, and how work is divided depends on sizes,
+dtype and device alone: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qbr.kernels import BackendUnavailable
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+NUM_WARPS = 4
+# One 16-byte load per thread and tile: more would cost the bin sums their registers.
+VECTOR_BYTES = 16
+# Enough programs for eight blocks of 128 threads on each multiprocessor, twice over where registers allow them.
+PROGRAMS_PER_SM = 16
+# Masked sums keep 3 registers a level; measured 125 of 255 at 16 levels, and 32 would leave two blocks a multiprocessor.
+MASKED_LEVELS = 16
+# A program sums at most this many elements: float32 counts stay exact, and fixed-point sums inside their words.
+ELEMENTS_PER_PROGRAM = 1 << 18
+# Each program of the fixed-point sums has a table of its own to clear and to add up: fewer programs, more warps.
+FIXED_PROGRAMS_PER_SM = 2
+FIXED_NUM_WARPS = 8
+# Backward selects among up to this many factors in registers, and gathers from a cached table beyond.
+SELECT_LEVELS = 4
+# A row of channels that lie side by side: 128 of them fill whole cache lines in every dtype.
+COLUMNS = 128
+# The interpreter costs per program and operation, not per element.
+INTERPRETER_TILE = 1 << 16
+INTERPRETER_PROGRAMS = 3
+# Elements of the second stage's tile: four float64 sums of 8 elements are 64 registers a thread.
+FINAL_TILE = 1024
+
+
+def load(device_type: str) -> None:
+    """Import the kernels; raise BackendUnavailable, with the remedy, where they cannot run."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        raise BackendUnavailable(
+            "Triton is not installed: pip install triton (Linux; PyTorch's CUDA builds bring it)"
+        ) from error
+    if device_type not in ("cuda", "cpu"):
+        raise BackendUnavailable(f"the Triton kernels run on cuda, not on {device_type}; use backend='reference'")
+    if device_type == "cpu" and not _kernels().interpreted:
+        raise BackendUnavailable(
+            "on the CPU, Triton kernels run in Triton's interpreter only: set TRITON_INTERPRET=1 before the first "
+            "import of triton; use backend='native' or 'reference' otherwise"
+        )
+
+
+class _Kernels(NamedTuple):
+    lsq_fwd: object
+    lsq_bin_fwd: object
+    lsq_bin_bwd: object
+    sum_rows: object
+    bins: object
+    dloss_dalpha: object
+    interpreted: bool
+
+
+@lru_cache(maxsize=None)
+def _kernels() -> _Kernels:
+    from triton.runtime.jit import JITFunction
+
+    from qbr.kernels import triton_bins, triton_finalize, triton_kernels
+
+    kernels = (
+        triton_kernels._lsq_fwd_kernel,
+        triton_bins._lsq_bin_fwd_kernel,
+        triton_kernels._lsq_bin_bwd_kernel,
+        triton_finalize._sum_rows_kernel,
+        triton_finalize._bins_kernel,
+        triton_finalize._dloss_dalpha_kernel,
+    )
+    return _Kernels(*kernels, interpreted=not isinstance(kernels[0], JITFunction))
+
+
+class Plan(NamedTuple):
+    """How a tensor is divided: x as [outer, channels, inner] in tiles [t0, t1] of one layout."""
+
+    outer: int
+    channels: int
+    inner: int
+    layout: int  # 0 FLAT, 1 ROWS, 2 COLS
+    t0: int
+    t1: int
+    vec: int  # elements of a tile that lie together and that one thread adds up
+    blocks: int  # of channels
+    splits: int  # shares of the tiles of one block of channels
+    programs: int  # of the kernel that loops over blocks x splits; the others have one for each
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def plan(numel: int, channels: int, inner: int, vec: int, tile: int, programs: int) -> Plan:
+    """Divide numel > 0 elements into tiles of `tile`, a power of two, for about `programs` programs."""
+    if channels == 1:
+        outer, inner, layout = numel, 1, 0
+        t0, t1, blocks = tile // vec, vec, 1
+        tiles = -(-numel // tile)
+    elif inner > 1:
+        outer, layout = numel // (channels * inner), 1
+        t1 = min(tile, _power_of_two(inner))
+        t0 = min(tile // t1, max(_power_of_two(channels), vec))
+        blocks = -(-channels // t0)
+        tiles = outer * -(-inner // t1)
+    else:
+        outer, layout = numel // channels, 2
+        t1 = min(tile, COLUMNS, _power_of_two(channels))
+        t0 = min(tile // t1, max(_power_of_two(outer), vec))
+        blocks = -(-channels // t1)
+        tiles = -(-outer // t0)
+    tile = t0 * t1
+    most = max(ELEMENTS_PER_PROGRAM // tile, 1)  # tiles of one program
+    splits = min(tiles, max(-(-programs // blocks), -(-tiles // most)))
+    tiles_per_item = -(-tiles // splits)
+    items = blocks * splits
+    items_per_program = max(most // tiles_per_item, 1)
+    count = min(items, max(programs, -(-items // items_per_program)))
+    return Plan(outer, channels, inner, layout, t0, t1, vec, blocks, splits, count)
+
+
+@lru_cache(maxsize=4096)
+def _plan(numel, channels, inner, itemsize, device: torch.device, per_sm: int, num_warps: int) -> Plan:
+    if _kernels().interpreted:
+        tile = max(min(_power_of_two(numel) // 2, INTERPRETER_TILE), 64)
+        return plan(numel, channels, inner, tile // 64, tile, INTERPRETER_PROGRAMS)
+    vec = VECTOR_BYTES // itemsize
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return plan(numel, channels, inner, vec, 32 * num_warps * vec, per_sm * sms)
+
+
+def _plan_of(x: Tensor, alpha: Tensor, channel_axis: int, per_sm=PROGRAMS_PER_SM, num_warps=NUM_WARPS) -> Plan:
+    channels = alpha.numel()
+    inner = x.stride(channel_axis) if channel_axis >= 0 and channels > 1 else 1
+    return _plan(x.numel(), channels, inner, x.element_size(), x.device, per_sm, num_warps)
+
+
+def _on_device_of(x: Tensor):
+    """Triton launches on the current device and its current stream."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def _tile_options(p: Plan, num_warps: int = NUM_WARPS) -> dict:
+    # A fused multiply-add would round b * alpha differently from xhat.
+    return dict(LAYOUT=p.layout, T0=p.t0, T1=p.t1, num_warps=num_warps, enable_fp_fusion=False)
+
+
+def lsq_fwd(x, alpha, qn, qp, binary, channel_axis, relu, clip):
+    xhat = torch.empty_like(x)
+    if x.numel():
+        # No sums, hence no reason to bound the programs: one tile each.
+        p = _plan_of(x, alpha, channel_axis, per_sm=1 << 24)
+        with _on_device_of(x):
+            _kernels().lsq_fwd[(p.blocks * p.splits,)](
+                x, alpha, xhat, p.outer, p.channels, p.inner, p.splits, clip,
+                QN=qn, QP=qp, BINARY=binary, RELU=relu, **_tile_options(p),
+            )  # fmt: skip
+    return xhat
+
+
+def lsq_bwd(grad_xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, grad_scale):
+    return _bwd(grad_xhat, None, x, alpha, None, qn, qp, binary, channel_axis, relu, clip, grad_scale)
+
+
+def bin_loss_fwd(x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_to_alpha):
+    return _bin_fwd(None, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_to_alpha)
+
+
+def bin_loss_bwd(grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, relu, clip):
+    return _bwd(None, grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, relu, clip, 0.0)[0]
+
+
+def lsq_bin_fwd(x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_to_alpha):
+    xhat = torch.empty_like(x)
+    return xhat, *_bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_to_alpha)
+
+
+def lsq_bin_bwd(grad_xhat, grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, relu, clip, grad_scale):
+    return _bwd(grad_xhat, grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, relu, clip, grad_scale)
+
+
+def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_to_alpha):
+    """loss, bins, dloss_dalpha; writes xhat unless that is None."""
+    levels = qp - qn + 1
+    if x.numel() == 0:
+        return alpha.new_zeros(()), alpha.new_zeros(3 * levels + 2, dtype=torch.float64), (
+            torch.zeros_like(alpha) if backprop_to_alpha else alpha.new_empty(0)
+        )  # fmt: skip
+    fixed = levels > MASKED_LEVELS
+    per_sm, num_warps = (FIXED_PROGRAMS_PER_SM, FIXED_NUM_WARPS) if fixed else (PROGRAMS_PER_SM, NUM_WARPS)
+    p = _plan_of(x, alpha, channel_axis, per_sm, num_warps)
+    lp = max(_power_of_two(levels), 2)
+    loss = alpha.new_empty(())
+    bins = alpha.new_empty(3 * levels + 2, dtype=torch.float64)
+    dloss_dalpha = alpha.new_empty(alpha.shape if backprop_to_alpha else (0,))
+    partials = alpha.new_empty(p.programs, 8 if fixed else 4 * lp)
+    words = alpha.new_zeros((p.programs, 2, levels), dtype=torch.int64) if fixed else None
+    s_words = s_ends = None
+    if backprop_to_alpha and p.channels > 1:
+        s_words = alpha.new_zeros((levels, p.channels), dtype=torch.int64)
+        s_ends = alpha.new_empty(p.splits, 2, p.channels)
+    one_step = dloss_dalpha if backprop_to_alpha and p.channels == 1 else None
+    kernels = _kernels()
+    with _on_device_of(x):
+        kernels.lsq_bin_fwd[(p.programs,)](
+            x, alpha, xhat, partials, words, s_words, s_ends, p.outer, p.channels, p.inner, p.splits,
+            p.blocks * p.splits, clip, QN=qn, QP=qp, BINARY=binary, RELU=relu, VEC=p.vec, LP=lp,
+            **_tile_options(p, num_warps),
+        )  # fmt: skip
+        kernels.bins[(1,)](
+            partials, words, alpha, loss, bins, one_step, p.programs, p.channels,
+            QN=qn, LEVELS=levels, LP=lp, BR=FINAL_TILE * num_warps // NUM_WARPS // lp, num_warps=num_warps,
+        )  # fmt: skip
+        if s_words is not None:
+            bc = min(COLUMNS, _power_of_two(p.channels))
+            kernels.dloss_dalpha[(-(-p.channels // bc),)](
+                bins, alpha, s_words, s_ends, dloss_dalpha, p.channels, p.splits, QN=qn, LEVELS=levels, BC=bc,
+            )  # fmt: skip
+    return loss, bins, dloss_dalpha
+
+
+def _bwd(grad_xhat, grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, relu, clip, grad_scale):
+    """dx and dalpha (None without grad_xhat)."""
+    dx = torch.empty_like(x)
+    if x.numel() == 0:
+        return dx, torch.zeros_like(alpha)
+    p = _plan_of(x, alpha, channel_axis)
+    levels = qp - qn + 1
+    lp = _power_of_two(levels)
+    select = levels <= SELECT_LEVELS
+    programs = p.blocks * p.splits
+    table = None if select or grad_loss is None else alpha.new_empty(programs, lp)
+    partials = None if grad_xhat is None else alpha.new_empty(p.splits, p.channels)
+    dalpha = None if grad_xhat is None else torch.empty_like(alpha)
+    kernels = _kernels()
+    with _on_device_of(x):
+        kernels.lsq_bin_bwd[(programs,)](
+            grad_xhat, grad_loss, x, alpha, bins, table, dx, partials, p.outer, p.channels, p.inner, p.splits, clip,
+            QN=qn, QP=qp, BINARY=binary, RELU=relu, SELECT=select, LP=lp, **_tile_options(p),
+        )  # fmt: skip
+        if dalpha is not None:
+            bc = min(COLUMNS, _power_of_two(p.channels))
+            kernels.sum_rows[(-(-p.channels // bc),)](
+                partials, dalpha, p.splits, p.channels, grad_scale, BR=FINAL_TILE // bc, BC=bc,
+            )  # fmt: skip
+    return dx, dalpha

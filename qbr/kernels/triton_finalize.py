@@ -1,0 +1,158 @@
+"""Small Triton kernels that add partial sums up, in a fixed order and in float64: the second of two stages."""
+
+import triton
+import triton.language as tl
+
+from qbr.kernels.triton_bins import COUNT_SHIFT, Q_ONE, S_ONE, _unit
+
+
+@triton.jit
+def _sum_rows_kernel(
+    partials,  # [rows, C] float32
+    out,  # [C] float32: scale * sum over rows
+    rows,
+    C,
+    scale,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)  # [BC]
+    b_sum = tl.zeros([BR, BC], tl.float64)
+    for i_r in range(0, rows, BR):
+        o_r = i_r + tl.arange(0, BR)  # [BR]
+        m_p = (o_r < rows)[:, None] & (o_c < C)[None, :]
+        p_p = partials + o_r.to(tl.int64)[:, None] * C + o_c[None, :]
+        b_sum += tl.load(p_p, mask=m_p, other=0.0).to(tl.float64)  # [BR, BC]
+    tl.store(out + o_c, (tl.sum(b_sum, 0) * scale).to(tl.float32), mask=o_c < C)
+
+
+@triton.jit
+def _bin_sums(partials, rows, LP: tl.constexpr, BR: tl.constexpr):
+    """n, S, Q and the tail (sum |d|, near), [LP] float64 each, from rows [rows, 4, LP]."""
+    o_k = tl.arange(0, LP)
+    b_n = tl.zeros([BR, LP], tl.float64)
+    b_s = tl.zeros([BR, LP], tl.float64)
+    b_q = tl.zeros([BR, LP], tl.float64)
+    b_tail = tl.zeros([BR, LP], tl.float64)
+    for i_r in range(0, rows, BR):
+        o_r = i_r + tl.arange(0, BR)
+        m_r = (o_r < rows)[:, None] & (o_k >= 0)[None, :]  # [BR, LP]
+        p_r = partials + o_r.to(tl.int64)[:, None] * (4 * LP) + o_k[None, :]
+        b_n += tl.load(p_r, mask=m_r, other=0.0).to(tl.float64)
+        b_s += tl.load(p_r + LP, mask=m_r, other=0.0).to(tl.float64)
+        b_q += tl.load(p_r + 2 * LP, mask=m_r, other=0.0).to(tl.float64)
+        b_tail += tl.load(p_r + 3 * LP, mask=m_r, other=0.0).to(tl.float64)
+    return tl.sum(b_n, 0), tl.sum(b_s, 0), tl.sum(b_q, 0), tl.sum(b_tail, 0)
+
+
+@triton.jit
+def _column(b_t, o_k, k: tl.constexpr):
+    """Element k of a vector; a select, not a product: others may be NaN."""
+    return tl.sum(tl.where(o_k == k, b_t, 0.0), 0)
+
+
+@triton.jit
+def _bin_sums_fixed(partials, words, alpha, rows, C, QN: tl.constexpr, LEVELS: tl.constexpr, LP: tl.constexpr,
+                    BR: tl.constexpr):  # fmt: skip
+    """The same from words [rows, 2, L] and the ends' float rows [rows, 8]; the tail is the last of these [8]."""
+    o_k = tl.arange(0, LP)
+    o_e = tl.arange(0, 8)
+    b_n = tl.zeros([BR, LP], tl.float64)
+    b_s = tl.zeros([BR, LP], tl.float64)
+    b_q = tl.zeros([BR, LP], tl.float64)
+    b_ends = tl.zeros([BR, 8], tl.float64)
+    for i_r in range(0, rows, BR):
+        o_r = i_r + tl.arange(0, BR)
+        m_r = (o_r < rows)[:, None]
+        p_r = words + o_r.to(tl.int64)[:, None] * (2 * LEVELS) + o_k[None, :]
+        m_k = m_r & (o_k < LEVELS)[None, :]  # [BR, LP]
+        b_word = tl.load(p_r, mask=m_k, other=0)
+        b_low = (b_word << (64 - COUNT_SHIFT)) >> (64 - COUNT_SHIFT)  # S, its sign extended
+        b_n += ((b_word - b_low) >> COUNT_SHIFT).to(tl.float64)
+        b_s += b_low.to(tl.float64)
+        b_q += tl.load(p_r + LEVELS, mask=m_k, other=0).to(tl.float64)
+        p_e = partials + o_r.to(tl.int64)[:, None] * 8 + o_e[None, :]
+        b_ends += tl.load(p_e, mask=m_r & (o_e >= 0)[None, :], other=0.0).to(tl.float64)
+    unit = _unit(alpha, C).to(tl.float64)
+    b_s = tl.sum(b_s, 0) * (unit / S_ONE)
+    b_q = tl.sum(b_q, 0) * (unit * unit / Q_ONE)
+    b_ends = tl.sum(b_ends, 0)  # [8]
+    ends = _column(b_ends, o_e, 1) + _column(b_ends, o_e, 3)
+    distance = _column(b_ends, o_e, 4)
+    # Inside the range only an infinite alpha makes d a NaN, and code 0 of it: fixed point holds none, sum |d| does.
+    poison = tl.where((tl.abs(ends) < float("inf")) & ~(tl.abs(distance) < float("inf")), distance, 0.0)
+    b_s += tl.where(o_k == -QN, poison, 0.0)
+    b_q += tl.where(o_k == -QN, poison, 0.0)
+    b_s += tl.where(o_k == 0, _column(b_ends, o_e, 0), 0.0)
+    b_q += tl.where(o_k == 0, _column(b_ends, o_e, 1), 0.0)
+    b_s += tl.where(o_k == LEVELS - 1, _column(b_ends, o_e, 2), 0.0)
+    b_q += tl.where(o_k == LEVELS - 1, _column(b_ends, o_e, 3), 0.0)
+    return tl.sum(b_n, 0), b_s, b_q, b_ends
+
+
+@triton.jit
+def _bins_kernel(
+    partials,  # [rows, 4, LP] float32; with words [rows, 8]
+    words,  # [rows, 2, L] int64, or None
+    alpha,  # [C]
+    loss,  # []
+    bins,  # [3 L + 2] float64
+    dloss_dalpha,  # [1], or None
+    rows,
+    C,
+    QN: tl.constexpr,
+    LEVELS: tl.constexpr,
+    LP: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """One program: the table of bins, L_BR = sum of Q_k / n_k, and for one step -2 * sum of k * S_k / n_k."""
+    o_k = tl.arange(0, LP)
+    m_k = o_k < LEVELS
+    if words is not None:
+        b_n, b_s, b_q, b_tail = _bin_sums_fixed(partials, words, alpha, rows, C, QN, LEVELS, LP, BR)
+        o_tail = tl.arange(0, 8) - 4
+    else:
+        b_n, b_s, b_q, b_tail = _bin_sums(partials, rows, LP, BR)
+        o_tail = o_k
+    tl.store(bins + o_k, b_n, mask=m_k)
+    tl.store(bins + LEVELS + o_k, b_s, mask=m_k)
+    tl.store(bins + 2 * LEVELS + o_k, b_q, mask=m_k)
+    tl.store(bins + 3 * LEVELS + o_tail, b_tail, mask=(o_tail >= 0) & (o_tail < 2))
+    b_n = tl.maximum(b_n, 1.0)
+    tl.store(loss, tl.sum(b_q / b_n, 0).to(tl.float32))
+    if dloss_dalpha is not None:
+        b_k = (QN + o_k).to(tl.float64)
+        tl.store(dloss_dalpha, (-2.0 * tl.sum(b_k / b_n * b_s, 0)).to(tl.float32))
+
+
+@triton.jit
+def _dloss_dalpha_kernel(
+    bins,  # [3 L + 2] float64
+    alpha,  # [C]
+    s_words,  # [L, C] int64: S_(k,c) inside the range, in units of alpha_c
+    s_ends,  # [n_splits, 2, C]: S_(k,c) of the lowest and the highest code
+    dloss_dalpha,  # [C]
+    C,
+    n_splits,
+    QN: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """-2 * sum over k of k * S_(k,c) / n_k, for a block of channels."""
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)  # [BC]
+    m_c = o_c < C
+    b_sum = tl.zeros([BC], tl.float64)
+    for k in range(1, LEVELS - 1):
+        n_k = tl.maximum(tl.load(bins + k), 1.0)
+        b_s = tl.load(s_words + tl.cast(k, tl.int64) * C + o_c, mask=m_c, other=0).to(tl.float64)  # [BC]
+        b_sum += (k + QN) / n_k * b_s
+    b_sum *= tl.load(alpha + o_c, mask=m_c, other=0.0).to(tl.float64) / S_ONE
+    b_low = tl.zeros([BC], tl.float64)
+    b_high = tl.zeros([BC], tl.float64)
+    for i_s in range(0, n_splits):
+        p_e = s_ends + tl.cast(i_s, tl.int64) * 2 * C + o_c
+        b_low += tl.load(p_e, mask=m_c, other=0.0).to(tl.float64)
+        b_high += tl.load(p_e + C, mask=m_c, other=0.0).to(tl.float64)
+    b_sum += QN / tl.maximum(tl.load(bins), 1.0) * b_low
+    b_sum += (QN + LEVELS - 1) / tl.maximum(tl.load(bins + LEVELS - 1), 1.0) * b_high
+    tl.store(dloss_dalpha + o_c, (-2.0 * b_sum).to(tl.float32), mask=m_c)

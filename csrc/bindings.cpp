@@ -2,7 +2,6 @@
 // Arguments are checked and explained in Python; the checks here keep a raw call from touching memory out of bounds.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -88,7 +87,7 @@ struct Call {
 
   Call(const Tensor& x_, const Tensor& alpha_, int64_t qn, int64_t qp, bool binary, int64_t channel_axis, bool relu,
        double clip)
-      : x(x_), alpha(alpha_.is_contiguous() ? alpha_ : torch::stable::contiguous(alpha_)) {
+      : x(x_), alpha(alpha_) {
     STD_TORCH_CHECK(qn <= qp && qp - qn < kMaxLevels && -kMaxCode <= qn && qp <= kMaxCode, "qn=", qn, ", qp=", qp,
                     ": expected qn <= qp, at most ", kMaxLevels, " levels, and codes within ", kMaxCode);
     STD_TORCH_CHECK(!binary || (qn == -1 && qp == 1), "binary with qn=", qn, ", qp=", qp, ": expected -1 and 1");
@@ -107,8 +106,9 @@ struct Call {
     layout.inner = layout.channels == 1 ? std::max<int64_t>(layout.numel, 1) : std::max<int64_t>(x.stride(channel_axis), 1);
     quant = {float(qn), float(qp), binary, relu, float(clip)};
     same_device("alpha", alpha);
-    STD_TORCH_CHECK(dtype_of(alpha) == aoti_torch_dtype_float32() && alpha.numel() == layout.channels,
-                    "alpha has ", alpha.numel(), " elements: expected ", layout.channels, " of float32");
+    STD_TORCH_CHECK(dtype_of(alpha) == aoti_torch_dtype_float32() && alpha.numel() == layout.channels &&
+                        alpha.is_contiguous(),
+                    "alpha has ", alpha.numel(), " elements: expected ", layout.channels, " of float32, contiguous");
   }
 
   void same_device(const char* name, const Tensor& t) const {

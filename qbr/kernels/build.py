@@ -44,7 +44,8 @@ _LOOP_FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-c
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512cd", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 # The loops' copies by instruction set; their names are cpu_loops.h's.
-_LOOPS = {"baseline": (), "avx2": _AVX2, "avx512": _AVX512} if platform.machine() in ("x86_64", "AMD64") else {"baseline": ()}
+_X86 = platform.machine() in ("x86_64", "AMD64")
+_LOOPS = {"baseline": (), "avx2": _AVX2, "avx512": _AVX512} if _X86 else {"baseline": ()}
 # A100 and its kin, H100, and PTX for what comes after.
 _ARCHS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
 _NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
@@ -162,7 +163,7 @@ def sources_hash(sources: Path, cuda: bool) -> str:
     """Identifies the sources and how they are compiled; a library with another hash is out of date."""
     digest = hashlib.sha256()
     for path in sorted(sources.iterdir()):
-        if path.suffix in (".cpp", ".h") or (cuda and path.suffix in (".cu", ".cuh")):
+        if path.is_file() and (cuda or not path.name.startswith("cuda")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     flags = (_TARGET, _CXX_FLAGS, _LOOP_FLAGS, _LOOPS, *((_ARCHS, _NVCC_FLAGS) if cuda else ()))
     digest.update(repr(flags).encode())
@@ -219,9 +220,8 @@ class _Done:
 
 def _run(command: list[str]) -> _Done:
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
+        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        done = subprocess.run(command, text=True, errors="replace", **both)
     except OSError as error:
         return _Done(command, 127, str(error))
     return _Done(command, done.returncode, done.stdout)
@@ -233,7 +233,7 @@ def _compile_commands(p: Plan, out: Path, with_cuda: bool) -> dict[str, list[str
     torch = [_TARGET, "-isystem", str(p.torch.root / "include")]
     commands = {
         "bindings": [*cxx, *torch, *(["-DQBR_WITH_CUDA"] if with_cuda else []), str(p.sources / "bindings.cpp")],
-        "cpu": [*cxx, *torch, *(["-DQBR_X86_LOOPS"] if len(_LOOPS) > 1 else []), str(p.sources / "cpu.cpp")],
+        "cpu": [*cxx, *torch, *(["-DQBR_X86_LOOPS"] if _X86 else []), str(p.sources / "cpu.cpp")],
     }
     for isa, flags in _LOOPS.items():
         name = f"loops_{isa}"

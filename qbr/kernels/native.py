@@ -51,7 +51,8 @@ def _load() -> build.Built:
             try:
                 torch.ops.load_library(str(built.path))
             except OSError as error:
-                raise RuntimeError(f"{built.path} cannot be loaded ({error}): delete it, and it is built anew") from error
+                message = f"{built.path} cannot be loaded ({error}): delete it, and it is built anew"
+                raise RuntimeError(message) from error
         except BackendUnavailable:
             raise
         except RuntimeError as error:

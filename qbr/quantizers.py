@@ -67,9 +67,10 @@ class LSQQuantizer(nn.Module):
             raise ValueError(f"channels={channels} with spec.channel_axis={spec.channel_axis}: expected 1")
         self.spec = spec
         self.kind = kind
+        self.initial_alpha = float(initial_alpha)
         self.collecting = False
         self.br_to_alpha: bool | str = False
-        self.alpha = nn.Parameter(torch.full((channels,), float(initial_alpha), dtype=torch.float32, device=device))
+        self.alpha = nn.Parameter(torch.full((channels,), self.initial_alpha, dtype=torch.float32, device=device))
         self.register_buffer("init_state", torch.zeros(1, dtype=torch.float32, device=device))
         # init_state's value on the host: reading the buffer in forward would wait for the device.
         self._initialised = False
@@ -152,8 +153,10 @@ class LSQQuantizer(nn.Module):
         self.init_state.fill_(1)
         self._initialised = True
 
-    def reset(self) -> None:
-        """Let the next training forward set alpha from its data again."""
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set alpha to what it was before data, and let the next training forward set it from data again."""
+        self.alpha.fill_(self.initial_alpha)
         self.init_state.zero_()
         self._initialised = False
 

@@ -51,7 +51,7 @@ def _devices(values) -> set[str]:
             isinstance(v, torch.device)}  # fmt: skip
 
 
-class no_host_reads:  # noqa: N801 (a context manager)
+class no_host_reads:
     """Inside, a read of a tensor's value by the host is an error (``count=True``: is counted in ``reads``)."""
 
     def __init__(self, count: bool = False) -> None:

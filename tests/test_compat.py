@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import gc
 import inspect
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +16,10 @@ from torch import nn
 import qbr
 from qbr import ActivationHookManager, BinRegularizer, grad_scale, round_pass
 
-NAMES = (
-    "grad_scale round_pass LSQ_WeightQuantizer LSQ_ActivationQuantizer QuantizedConv2d QuantizedLinear "
-    "QuantizedClippedReLU BinRegularizer ActivationHookManager"
-).split()
+NAMES = [
+    "grad_scale", "round_pass", "LSQ_WeightQuantizer", "LSQ_ActivationQuantizer", "QuantizedConv2d", "QuantizedLinear",
+    "QuantizedClippedReLU", "BinRegularizer", "ActivationHookManager",
+]  # fmt: skip
 
 # Positional parameters and their defaults, as predecessor code may pass them.
 SIGNATURES = {
@@ -216,3 +218,14 @@ def test_a_predecessor_training_step():
             optimizer.step()
             losses.append(w_info["avg_loss"] + a_info["avg_loss"])
     assert losses[-1] < losses[0]
+
+
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[1] / "docs" / "drop_in.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "docs/drop_in.md", "exec"), names)
+    assert names["br"].weights.item() > 0

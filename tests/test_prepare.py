@@ -15,7 +15,9 @@ from qbr import QATConfig, prepare
 
 def _model():
     return nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular", bias=False), nn.BatchNorm2d(4), nn.ReLU(True)),
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular", bias=False), nn.BatchNorm2d(4), nn.ReLU(True)
+        ),
         nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.ReLU6()),
         nn.Flatten(),
         nn.Linear(4 * 36, 5),
@@ -109,12 +111,12 @@ def test_subclasses_are_left_alone():
 @pytest.mark.parametrize(
     "model,config,message",
     [
-        (_model(), dict(weight_bits=None, act_bits=32), "nothing to quantize"),
-        (_model(), dict(skip=["0.0", "layer9*"]), r"skip=\['layer9\*'\]"),
-        (nn.Linear(2, 2), dict(), "act_bits=2: no ReLU or ReLU6 module to quantize"),
-        (nn.ReLU(), dict(), "weight_bits=2: no Conv2d or Linear"),
-        (_model(), dict(skip=["*.0", "3"]), "all 3 are skipped"),
-        (nn.Sequential(), dict(), "weight_bits=2"),
+        (_model(), {"weight_bits": None, "act_bits": 32}, "nothing to quantize"),
+        (_model(), {"skip": ["0.0", "layer9*"]}, r"skip=\['layer9\*'\]"),
+        (nn.Linear(2, 2), {}, "act_bits=2: no ReLU or ReLU6 module to quantize"),
+        (nn.ReLU(), {}, "weight_bits=2: no Conv2d or Linear"),
+        (_model(), {"skip": ["*.0", "3"]}, "all 3 are skipped"),
+        (nn.Sequential(), {}, "weight_bits=2"),
     ],
 )
 def test_refused(model, config, message):
@@ -133,11 +135,11 @@ def test_twice():
 @pytest.mark.parametrize(
     "config,error,message",
     [
-        (dict(weight_bits=0), ValueError, "weight_bits=0"),
-        (dict(act_bits=16), ValueError, "act_bits=16"),
-        (dict(act_bits=2.5), TypeError, "act_bits=2.5"),
-        (dict(clip=0), ValueError, "clip=0"),
-        (dict(skip="conv1"), TypeError, "skip='conv1'"),
+        ({"weight_bits": 0}, ValueError, "weight_bits=0"),
+        ({"act_bits": 16}, ValueError, "act_bits=16"),
+        ({"act_bits": 2.5}, TypeError, "act_bits=2.5"),
+        ({"clip": 0}, ValueError, "clip=0"),
+        ({"skip": "conv1"}, TypeError, "skip='conv1'"),
     ],
 )
 def test_bad_config(config, error, message):

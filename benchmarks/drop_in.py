@@ -40,7 +40,9 @@ def tensor_rows(device: str, log2_sizes: list[int], repeats: int) -> list[dict]:
                 torch.autograd.backward([xhat, loss], [grad, torch.ones_like(loss)])
 
             def eager():
-                return predecessor.fake_quantize(x, alpha, spec.qn, spec.qp), predecessor.bin_loss(x, alpha, spec.qn, spec.qp)[0]
+                return predecessor.fake_quantize(x, alpha, spec.qn, spec.qp), predecessor.bin_loss(
+                    x, alpha, spec.qn, spec.qp
+                )[0]
 
             def drop_in():
                 return (

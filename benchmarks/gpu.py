@@ -1,4 +1,4 @@
-"""Everything that only a GPU can settle, in one command: build, parity, memory checker, microbenchmarks, profile, training.
+"""Everything that only a GPU can settle, in one command: build, parity, memory checker, benchmarks, training.
 
     python benchmarks/gpu.py --output DIR [--data CIFAR_FOLDER] [--only STAGE ...] [--minutes 10]
 
@@ -42,10 +42,25 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
         "parity": [[PY, *parity, str(out / "parity.xml"), "tests", *mark]],
         "memory": memory,
         "kernels": [[PY, "benchmarks/kernels.py", *bench, "--output", str(out / "kernels.json")]],
-        "drop_in": [[PY, "benchmarks/drop_in.py", *bench, "--output", str(out / "drop_in.json"), "--batch", "128" if on_gpu else "2"]],
+        "drop_in": [
+            [
+                PY,
+                "benchmarks/drop_in.py",
+                *bench,
+                "--output",
+                str(out / "drop_in.json"),
+                "--batch",
+                "128" if on_gpu else "2",
+            ]
+        ],
         "profile": [[PY, "benchmarks/profile_kernels.py", "--device", device, "--output", str(out / "profile.txt")]],
         "training": [
-            [*train, "--output-dir", str(out / "w2a2"), *(["--warmup-epochs", "5", "--qat-epochs", "15"] if on_gpu else ["--quick"])],
+            [
+                *train,
+                "--output-dir",
+                str(out / "w2a2"),
+                *(["--warmup-epochs", "5", "--qat-epochs", "15"] if on_gpu else ["--quick"]),
+            ],
             *([[*train, "--output-dir", str(out / "w2a2-freeze"), "--freeze-alpha", *short]] if on_gpu else []),
         ],
     }
@@ -57,7 +72,11 @@ def run(command: list[str], log, deadline: float) -> int:
     log.flush()
     try:
         done = subprocess.run(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=max(deadline - time.time(), 1),
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=max(deadline - time.time(), 1),
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
         )
         return done.returncode
@@ -71,7 +90,9 @@ def run(command: list[str], log, deadline: float) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=None, help="an image folder or torchvision root; default: the bundled subset")
+    parser.add_argument(
+        "--data", type=Path, default=None, help="an image folder or torchvision root; default: the bundled subset"
+    )
     parser.add_argument("--only", nargs="+", default=None, metavar="STAGE")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop cleanly before this many minutes are over")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -83,9 +104,12 @@ def main() -> None:
     unknown = set(args.only or ()) - plan.keys()
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(plan)}")
-    commit = os.environ.get("QBR_COMMIT") or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    commit = (
+        os.environ.get("QBR_COMMIT")
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+    )
     record_path = out / "stages.json"
     record = json.loads(record_path.read_text()) if record_path.exists() else {}
     for stage in args.only or plan:
@@ -99,7 +123,12 @@ def main() -> None:
         with open(out / f"{stage}.log", "a") as log:
             codes = [run(command, log, deadline) for command in plan[stage]]
         status = "ok" if not any(codes) else "stopped by the time limit" if 124 in codes else f"failed: exit {codes}"
-        record[stage] = {"status": status, "commit": commit, "device": args.device, "seconds": round(time.time() - start, 1)}
+        record[stage] = {
+            "status": status,
+            "commit": commit,
+            "device": args.device,
+            "seconds": round(time.time() - start, 1),
+        }
         partial = record_path.with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1) + "\n")
         partial.replace(record_path)

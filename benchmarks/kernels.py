@@ -49,7 +49,11 @@ def rows_of(device: str, backend: str, dtype: torch.dtype, bits: int, log2_size:
         name: round(r["median_s"] / result["limit_bwd" if "bwd" in name else "limit_fwd"]["median_s"], 3)
         for name, r in result.items()
     }
-    print(f"{backend:9} {str(dtype)[6:]:9} {bits} bits 2^{log2_size}: " + ", ".join(f"{k} {v}x" for k, v in ratio.items()), flush=True)
+    print(
+        f"{backend:9} {str(dtype)[6:]:9} {bits} bits 2^{log2_size}: "
+        + ", ".join(f"{k} {v}x" for k, v in ratio.items()),
+        flush=True,
+    )
     facts = {"backend": backend, "dtype": str(dtype)[6:], "bits": bits, "log2_size": log2_size, "device": device}
     return {**facts, "ratio_to_limit": ratio, **result}
 

@@ -1,4 +1,4 @@
-"""How everything here is timed and recorded: side by side in one process, alternating, medians, with the facts of the run."""
+"""How everything here is timed and recorded: side by side in one process, alternating, medians."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def environment(device: str) -> dict:
     commit = _git("rev-parse", "--short", "HEAD") or "unknown"
     return {
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "commit": commit + ("+changes" if _git("status", "--porcelain", "--", "qbr", "csrc", "benchmarks/*.py") else ""),
+        "commit": commit
+        + ("+changes" if _git("status", "--porcelain", "--", "qbr", "csrc", "benchmarks/*.py") else ""),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware,
         "threads": torch.get_num_threads(),

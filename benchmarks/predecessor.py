@@ -82,7 +82,7 @@ class Linear(nn.Linear):
 
 
 class ReLU(nn.Module):
-    """ReLU, then quantization; the activation of every call stays alive until clear() (the predecessor keeps the last)."""
+    """ReLU, then quantization; keeps the activation of every call (the predecessor keeps the last one's)."""
 
     def __init__(self, qp: int):
         super().__init__()

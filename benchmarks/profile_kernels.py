@@ -1,6 +1,6 @@
 """Time on the device, kernel by kernel, of one fused forward and backward per backend and of one training step.
 
-    python benchmarks/profile_kernels.py --output FILE [--device cuda|cpu]
+python benchmarks/profile_kernels.py --output FILE [--device cuda|cpu]
 """
 
 from __future__ import annotations

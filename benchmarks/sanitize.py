@@ -1,4 +1,4 @@
-"""Small calls of every op for a memory checker: all ways to quantize, odd sizes, misaligned offsets, NaN, hostile steps.
+"""Small calls of every op for a memory checker: odd sizes, misaligned offsets, NaN, hostile steps.
 
     compute-sanitizer --tool memcheck python benchmarks/sanitize.py --device cuda --backends native
 

@@ -55,7 +55,7 @@ class QuantSpec:
         if self.qn > self.qp:
             raise ValueError(f"qn={self.qn} > qp={self.qp}: expected qn <= qp")
         if self.qp - self.qn + 1 > MAX_LEVELS:
-            raise ValueError(f"qn={self.qn}, qp={self.qp}: {self.qp - self.qn + 1} levels, expected at most {MAX_LEVELS}")
+            raise ValueError(f"qn={self.qn}, qp={self.qp}: {self.num_slots} levels, expected at most {MAX_LEVELS}")
 
     @property
     def binary(self) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from cases import SPECS, Case, step_for
 
-import oracle
 from qbr import QuantSpec
 from qbr import functional as F
 

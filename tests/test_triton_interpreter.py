@@ -22,7 +22,18 @@ def test_parity_in_the_interpreter(part):
     select = f"triton-cpu and ({part})" if part.startswith("not") else f"test_parity and triton-cpu and {part}-"
     if part == "f16":
         select += " and not bf16"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / "test_parity.py"), "-k", select]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        str(TESTS / "test_parity.py"),
+        "-k",
+        select,
+    ]
     child = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     closing = child.stdout.strip().splitlines()[-1] if child.stdout.strip() else child.stderr[-2000:]
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]

@@ -109,7 +109,8 @@ def backends() -> BackendTable:
         table[name] = {}
         for device_type in ("cpu", "cuda"):
             if device_type == "cuda" and not torch.cuda.is_available():
-                table[name]["cuda"] = "torch sees no CUDA device" + ("" if torch.version.cuda else " (a CPU-only build)")
+                build = "" if torch.version.cuda else " (a CPU-only build)"
+                table[name]["cuda"] = f"torch sees no CUDA device{build}"
                 continue
             try:
                 module(name).load(device_type)

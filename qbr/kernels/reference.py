@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -58,21 +57,31 @@ def _sum_per_step(t: Tensor, channel_axis: int) -> Tensor:
     return t.sum(dims, dtype=torch.float64).reshape(-1) if dims else t.to(torch.float64).reshape(-1)
 
 
+def _sum_per_bin(slot: Tensor, t: Tensor, bins: int) -> Tensor:
+    """The sum of t over each slot, [bins] float64, the same bits on every run."""
+    if t.is_cuda:  # index_add_ adds there in an order of its own each time
+        return torch.stack([torch.where(slot == k, t, 0.0).sum(dtype=torch.float64) for k in range(bins)])
+    return t.new_zeros(bins, dtype=torch.float64).index_add_(0, slot.reshape(-1), t.reshape(-1).to(torch.float64))
+
+
+def _slot(q: _Quantized, qn: int) -> Tensor:
+    """code - qn as an index; a NaN counts in the lowest bin, with a NaN distance."""
+    return torch.where(q.b.isnan(), float(qn), q.b).sub(qn).long()
+
+
 def _bin_sums(q: _Quantized, qn, qp, channel_axis, per_step: bool) -> tuple[Tensor, Tensor | None]:
     """bins [3 * L + 2] = n_k, S_k, Q_k, sum |d|, count of |d| < 0.01 alpha; and S_(k,c) [L, C] if per_step."""
-    slot = torch.where(q.b.isnan(), float(qn), q.b)  # NaN counts in the lowest bin, with a NaN distance
-    n, s, sq, s_step = [], [], [], []
-    for k in range(qn, qp + 1):
-        in_bin = slot == k
-        d_k = torch.where(in_bin, q.d, 0.0)
-        n.append(in_bin.sum(dtype=torch.float64))
-        s.append(d_k.sum(dtype=torch.float64))
-        sq.append(d_k.square().sum(dtype=torch.float64))
-        if per_step:
-            s_step.append(_sum_per_step(d_k, channel_axis))
+    levels = qp - qn + 1
+    slot = _slot(q, qn)
+    sums = [_sum_per_bin(slot, t, levels) for t in (torch.ones_like(q.d), q.d, q.d.double().square())]
     distance = q.d.abs()
     tail = [distance.sum(dtype=torch.float64), (distance < 0.01 * q.step).sum(dtype=torch.float64)]
-    return torch.stack(n + s + sq + tail), torch.stack(s_step) if per_step else None
+    bins = torch.cat([*sums, torch.stack(tail)])
+    if not per_step:
+        return bins, None
+    if channel_axis < 0:
+        return bins, sums[1][:, None]
+    return bins, torch.stack([_sum_per_step(torch.where(slot == k, q.d, 0.0), channel_axis) for k in range(levels)])
 
 
 def _loss(bins: Tensor, levels: int, dtype) -> Tensor:
@@ -93,8 +102,7 @@ def _dloss_dalpha(bins: Tensor, s_step: Tensor | None, alpha: Tensor, qn: int, q
 def _bin_loss_dy(q: _Quantized, bins: Tensor, grad_loss: Tensor, qn: int, qp: int) -> Tensor:
     """grad_loss * 2 * d_i / n_(b_i), through a table over the codes."""
     table = (2.0 * grad_loss.to(torch.float64) / bins[: qp - qn + 1].clamp(min=1)).to(q.d.dtype)
-    slot = torch.where(q.b.isnan(), float(qn), q.b) - qn
-    return table[slot.long()] * q.d
+    return table[_slot(q, qn)] * q.d
 
 
 def _lsq_dy_dalpha(q: _Quantized, grad_xhat: Tensor, alpha: Tensor, channel_axis: int, grad_scale: float):

@@ -147,7 +147,7 @@ def check_alpha(alpha, x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"alpha is on {alpha.device} and x on {x.device}: move alpha with alpha.to(x.device)")
     if not alpha.is_floating_point():
         raise TypeError(f"alpha is a {alpha.dtype} tensor: expected {dtype}")
-    return alpha.to(dtype).reshape(channels)
+    return alpha.to(dtype).reshape(channels).contiguous()
 
 
 class _LSQ(torch.autograd.Function):

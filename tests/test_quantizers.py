@@ -335,6 +335,7 @@ def _rank_data(rank):
     return _x(10 + 20 * rank, seed=rank).abs() * (1 + 9 * rank)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 def test_two_processes_get_the_same_alpha(tmp_path):
     context = torch.multiprocessing.get_context("spawn")

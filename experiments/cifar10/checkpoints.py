@@ -1,0 +1,83 @@
+"""Checkpoints: written whole, read without running code, from this project, from its predecessor, or bare."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .files import UserError, atomic_write
+
+REMEDY = "name a checkpoint that cifar10_baseline.py or the predecessor wrote, or a state_dict saved with torch.save"
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """torch.save by atomic_write: the file at ``path`` is always a whole checkpoint, the old one or the new."""
+    with atomic_write(path) as file:
+        torch.save(state, file)
+
+
+def load(path: Path, flag: str) -> dict[str, Any]:
+    """The dict that ``path`` holds, on the CPU.
+
+    Loaded with weights_only=True: a checkpoint cannot run code. argparse.Namespace, which the predecessor's
+    checkpoints carry, is let through: it only holds values.
+
+    Raises:
+        UserError: naming ``flag``, the file, what is wrong with it and the remedy.
+    """
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: {'a folder' if path.is_dir() else 'no such file'}; {REMEDY}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{flag} {path}: truncated, or not a checkpoint ({reason[:160]}); {REMEDY}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{flag} {path}: holds a {type(state).__name__}, not a checkpoint; {REMEDY}")
+    return state
+
+
+def model_state(checkpoint: dict[str, Any], path: Path, flag: str) -> dict[str, Tensor]:
+    """The model's state_dict in ``model_state_dict``, in ``state_dict``, or the checkpoint itself being one."""
+    state = checkpoint.get("model_state_dict", checkpoint.get("state_dict", checkpoint))
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{flag} {path}: holds no model_state_dict, state_dict or bare state_dict; {REMEDY}")
+    return {name.removeprefix("module."): value for name, value in state.items()}  # DataParallel's prefix
+
+
+def load_float(model: nn.Module, model_name: str, path: Path, flag: str = "--pretrained-baseline") -> None:
+    """Load a float checkpoint into ``model``, every entry of it.
+
+    Raises:
+        UserError: for a file that is no checkpoint, or one of another architecture.
+    """
+    checkpoint = load(path, flag)
+    state = model_state(checkpoint, path, flag)
+    if any(name.endswith("quantizer.alpha") for name in state):
+        raise UserError(f"{flag} {path}: a quantized model; name the float baseline it was made from")
+    expected = model.state_dict()
+    differing = [
+        f"{name} is {_shape(state.get(name))}, expected {_shape(expected.get(name))}"
+        for name in {**expected, **state}
+        if _shape(state.get(name)) != _shape(expected.get(name))
+    ]
+    if differing:
+        args = checkpoint.get("args")
+        was = (vars(args) if isinstance(args, argparse.Namespace) else args or {}).get("model")
+        known = f"it was trained with --model {was}; " if was and was != model_name else ""
+        raise UserError(
+            f"{flag} {path}: not a {model_name} of this data's classes: {known}{len(differing)} of {len(expected)} "
+            f"entries differ ({differing[0]}); set --model to what it holds"
+        )
+    model.load_state_dict(state)
+
+
+def _shape(value: Tensor | None) -> str:
+    return "absent" if value is None else str(tuple(value.shape))

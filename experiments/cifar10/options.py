@@ -1,0 +1,190 @@
+"""The flags of both scripts: definition, --quick and --resume defaults, and every check that needs no file."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .files import UserError
+from .models import MODELS
+
+FLOAT_BITS = 32
+_NOT_GIVEN = object()
+# What --quick changes. Rates, epochs and lambdas were chosen on the packed subset, for about two minutes on 2 cores.
+QUICK_BASELINE = {"model": "resnet20", "epochs": 3, "batch_size": 64, "output_dir": Path("runs/quick-baseline")}
+QUICK_QAT = {
+    "model": "resnet20",
+    "warmup_epochs": 1,
+    "qat_epochs": 3,
+    "batch_size": 64,
+    "output_dir": Path("runs/quick"),
+}
+# Flags that may differ between a run and its resumption: they change no number.
+FREE_ON_RESUME = {"output_dir", "resume", "overwrite", "gpu", "tensorboard", "download"}
+
+
+def baseline_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train a float ResNet on CIFAR-10.")
+    parser.add_argument("--epochs", type=int, default=200)
+    _add_common(parser, lr=0.1)
+    parser.set_defaults(_quick=QUICK_BASELINE)
+    return parser
+
+
+def qat_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Quantization-aware training of a CIFAR-10 ResNet: LSQ, then LSQ with bin regularization (BR)."
+    )
+    parser.add_argument("--pretrained-baseline", type=Path, metavar="FILE", help="float checkpoint to start from")
+    parser.add_argument("--num-bits", type=int, help="bits of weights and activations; overrides the next two")
+    parser.add_argument("--num-bits-weight", type=int, default=2, help="1 to 8; 32 leaves weights in float")
+    parser.add_argument("--num-bits-act", type=int, default=2, help="1 to 8; 32 leaves activations in float")
+    parser.add_argument("--clip-value", type=_number_or_none, help="upper clip of every ReLU; None (default) for none")
+    parser.add_argument("--lambda-br", type=float, default=1.0, help="strength of BR on weights")
+    parser.add_argument("--lambda-br-act", type=float, default=1.0, help="strength of BR on activations")
+    parser.add_argument("--warmup-epochs", type=int, default=30, help="first epochs, without BR")
+    parser.add_argument("--qat-epochs", type=int, default=100, help="all epochs, warm-up included")
+    parser.add_argument("--freeze-alpha", action="store_true", help="alphas stay put once warm-up ends")
+    parser.add_argument("--freeze-weight-alpha", action="store_true", help="the same for weights' alphas alone")
+    parser.add_argument("--freeze-act-alpha", action="store_true", help="the same for activations' alphas alone")
+    for flag, whose in (("", "weights'"), ("-act", "activations'")):
+        parser.add_argument(
+            f"--br-backprop-to-alpha{flag}",
+            nargs="?",
+            const=True,
+            default=False,
+            type=_scaled,
+            metavar="scaled",
+            help=f"BR moves {whose} alphas too; 'scaled': times LSQ's gradient scale",
+        )
+    _add_common(parser, lr=0.01)
+    parser.set_defaults(_quick=QUICK_QAT)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, lr: float) -> None:
+    add = parser.add_argument
+    add("--model", choices=sorted(MODELS), default="resnet18")
+    add("--data", type=Path, metavar="DIR", help="torchvision root or image folders; default: the packed subset")
+    add("--download", action="store_true", help="fetch CIFAR-10 into --data (default ./data) with torchvision")
+    add("--val-fraction", type=float, default=0.1, help="share of the training set held out to choose the best epoch")
+    add("--limit", type=int, metavar="N", help="keep N images of every class and split, for trials")
+    add("--batch-size", type=int, default=128)
+    add("--lr", type=float, default=lr)
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=5e-4)
+    add("--gpu", type=int, default=0, help="CUDA device; the CPU where there is none, or with -1")
+    add("--seed", type=int, default=42)
+    add("--amp", choices=("none", "bf16"), default="none", help="bf16: autocast of the network to bfloat16")
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory format; faster so")
+    add("--output-dir", type=Path, metavar="DIR", help="required, but with --quick")
+    add("--resume", action="store_true", help="continue the run in --output-dir; flags left out are taken from it")
+    add("--overwrite", action="store_true", help="replace the run in --output-dir")
+    add("--tensorboard", action="store_true", help="also write TensorBoard logs")
+    add("--quick", action="store_true", help="a small run on the packed subset, minutes on 2 cores")
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+def _scaled(text: str) -> str:
+    if text != "scaled":
+        raise argparse.ArgumentTypeError(f"{text!r}: give no value, or 'scaled'")
+    return text
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
+    """Options with --quick's values in the place of defaults, and the names of those that were given.
+
+    Raises:
+        UserError: for a value that cannot be, naming the flag. Unknown flags end in argparse's own message.
+    """
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    seen = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN))))
+    given = {name for name in names if seen[name] is not _NOT_GIVEN}
+    values = {name: parser.get_default(name) for name in names}
+    if "quick" in given:
+        values.update(seen["_quick"])
+    values.update({name: seen[name] for name in given})
+    options = argparse.Namespace(**values)
+    if options.download and options.data is None:
+        options.data = Path("data")
+    if getattr(options, "num_bits", None) is not None:
+        options.num_bits_weight = options.num_bits_act = options.num_bits
+    check(options)
+    return options, given
+
+
+def plain(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as numbers, strings, booleans and None: what checkpoints and results.json hold."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def resumed(options: argparse.Namespace, given: set[str], saved: dict[str, Any]) -> argparse.Namespace:
+    """The options of a run that goes on: ``saved``, unless a flag that was given contradicts it.
+
+    Raises:
+        UserError: listing the flags that differ.
+    """
+    now = plain(options)
+    names = given - FREE_ON_RESUME
+    if "num_bits" in names:
+        names |= {"num_bits_weight", "num_bits_act"}
+    differing = sorted(name for name in names if now[name] != saved.get(name))
+    if differing:
+        listed = ", ".join(f"{_flag(name)} {now[name]} (was {saved.get(name)})" for name in differing)
+        raise UserError(f"--resume: {listed}: a run goes on as it began; leave these out, or start another run")
+    keep = {name: getattr(options, name) for name in FREE_ON_RESUME}
+    values = {**vars(options), **saved, **keep}
+    for name in ("data", "pretrained_baseline"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name])
+    return argparse.Namespace(**values)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for a value, or a pair of values, that cannot be trained with."""
+    o = options
+
+    def require(name: str, holds, expected: str) -> None:
+        value = getattr(o, name, None)
+        if value is not None and not holds(value):
+            raise UserError(f"{_flag(name)} {value}: expected {expected}")
+
+    def positive(value: float) -> bool:
+        return math.isfinite(value) and value > 0
+
+    def not_negative(value: float) -> bool:
+        return math.isfinite(value) and value >= 0
+
+    for name in ("num_bits", "num_bits_weight", "num_bits_act"):
+        require(name, lambda bits: 1 <= bits <= 8 or bits == FLOAT_BITS, f"1 to 8, or {FLOAT_BITS} for float")
+    for name in ("epochs", "qat_epochs", "batch_size", "limit"):
+        require(name, lambda count: count >= 1, "1 or more")
+    for name in ("lr", "clip_value"):
+        require(name, positive, "a positive number")
+    for name in ("lambda_br", "lambda_br_act", "weight_decay", "warmup_epochs", "seed"):
+        require(name, not_negative, "0 or more")
+    for name in ("momentum", "val_fraction"):
+        require(name, lambda share: 0 <= share < 1, "0 or more, below 1")
+    require("gpu", lambda index: index >= -1, "the index of a CUDA device, or -1 for the CPU")
+    if hasattr(o, "qat_epochs"):
+        if o.warmup_epochs > o.qat_epochs:
+            raise UserError(
+                f"--warmup-epochs {o.warmup_epochs} is beyond --qat-epochs {o.qat_epochs}, the total with warm-up: "
+                "lower the first or raise the second"
+            )
+        if o.num_bits_weight == o.num_bits_act == FLOAT_BITS:
+            raise UserError("--num-bits-weight 32 --num-bits-act 32 quantize nothing: use cifar10_baseline.py")
+    if o.output_dir is None:
+        raise UserError("--output-dir is missing: name the folder for this run (only --quick has a default)")
+    if o.resume and o.overwrite:
+        raise UserError("--resume and --overwrite: choose one")

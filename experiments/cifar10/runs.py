@@ -1,0 +1,371 @@
+"""A run from its flags to its report: checks, training, checkpoints, results.json, and the final test."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import qbr
+from qbr import kernels
+
+from . import checkpoints, data, histograms, logs, report
+from .engine import Trainer, TrainingDiverged
+from .files import UserError, check_writable, write_json
+from .models import MODELS
+from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, parse, plain, resumed
+
+BASELINE, QAT = "cifar10_baseline", "cifar10_qat_br"
+_RESUMABLE = {"epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "rng", "history", "args"}
+
+
+def cli(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | None = None) -> int:
+    """Run one script: 0 done, 2 for input that cannot be used (nothing was written), 1 diverged, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        options, given = parse(parser, argv)
+        Run(script, options, given, shlex.join(["python", f"experiments/{script}.py", *argv])).go()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingDiverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+class Run:
+    """One training run in one output folder. Making it checks everything and writes nothing; go() trains.
+
+    Args:
+        script: BASELINE or QAT.
+        options: as parse() gives them.
+        given: names of the flags that were given, for --resume.
+        command: what was typed, for results.json.
+        parent: the run that this one is the first part of; it has chosen the device and loaded the data.
+
+    Raises:
+        UserError: for anything that stands in the way of training.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        options: argparse.Namespace,
+        given: set[str],
+        command: str,
+        parent: Run | None = None,
+    ) -> None:
+        self.script, self.command = script, command
+        self.folder = options.output_dir
+        self.best_path, self.last_path = (self.folder / "checkpoints" / f"{name}.pth" for name in ("best", "last"))
+        check_writable(self.folder)
+        self.state = self._state_to_resume(options)
+        self.options = options = resumed(options, given, self.state["args"]) if self.state else options
+        if options.tensorboard:
+            logs.check_installed()
+        self.device = parent.device if parent else pick_device(options.gpu)
+        self.splits = (
+            parent.splits
+            if parent
+            else data.load(
+                options.data, download=options.download, val_fraction=options.val_fraction, limit=options.limit
+            )
+        )
+        torch.manual_seed(options.seed)
+        self.model = MODELS[options.model](len(self.splits.classes))
+        self.epochs = options.epochs if script == BASELINE else options.qat_epochs
+        self.first_run = None  # the float baseline that --quick trains before
+        if script == QAT and self.state is None:
+            if options.pretrained_baseline is not None:
+                checkpoints.load_float(self.model, options.model, options.pretrained_baseline)
+            elif options.quick:
+                self.first_run = self._quick_baseline()
+
+    def _state_to_resume(self, options: argparse.Namespace) -> dict[str, Any] | None:
+        if not self.last_path.exists():
+            if options.resume:
+                print(f"{self.last_path} is not there yet: starting from the beginning")
+            return None
+        if not options.resume:
+            if options.overwrite:
+                return None
+            raise UserError(
+                f"--output-dir {self.folder} holds a run: --resume continues it, --overwrite replaces it, or name "
+                "another folder"
+            )
+        state = checkpoints.load(self.last_path, "--resume")
+        if not _RESUMABLE <= set(state) or state.get("script") != self.script:
+            raise UserError(f"--resume {self.last_path}: not a checkpoint of {self.script}.py; name its --output-dir")
+        return state
+
+    def _quick_baseline(self) -> Run:
+        """The float run that --quick starts from, in baseline/ under this one's folder."""
+        values = vars(parse(baseline_parser(), ["--quick"])[0])
+        values.update({name: value for name, value in vars(self.options).items() if name in values})
+        values.update({name: QUICK_BASELINE[name] for name in ("epochs", "batch_size")})
+        values.update({"lr": baseline_parser().get_default("lr"), "output_dir": self.folder / "baseline"})
+        return Run(BASELINE, argparse.Namespace(**values), set(), self.command, self)
+
+    def go(self) -> dict[str, Any]:
+        """Train, test, report; return what results.json holds."""
+        if self.first_run is not None:
+            print("--quick without --pretrained-baseline: a short float baseline comes first")
+            self.first_run.go()
+            checkpoints.load_float(self.model, self.options.model, self.first_run.best_path)
+            print()
+        trainer = self._trainer()
+        self._open_folder()
+        history: list[dict[str, Any]] = []
+        best: dict[str, Any] = {}
+        if self.state:
+            trainer.load_state_dict(self.state)
+            history, best = self.state["history"], self.state["best"]
+            print(f"resuming after epoch {len(history)} of {self.epochs}")
+            done = self._finished_results()
+            if done:
+                self._finish(trainer, done)
+                return done
+        results = self._header(trainer)
+        board = logs.TensorBoard(self.folder / "tensorboard", len(history) + 1) if self.options.tensorboard else None
+        try:
+            for epoch in range(len(history) + 1, self.epochs + 1):
+                figures = self._epoch(trainer, epoch)
+                history.append(figures)
+                if not best or figures["val_acc"] is None or figures["val_acc"] > best["val_acc"]:
+                    best = {"epoch": epoch, "val_acc": figures["val_acc"]}
+                self._save(trainer, history, best)
+                write_json(self.folder / "results.json", {**results, "epochs": history, "best": best})
+                if board:
+                    board.epoch(figures, trainer.model, trainer.batches.batch(0)[0])
+        except TrainingDiverged as error:
+            write_json(
+                self.folder / "results.json",
+                {**results, "status": "diverged", "error": str(error), "epochs": history, "best": best},
+            )
+            kept = "no epoch ended"
+            if history:
+                kept = f"the last good checkpoint is {self.last_path} (epoch {len(history)})"
+            raise TrainingDiverged(f"{error}; {kept}; a lower --lr or --lambda-br may help") from error
+        results.update(status="finished", epochs=history, best=best, final=self._test(trainer, history, best, board))
+        if board:
+            board.close()
+        self._finish(trainer, results)
+        return results
+
+    def _finished_results(self) -> dict[str, Any] | None:
+        path = self.folder / "results.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        return results if results.get("status") == "finished" and len(results["epochs"]) == self.epochs else None
+
+    def _trainer(self) -> Trainer:
+        options, control = self.options, None
+        strength = {}
+        if self.script == QAT:
+            self._warn_unless_pretrained()
+            qbr.prepare(
+                self.model,
+                qbr.QATConfig(
+                    weight_bits=options.num_bits_weight, act_bits=options.num_bits_act, clip=options.clip_value
+                ),
+            )
+            control = qbr.AlphaControl(
+                freeze_weights=options.freeze_alpha or options.freeze_weight_alpha,
+                freeze_acts=options.freeze_alpha or options.freeze_act_alpha,
+                br_to_alpha_weights=options.br_backprop_to_alpha,
+                br_to_alpha_acts=options.br_backprop_to_alpha_act,
+                warmup_epochs=options.warmup_epochs,
+            )
+            strength = {"lambda_weights": options.lambda_br, "lambda_acts": options.lambda_br_act}
+        memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+        self.model.to(self.device, memory_format=memory_format)
+        if control:
+            control.attach(self.model)
+        return Trainer(self.model, self.splits, options, self.device, self.epochs, control=control, **strength)
+
+    def _warn_unless_pretrained(self) -> None:
+        if self.options.pretrained_baseline is None and not self.options.quick:
+            print("warning: no --pretrained-baseline: quantization-aware training starts from random weights")
+
+    def _open_folder(self) -> None:
+        try:
+            self.last_path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output-dir {self.folder}: cannot be made ({error}); name another folder") from error
+        if self.options.overwrite and self.state is None:  # or a killed run could be resumed into the old one
+            for path in (self.best_path, self.last_path, self.folder / "histograms.json"):
+                path.unlink(missing_ok=True)
+
+    def _header(self, trainer: Trainer) -> dict[str, Any]:
+        """Print what is about to run, and give the part of results.json that does not change."""
+        options = self.options
+        if self.device.type == "cuda":
+            where = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        else:
+            where = f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+        print(self.splits.describe())
+        header = {
+            "script": self.script,
+            "command": self.command,
+            "status": "running",
+            "options": plain(options),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "qbr": qbr.__version__,
+                "numpy": np.__version__,
+            },
+            "device": where,
+            "cpus": os.cpu_count(),
+            "data": {
+                "source": self.splits.source,
+                "classes": list(self.splits.classes),
+                "train": len(self.splits.train),
+                "val": len(self.splits.val),
+                "test": len(self.splits.test),
+                "val_seed": data.VAL_SEED,
+            },
+        }
+        what = "float"
+        if trainer.control:
+            bits = [
+                "float" if bits == FLOAT_BITS else f"{bits} bits"
+                for bits in (options.num_bits_weight, options.num_bits_act)
+            ]
+            header["backend"] = kernels.resolve("auto", self.device.type, torch.float32)
+            what = f"weights {bits[0]}, activations {bits[1]}, {header['backend']} kernels"
+            header["alpha_control"] = trainer.control.describe()
+            header["warmup_epochs"] = options.warmup_epochs
+        print(f"model: {options.model}, {what}, on {where}")
+        if trainer.control:
+            print(f"lambda: {options.lambda_br:g} (weights), {options.lambda_br_act:g} (activations)")
+            print(trainer.control.describe())
+        if len(self.splits.val) == 0:
+            print("no validation images (--val-fraction 0): the last epoch counts as the best")
+        return header
+
+    def _epoch(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        if trainer.control and epoch == self.options.warmup_epochs + 1:
+            self._keep_histograms("before", epoch - 1)
+        figures = {"epoch": epoch, **trainer.train_epoch(epoch)}
+        if trainer.control:
+            figures["phase"] = "BR" if trainer.control.br_active else "warm-up"
+            alphas = {name: module.alpha for name, module in self._quantizers().items()}
+            means = torch.stack([alpha.detach().mean() for alpha in alphas.values()]).tolist()
+            figures["alphas"] = dict(zip(alphas, means))
+        figures["val_loss"] = figures["val_acc"] = None
+        if len(trainer.validation):
+            figures["val_loss"], figures["val_acc"] = trainer.evaluate(trainer.validation)
+        figures["seconds"] = time.perf_counter() - start
+        print(epoch_line(figures, self.epochs), flush=True)
+        return figures
+
+    def _quantizers(self) -> dict[str, nn.Module]:
+        return {name: m for name, m in self.model.named_modules() if isinstance(m, qbr.LSQQuantizer)}
+
+    def _keep_histograms(self, when: str, epoch: int) -> None:
+        layers = histograms.weight_histograms(self.model)
+        if layers:
+            path = self.folder / "histograms.json"
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            write_json(path, {**kept, when: {"epoch": epoch, "layers": layers}})
+
+    def _save(self, trainer: Trainer, history: list, best: dict) -> None:
+        """last.pth, and best.pth first if this epoch is the best: a kill between the two repeats the epoch."""
+        state = {
+            "epoch": len(history),
+            "script": self.script,
+            **trainer.state_dict(),
+            "val_acc": history[-1]["val_acc"],
+            "best": best,
+            "history": history,
+            "args": plain(self.options),
+            "classes": list(self.splits.classes),
+        }
+        if best["epoch"] == len(history):
+            checkpoints.save(self.best_path, state)
+        checkpoints.save(self.last_path, state)
+
+    def _test(self, trainer: Trainer, history: list, best: dict, board: logs.TensorBoard | None) -> dict[str, Any]:
+        """Test accuracy of the last and of the best epoch: the only time that test images are looked at."""
+        final: dict[str, Any] = {}
+        self._keep_histograms("after", len(history))
+        for which, path, epoch in (("last", self.last_path, len(history)), ("best", self.best_path, best["epoch"])):
+            state = checkpoints.load(path, "--output-dir")
+            if which == "best" and epoch == len(history):
+                loss, accuracy = final["last"]["test_loss"], final["last"]["test_acc"]
+            else:
+                self.model.load_state_dict(state["model_state_dict"])
+                loss, accuracy = trainer.evaluate(self.splits.test)
+            val = history[epoch - 1]["val_acc"]
+            final[which] = {"epoch": epoch, "val_acc": val, "test_loss": loss, "test_acc": accuracy}
+            checkpoints.save(path, {**state, "test_acc": accuracy})
+            if board:
+                board.test(epoch, loss, accuracy)
+        with_br = [figures for figures in history if "br_w" in figures]
+        for side in ("br_w", "br_a"):
+            if with_br:
+                final[side] = {"start": with_br[0][f"{side}_start"], "end": with_br[-1][f"{side}_end"]}
+        final["seconds"] = sum(figures["seconds"] for figures in history)
+        return final
+
+    def _finish(self, trainer: Trainer, results: dict[str, Any]) -> None:
+        write_json(self.folder / "results.json", results)
+        page = report.write(self.folder)
+        final = results["final"]
+        kind = "quantized" if trainer.control else "float"
+        for which in ("best", "last"):
+            epoch, val, test = (final[which][key] for key in ("epoch", "val_acc", "test_acc"))
+            by = "" if val is None else f", validation {val:.2f} %"
+            print(f"{kind} test accuracy, {which} epoch ({epoch}): {test:.2f} %{by}")
+        if "br_w" in final:
+            figures = [f"BR_{s[-1].upper()} {final[s]['start']:.6g} -> {final[s]['end']:.6g}" for s in ("br_w", "br_a")]
+            print(f"BR phase, first step -> last step: {', '.join(figures)}")
+        print(f"report: {page}")
+
+
+def epoch_line(figures: dict[str, Any], epochs: int) -> str:
+    """One line of one epoch's figures; BR_W and BR_A are 'off' in warm-up."""
+    parts = [f"epoch {figures['epoch']:{len(str(epochs))}}/{epochs}"]
+    if "phase" in figures:
+        parts.append(f"{figures['phase']:<7}")
+    parts += [f"loss {figures['loss']:.4f}", f"CE {figures['ce']:.4f}", f"acc {figures['train_acc']:.2f} %"]
+    if figures["val_acc"] is not None:
+        parts.append(f"val {figures['val_acc']:.2f} %")
+    if "phase" in figures:
+        for key in ("br_w", "br_a"):
+            parts.append(f"BR_{key[-1].upper()} {figures[key]:.6f}" if key in figures else f"BR_{key[-1].upper()} off")
+        weights = [value for name, value in figures["alphas"].items() if name.endswith("weight_quantizer")]
+        acts = [value for name, value in figures["alphas"].items() if not name.endswith("weight_quantizer")]
+        for side, values in (("W", weights), ("A", acts)):
+            if values:
+                parts.append(f"alpha_{side} {sum(values) / len(values):.4f}")
+    parts += [f"lr {figures['lr']:.4g}", f"{figures['images_per_second']:.0f} img/s", f"{figures['seconds']:.1f} s"]
+    return "  ".join(parts)
+
+
+def pick_device(gpu: int) -> torch.device:
+    """CUDA device ``gpu``, or the CPU where there is no CUDA, with a note."""
+    if gpu < 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        print(f"--gpu {gpu}: torch sees no CUDA device; training on the CPU")
+        return torch.device("cpu")
+    if gpu >= torch.cuda.device_count():
+        raise UserError(f"--gpu {gpu}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda", gpu)

@@ -1,0 +1,433 @@
+"""The experiment scripts, run small on the CPU: files, figures, resumption, refusals, and what stops a run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+for _needed in ("tqdm", "PIL", "matplotlib"):
+    pytest.importorskip(_needed)
+checkpoints, engine, files, models, options, report, runs = (
+    importlib.import_module(f"cifar10.{name}")
+    for name in ("checkpoints", "engine", "files", "models", "options", "report", "runs")
+)
+baseline = importlib.import_module("cifar10_baseline").main
+qat = importlib.import_module("cifar10_qat_br").main
+
+TINY = ["--model", "resnet20", "--limit", "8", "--batch-size", "16", "--gpu", "-1"]
+QAT = [*TINY, "--qat-epochs", "3", "--warmup-epochs", "1", "--lambda-br-act", "0.1"]
+TIMINGS = {"images_per_second", "train_seconds", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def baseline_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baseline")
+    assert baseline([*TINY, "--epochs", "1", "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qat_flags(baseline_run):
+    return [*QAT, "--pretrained-baseline", str(baseline_run / "checkpoints" / "best.pth")]
+
+
+@pytest.fixture(scope="module")
+def qat_run(qat_flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qat")
+    assert qat([*qat_flags, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def _results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+# What a run leaves behind
+
+
+def test_results_say_what_ran_and_how_it_went(qat_run):
+    results = _results(qat_run)
+    assert results["status"] == "finished"
+    assert results["command"].startswith("python experiments/cifar10_qat_br.py --model resnet20")
+    assert results["options"]["num_bits_weight"] == 2 and results["options"]["momentum"] == 0.9
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["data"]["train"] + results["data"]["val"] == 80
+    epochs = results["epochs"]
+    assert [e["phase"] for e in epochs] == ["warm-up", "BR", "BR"]
+    assert "br_w" not in epochs[0] and epochs[1]["br_w"] > 0 and epochs[1]["br_a"] > 0
+    assert len(epochs[2]["alphas"]) == 20 + 10
+    # Every call of a ReLU counts: 20 weights, the stem's ReLU, and two calls in each of nine blocks.
+    assert len(epochs[2]["br_layers"]) == 20 + 1 + 18
+    weights = sum(v for name, v in epochs[2]["br_layers"].items() if "relu" not in name)
+    assert weights == pytest.approx(epochs[2]["br_w"], rel=1e-4)
+    for epoch in epochs[1:]:
+        assert epoch["loss"] == pytest.approx(epoch["ce"] + epoch["br_w"] + 0.1 * epoch["br_a"], rel=0.02)
+    assert {"best", "last", "br_w", "br_a", "seconds"} <= set(results["final"])
+    assert results["final"]["last"]["epoch"] == 3
+    best = max(epochs, key=lambda e: e["val_acc"])
+    assert results["final"]["best"]["val_acc"] == best["val_acc"]
+
+
+def test_checkpoints_hold_plain_values_and_load_without_code(qat_run):
+    for name in ("best", "last"):
+        state = torch.load(qat_run / "checkpoints" / f"{name}.pth", weights_only=True)
+        assert {"epoch", "model_state_dict", "optimizer_state_dict", "test_acc", "args"} <= set(state)
+        assert type(state["args"]) is dict
+        assert state["test_acc"] == _results(qat_run)["final"][name]["test_acc"]
+    assert "layer3.2.conv2.weight_quantizer.alpha" in state["model_state_dict"]
+    weights, alphas = state["optimizer_state_dict"]["param_groups"]
+    assert (weights["weight_decay"], alphas["weight_decay"], weights["momentum"]) == (5e-4, 0.0, 0.9)
+
+
+def test_report_is_made_again_from_the_saved_figures(qat_run, tmp_path):
+    for name in ("results.json", "histograms.json"):
+        shutil.copy(qat_run / name, tmp_path)
+    page = report.write(tmp_path)
+    names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
+    assert (
+        names
+        == {"losses", "accuracy", "bin_losses", "alphas", "weights"}
+        == {path.stem for path in (qat_run / "plots").glob("*.png")}
+    )
+    assert page.read_text() == (qat_run / "report.html").read_text()
+    assert page.read_text().count("data:image/png;base64,") == 5
+
+
+def test_histograms_count_every_weight_before_and_after(qat_run):
+    saved = json.loads((qat_run / "histograms.json").read_text())
+    assert (saved["before"]["epoch"], saved["after"]["epoch"]) == (1, 3)
+    for when in ("before", "after"):
+        assert len(saved[when]["layers"]) == 20
+        assert sum(saved[when]["layers"]["fc"]["counts"]) == 640
+
+
+def test_epoch_lines_and_alpha_controls_are_printed(qat_flags, tmp_path, capsys):
+    assert qat([*qat_flags, "--freeze-alpha", "--output-dir", str(tmp_path), "--tensorboard"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 3 and "BR_W off  BR_A off" in lines[0]
+    for word in ("loss", "CE", "acc", "val", "BR_W 0.", "BR_A ", "alpha_W", "alpha_A", "lr", "img/s"):
+        assert word in lines[2]
+    assert "no (frozen)" in printed and "comes with the repository" in printed
+    epochs = _results(tmp_path)["epochs"]
+    assert epochs[0]["alphas"] == epochs[1]["alphas"] == epochs[2]["alphas"]
+    _check_tensorboard_tags(tmp_path / "tensorboard")
+
+
+def _check_tensorboard_tags(folder: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(folder))
+    events.Reload()
+    train = {f"Train/{t}" for t in ("Loss_Total", "Loss_CE", "Accuracy", "Loss_BR_Weight", "Loss_BR_Activation")}
+    assert set(events.Tags()["scalars"]) == train | {"Test/Loss", "Test/Accuracy", "Val/Loss", "Val/Accuracy"}
+    assert len(events.Scalars("Train/Loss_BR_Weight")) == 2
+
+
+def test_every_fifth_epoch_tensorboard_gets_distributions(tmp_path):
+    pytest.importorskip("tensorboard")
+    logs = importlib.import_module("cifar10.logs")
+    import qbr
+
+    model = qbr.prepare(models.resnet20())
+    board = logs.TensorBoard(tmp_path, 1)
+    seen = []
+    board.writer.add_histogram = lambda tag, *_: seen.append(tag)
+    figures = dict.fromkeys(("loss", "ce", "train_acc", "val_loss", "val_acc"), 1.0)
+    board.epoch({"epoch": 4, **figures}, model, torch.randn(2, 3, 32, 32))
+    assert not seen
+    board.epoch({"epoch": 5, **figures}, model, torch.randn(2, 3, 32, 32))
+    board.close()
+    assert {"Weights/fc", "Weights_Quantized/fc", "Activations/layer1.0.relu"} <= set(seen)
+
+
+# Resumption
+
+
+def _stop_in_epoch(monkeypatch, epoch: int, step: int) -> None:
+    """The next run is interrupted in the middle of that epoch, as by a kill."""
+    original = engine.Trainer._update
+
+    def update(self, loss, at, failed_at):
+        if self.model.training and self.epoch_now == epoch and at == step:
+            raise KeyboardInterrupt
+        return original(self, loss, at, failed_at)
+
+    begin = engine.Trainer.train_epoch
+
+    def train_epoch(self, number):
+        self.epoch_now = number
+        return begin(self, number)
+
+    monkeypatch.setattr(engine.Trainer, "train_epoch", train_epoch)
+    monkeypatch.setattr(engine.Trainer, "_update", update)
+
+
+def _equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a if k not in TIMINGS)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(qat_flags, qat_run, tmp_path, monkeypatch):
+    flags = [*qat_flags, "--output-dir", str(tmp_path)]
+    for epoch, step in ((1, 3), (2, 2), (3, 4)):
+        with monkeypatch.context() as patch:
+            _stop_in_epoch(patch, epoch, step)
+            assert qat([*flags, "--resume"]) == 130
+    assert qat(["--output-dir", str(tmp_path), "--resume"]) == 0  # what is left out comes from the checkpoint
+    for name in ("best", "last"):
+        there, here = (
+            torch.load(folder / "checkpoints" / f"{name}.pth", weights_only=True) for folder in (qat_run, tmp_path)
+        )
+        for state in (there, here):
+            for flag in options.FREE_ON_RESUME:
+                state["args"].pop(flag)
+        assert _equal(there, here)
+    assert _equal(_results(qat_run)["epochs"], _results(tmp_path)["epochs"])
+    assert _equal(_results(qat_run)["final"], _results(tmp_path)["final"])
+
+
+def test_resuming_a_finished_run_changes_nothing(qat_run, capsys):
+    before = (qat_run / "checkpoints" / "last.pth").read_bytes()
+    assert qat(["--output-dir", str(qat_run), "--resume"]) == 0
+    assert (qat_run / "checkpoints" / "last.pth").read_bytes() == before
+    assert "quantized test accuracy" in capsys.readouterr().out
+
+
+def test_resuming_with_other_flags_is_refused(qat_run, capsys):
+    assert qat(["--output-dir", str(qat_run), "--resume", "--lr", "0.5", "--num-bits", "4"]) == 2
+    message = capsys.readouterr().err
+    assert "--lr 0.5 (was 0.01)" in message and "--num-bits-weight 4 (was 2)" in message
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_by_accident(qat_run, qat_flags, capsys):
+    before = (qat_run / "results.json").read_bytes()
+    assert qat([*qat_flags, "--output-dir", str(qat_run)]) == 2
+    assert "--resume continues it, --overwrite replaces it" in capsys.readouterr().err
+    assert (qat_run / "results.json").read_bytes() == before
+
+
+def test_the_other_script_s_checkpoint_is_not_resumed(baseline_run, capsys):
+    assert qat(["--output-dir", str(baseline_run), "--resume"]) == 2
+    assert "not a checkpoint of cifar10_qat_br.py" in capsys.readouterr().err
+
+
+# What stops a run
+
+
+def test_nan_stops_the_run_names_the_layer_and_keeps_the_checkpoint(qat_flags, tmp_path, monkeypatch, capsys):
+    begin = engine.Trainer.train_epoch
+
+    def poisoned(self, epoch):
+        if epoch == 2:
+            with torch.no_grad():
+                self.model.layer2[1].conv1.weight[0, 0, 0, 0] = float("nan")
+        return begin(self, epoch)
+
+    monkeypatch.setattr(engine.Trainer, "train_epoch", poisoned)
+    assert qat([*qat_flags, "--output-dir", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert "epoch 2, step 1" in message and "layer2.1.conv1" in message and "last.pth (epoch 1)" in message
+    state = torch.load(tmp_path / "checkpoints" / "last.pth", weights_only=True)
+    assert state["epoch"] == 1 and all(t.isfinite().all() for t in state["model_state_dict"].values())
+    results = _results(tmp_path)
+    assert results["status"] == "diverged" and len(results["epochs"]) == 1
+
+
+def _trainer(**changes) -> engine.Trainer:
+    values = vars(options.parse(options.baseline_parser(), [*TINY, "--output-dir", "x"])[0]) | changes
+    splits = importlib.import_module("cifar10.data").load(None, limit=8)
+    torch.manual_seed(0)
+    return engine.Trainer(models.resnet20(), splits, argparse.Namespace(**values), torch.device("cpu"), 2, quiet=True)
+
+
+def test_a_bad_gradient_never_reaches_the_weights():
+    trainer = _trainer()
+    steps = []
+
+    def blow_up(grad):
+        steps.append(1)
+        return grad * float("inf") if len(steps) >= 3 else grad
+
+    trainer.model.layer2[0].conv2.weight.register_hook(blow_up)
+    with pytest.raises(engine.TrainingDiverged, match=r"step 3: first in the gradient of layer2.0.conv2.weight"):
+        trainer.train_epoch(1)
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert all(b.isfinite().all() for s in trainer.optimizer.state.values() for b in s.values())
+
+
+def test_an_epoch_reads_the_device_a_fixed_number_of_times():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class CountReads(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.reads = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.reads += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for batch_size in (24, 8):
+        trainer = _trainer(batch_size=batch_size)
+        trainer.train_epoch(1)  # the first step makes the momentum buffers
+        with CountReads() as mode:
+            trainer.train_epoch(2)
+        counts.append(mode.reads)
+    assert counts[0] == counts[1]
+
+
+# Refusals: exit code 2, one line, nothing written
+
+
+def _refused(main, flags: list[str], folder: Path, capsys) -> str:
+    capsys.readouterr()
+    assert main([*flags, "--output-dir", str(folder)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and len(message.strip().splitlines()) == 1
+    assert not folder.exists()
+    return message
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--num-bits-weight", "9"], "--num-bits-weight 9: expected 1 to 8, or 32"),
+        (["--num-bits-act", "0"], "--num-bits-act 0: expected 1 to 8, or 32"),
+        (["--num-bits", "16"], "--num-bits 16: expected 1 to 8, or 32"),
+        (["--num-bits", "32"], "quantize nothing"),
+        (["--qat-epochs", "20"], "--warmup-epochs 30 is beyond --qat-epochs 20"),
+        (["--lambda-br", "-1"], "--lambda-br -1.0: expected 0 or more"),
+        (["--lambda-br-act", "nan"], "--lambda-br-act nan: expected 0 or more"),
+        (["--clip-value", "0"], "--clip-value 0.0: expected a positive number"),
+        (["--lr", "0"], "--lr 0.0: expected a positive number"),
+        (["--momentum", "1"], "--momentum 1.0"),
+        (["--batch-size", "0"], "--batch-size 0: expected 1 or more"),
+        (["--val-fraction", "1"], "--val-fraction 1.0"),
+        (["--data", "no-such-folder"], "--data no-such-folder: no such folder"),
+        (["--pretrained-baseline", "no-such.pth"], "--pretrained-baseline no-such.pth: no such file"),
+        (["--resume", "--overwrite"], "choose one"),
+    ],
+)
+def test_bad_flags_are_refused(flags, expected, tmp_path, capsys):
+    assert expected in _refused(qat, ["--limit", "1", *flags], tmp_path / "run", capsys)
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in _refused(baseline, TINY, tmp_path / "file" / "run", capsys)
+    assert baseline(TINY) == 2 and "--output-dir is missing" in capsys.readouterr().err
+
+
+def test_checkpoints_that_do_not_fit_are_refused(baseline_run, qat_run, tmp_path, capsys):
+    good = baseline_run / "checkpoints" / "best.pth"
+    truncated, text, tensor, other = (tmp_path / f"{name}.pth" for name in ("truncated", "text", "list", "other"))
+    truncated.write_bytes(good.read_bytes()[:-2000])
+    text.write_text("not a checkpoint")
+    torch.save([1, 2], tensor)
+    torch.save({"model_state_dict": models.resnet18().state_dict(), "args": {"model": "resnet18"}}, other)
+    for path, expected in (
+        (truncated, "truncated, or not a checkpoint"),
+        (text, "truncated, or not a checkpoint"),
+        (tensor, "holds a list"),
+        (other, "not a resnet20 of this data's classes: it was trained with --model resnet18"),
+        (qat_run / "checkpoints" / "best.pth", "a quantized model"),
+        (tmp_path, "a folder"),
+    ):
+        message = _refused(qat, [*QAT, "--pretrained-baseline", str(path)], tmp_path / "run", capsys)
+        assert expected in message and str(path) in message
+
+
+class _Attack:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('ran code from a checkpoint')",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    torch.save({"model_state_dict": {}, "args": _Attack()}, tmp_path / "attack.pth")
+    flags = [*QAT, "--pretrained-baseline", str(tmp_path / "attack.pth")]
+    assert "not a checkpoint" in _refused(qat, flags, tmp_path / "run", capsys)
+
+
+def test_checkpoints_of_every_known_form_load(tmp_path):
+    state = models.resnet20().state_dict()
+    forms = {
+        "predecessor": {"epoch": 3, "model_state_dict": state, "test_acc": 91.0, "args": argparse.Namespace(lr=0.1)},
+        "state_dict": {"state_dict": state},
+        "bare": state,
+        "data parallel": {f"module.{name}": value for name, value in state.items()},
+    }
+    for name, form in forms.items():
+        path = tmp_path / f"{name}.pth"
+        torch.save(form, path)
+        model = models.resnet20()
+        checkpoints.load_float(model, "resnet20", path)
+        assert _equal(dict(model.state_dict()), dict(state)), name
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "results.json"
+    files.write_json(path, {"a": float("nan"), "b": [1.5]})
+    assert json.loads(path.read_text()) == {"a": None, "b": [1.5]}
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": None, "b": [1.5]}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# Flags and models
+
+
+def test_flags_and_defaults_are_the_predecessor_s():
+    shared = {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4, "gpu": 0, "seed": 42}
+    float_run, _ = options.parse(options.baseline_parser(), ["--output-dir", "x"])
+    assert vars(float_run).items() >= {**shared, "epochs": 200, "lr": 0.1}.items()
+    qat_run, _ = options.parse(options.qat_parser(), ["--output-dir", "x"])
+    expected = {
+        **shared, "pretrained_baseline": None, "num_bits": None, "num_bits_weight": 2, "num_bits_act": 2,
+        "clip_value": None, "lambda_br": 1.0, "lambda_br_act": 1.0, "warmup_epochs": 30, "qat_epochs": 100,
+        "freeze_alpha": False, "freeze_weight_alpha": False, "freeze_act_alpha": False, "br_backprop_to_alpha": False,
+        "br_backprop_to_alpha_act": False, "lr": 0.01, "tensorboard": False, "model": "resnet18",
+    }  # fmt: skip
+    assert vars(qat_run).items() >= expected.items()
+    flags = ["--output-dir", "x", "--num-bits", "4", "--num-bits-act", "8", "--clip-value", "None"]
+    flags += ["--br-backprop-to-alpha", "--br-backprop-to-alpha-act", "scaled"]
+    both, _ = options.parse(options.qat_parser(), flags)
+    assert (both.num_bits_weight, both.num_bits_act, both.clip_value) == (4, 4, None)
+    assert (both.br_backprop_to_alpha, both.br_backprop_to_alpha_act) == (True, "scaled")
+
+
+def test_quick_changes_defaults_and_yields_to_flags():
+    quick, _ = options.parse(options.qat_parser(), ["--quick", "--qat-epochs", "7"])
+    assert (quick.model, quick.qat_epochs, str(quick.output_dir)) == ("resnet20", 7, "runs/quick")
+
+
+@pytest.mark.parametrize(("name", "parameters", "layers"), [("resnet18", 11_173_962, 21), ("resnet20", 269_722, 20)])
+def test_models_have_their_published_size(name, parameters, layers):
+    model = models.MODELS[name]()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) for m in model.modules()) == layers
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_resnet18_has_torchvision_s_names():
+    try:
+        from torchvision.models import resnet18
+    except Exception as error:  # not installed, or built for another torch
+        pytest.skip(f"torchvision cannot be imported: {error}")
+    theirs, ours = resnet18(num_classes=10).state_dict(), models.resnet18().state_dict()
+    assert list(theirs) == list(ours)
+    assert [n for n in ours if theirs[n].shape != ours[n].shape] == ["conv1.weight"]

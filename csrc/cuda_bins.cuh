@@ -1,0 +1,255 @@
+// Sums over the bins, per block: n_k, S_k = sum d, Q_k = sum d^2, sum |d|, and how many |d| < 0.01f * alpha.
+//
+// Three ways, by the number of levels L, and one for binary codes. Each gives the same bits on every run:
+//   Registers  L <= 4    a comparison and three predicated additions a level, the sums in registers
+//   Lanes      L <= 16   a table [L][256] in shared memory, every thread alone in its column; 6 shared accesses an element
+//   Atomics    L <= 256  integer atomics in shared memory on fixed-point distances: integers add in any order
+// Float sums run over at most kFold tiles of a thread before they go to double.
+#pragma once
+#include "cuda_walk.cuh"
+
+namespace qbr {
+namespace cuda {
+
+constexpr int kFold = 8;  // 128 elements of a thread: at worst 128 * 2^-24 relative
+
+// |d| and nearness, the same in all ways: float within a tile, double from tile to tile.
+struct Distances {
+  float tile = 0.f;
+  double sum = 0;
+  uint32_t near = 0;
+  __device__ __forceinline__ void add(float d, float limit) {
+    tile += fabsf(d);
+    near += fabsf(d) < limit;
+  }
+  __device__ __forceinline__ void end_tile() {
+    sum += tile;
+    tile = 0.f;
+  }
+  __device__ __forceinline__ void finish(double* row, int levels, double* reduce) {
+    const double distance = block_sum(sum, reduce), count = block_sum(double(near), reduce);
+    if (threadIdx.x == 0) row[3 * levels] = distance, row[3 * levels + 1] = count;
+  }
+};
+
+// The warps' own totals [kWarps][3 * levels] in shared memory, added in order at the end.
+struct WarpTotals {
+  double* mine;
+  __device__ __forceinline__ WarpTotals(double* shared, int columns) : mine(shared + threadIdx.x / 32 * columns) {
+    for (int i = threadIdx.x % 32; i < columns; i += 32) mine[i] = 0;
+    __syncwarp();
+  }
+  __device__ __forceinline__ void finish(double* row, const double* shared, int columns) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < columns; i += kThreads) {
+      double sum = 0;
+      for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp * columns + i];
+      row[i] = sum;
+    }
+  }
+};
+
+template <bool Binary> struct Registers {
+  static constexpr int kBins = Binary ? 2 : 4;
+  static constexpr int kStride = Binary ? 2 : 1;  // the slots of binary codes are 0 and 2
+  const Range& range;
+  const int levels;
+  double* shared;
+  WarpTotals totals;
+  uint32_t all = 0, n[kBins] = {};
+  float s[kBins] = {}, q[kBins] = {};
+
+  __device__ __forceinline__ Registers(char* memory, const Range& r, int l)
+      : range(r), levels(l), shared(reinterpret_cast<double*>(memory)), totals(shared, 3 * l) {}
+  __device__ __forceinline__ void begin(const Step&, bool) {}
+  __device__ __forceinline__ void add(float b, float d) {
+    const float square = d * d;
+    // A NaN is in the first bin, whose count is what the others leave of all.
+    all += 1;
+    if (!(b > range.qn)) s[0] += d, q[0] += square;
+#pragma unroll
+    for (int k = 1; k < kBins; ++k) {
+      if (b == range.qn + k * kStride) n[k] += 1, s[k] += d, q[k] += square;
+    }
+  }
+  __device__ __forceinline__ void end_tile(bool fold) {
+    if (!fold) return;
+    float mine = 0.f;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < kBins; ++k) {
+      const float a = warp_sum(s[k]), b = warp_sum(q[k]);
+      mine = lane == 2 * k ? a : lane == 2 * k + 1 ? b : mine;
+      s[k] = q[k] = 0.f;
+    }
+    const int slot = lane / 2 * kStride;
+    if (lane < 2 * kBins && slot < levels) totals.mine[(1 + lane % 2) * levels + slot] += mine;
+  }
+  __device__ __forceinline__ void finish(double* row, double*) {
+    end_tile(true);
+    uint32_t rest = all;
+#pragma unroll
+    for (int k = 1; k < kBins; ++k) rest -= n[k];
+    n[0] = rest;
+#pragma unroll
+    for (int k = 0; k < kBins; ++k) {
+      // 64-bit: 2^32 elements of one warp are within reach of a single small GPU.
+      const unsigned long long count = warp_sum<unsigned long long>(n[k]);
+      if (threadIdx.x % 32 == 0 && k * kStride < levels) totals.mine[k * kStride] = double(count);
+    }
+    totals.finish(row, shared, 3 * levels);
+  }
+};
+
+struct Lanes {
+  const Range& range;
+  const int levels;
+  double* shared;
+  WarpTotals totals;
+  float2* sums;     // [levels][kThreads]: S, Q
+  uint32_t* count;  // [levels][kThreads]
+
+  __device__ __forceinline__ Lanes(char* memory, const Range& r, int l)
+      : range(r), levels(l), shared(reinterpret_cast<double*>(memory)), totals(shared, 3 * l) {
+    sums = reinterpret_cast<float2*>(shared + kWarps * 3 * l);
+    count = reinterpret_cast<uint32_t*>(sums + l * kThreads);
+    for (int k = 0; k < l; ++k) sums[k * kThreads + threadIdx.x] = {0.f, 0.f}, count[k * kThreads + threadIdx.x] = 0;
+    __syncwarp();
+  }
+  __device__ __forceinline__ void begin(const Step&, bool) {}
+  __device__ __forceinline__ void add(float b, float d) {
+    const int at = slot_of(b, range) * kThreads + threadIdx.x;
+    float2 sum = sums[at];
+    sum.x += d, sum.y += d * d;
+    sums[at] = sum;
+    count[at] += 1;
+  }
+  // Half a warp's columns at a time for each slot; every lane starts at another column and so at another bank.
+  __device__ __forceinline__ void end_tile(bool fold) {
+    if (!fold) return;
+    const int lane = threadIdx.x % 32, slot = lane % 16, first = slot * kThreads + (threadIdx.x - slot) / 16 * 16;
+    __syncwarp();
+    float s = 0.f, q = 0.f;
+    uint32_t n = 0;
+    if (slot < levels) {
+#pragma unroll 4
+      for (int k = 0; k < 16; ++k) {
+        const int at = first + (k + lane) % 16;
+        s += sums[at].x, q += sums[at].y, n += count[at];
+        sums[at] = {0.f, 0.f}, count[at] = 0;
+      }
+    }
+    s += __shfl_xor_sync(0xffffffffu, s, 16);
+    q += __shfl_xor_sync(0xffffffffu, q, 16);
+    n += __shfl_xor_sync(0xffffffffu, n, 16);
+    if (lane < levels && lane < 16) {
+      totals.mine[slot] += n, totals.mine[levels + slot] += s, totals.mine[2 * levels + slot] += q;
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void finish(double* row, double*) {
+    end_tile(true);
+    totals.finish(row, shared, 3 * levels);
+  }
+};
+
+// Distances in fixed point. Within the range |d| <= alpha / 2, so |r| = |d| * 2^-e < 1 for alpha < 2^(e+1). Each of 8
+// tiers holds two powers of two of |r|, 17 bits of r and r^2, so that small distances keep their precision; the 4096
+// elements of a tile cannot overflow 32 bits. Thread k owns slot k: it moves each tile's integers to its own doubles.
+// Distances that do not fit, beyond the ends of the range, go to floats of their own; a NaN only poisons its slot.
+struct Atomics {
+  static constexpr int kTiers = 8;
+  const Range& range;
+  const int levels;
+  uint32_t* count;   // [levels]
+  int* s;            // [kTiers][levels]
+  uint32_t* q;       // [kTiers][levels]
+  uint32_t* poison;  // [levels]: a NaN inside of the range, which only an infinite alpha can make
+  int* peak;         // e of the block's largest finite step
+  float scale = 0.f, unscale = 0.f;
+  unsigned long long total_n = 0;
+  double total_s = 0, total_q = 0;
+  float end_s[2] = {}, end_q[2] = {};
+  double total_end_s[2] = {}, total_end_q[2] = {};
+
+  __device__ __forceinline__ Atomics(char* memory, const Range& r, int l) : range(r), levels(l) {
+    count = reinterpret_cast<uint32_t*>(memory);
+    s = reinterpret_cast<int*>(count + l);
+    q = reinterpret_cast<uint32_t*>(s + kTiers * l);
+    poison = q + kTiers * l;
+    peak = reinterpret_cast<int*>(poison + l);
+    for (int i = threadIdx.x; i <= (2 * kTiers + 2) * l; i += kThreads) count[i] = 0;
+    __syncthreads();
+  }
+  __device__ __forceinline__ void begin(const Step& step, bool varies) {
+    int e = int(__float_as_uint(step.alpha) >> 23 & 255u);
+    e = e == 255 ? 0 : e;
+    if (varies) {
+      e = __reduce_max_sync(0xffffffffu, e);
+      if (threadIdx.x % 32 == 0) atomicMax(peak, e);
+      __syncthreads();
+      e = *peak;
+    }
+    // Within the normal numbers: at the largest steps |r| < 2 instead, which fits too.
+    e = min(max(e, 1), 253);
+    scale = __uint_as_float(uint32_t(254 - e) << 23);
+    unscale = __uint_as_float(uint32_t(e) << 23);
+  }
+  __device__ __forceinline__ void add(float b, float d) {
+    const int slot = slot_of(b, range);
+    atomicAdd(&count[slot], 1u);
+    const float r = __fmul_rn(d, scale);
+    if (!(fabsf(r) < 2.f)) {
+      if (slot == 0) end_s[0] += d, end_q[0] += d * d;
+      else if (slot == levels - 1) end_s[1] += d, end_q[1] += d * d;
+      else atomicOr(&poison[slot], 1u);
+    } else if (r != 0.f) {
+      const int tier = min(int(127u - (__float_as_uint(r) >> 23 & 255u) + 1u) >> 1, kTiers - 1);
+      const float up = __uint_as_float(uint32_t(127 + 17 + 2 * tier) << 23);
+      const float fixed = __fmul_rn(r, up), square = __fmul_rn(__fmul_rn(fixed, fixed), 0x1p-17f);
+      const int at = tier * levels + slot;
+      // Both lie within 2^20: adding 1.5 * 2^23 rounds them to integers in the low bits.
+      atomicAdd(&s[at], int(__float_as_uint(__fadd_rn(fixed, 12582912.f)) - 0x4b400000u));
+      atomicAdd(&q[at], __float_as_uint(__fadd_rn(square, 12582912.f)) - 0x4b400000u);
+    }
+  }
+  __device__ __forceinline__ void end_tile(bool) {
+    __syncthreads();
+    if (threadIdx.x < levels) {
+      const int k = threadIdx.x;
+      total_n += count[k];
+      count[k] = 0;
+      double tile_s = 0, tile_q = 0;
+#pragma unroll
+      for (int tier = kTiers - 1; tier >= 0; --tier) {
+        const int at = tier * levels + k;
+        tile_s = tile_s * 0.25 + s[at], tile_q = tile_q * 0.0625 + q[at];
+        s[at] = 0, q[at] = 0;
+      }
+      const double unit = unscale;
+      total_s += tile_s * unit * 0x1p-17;
+      total_q += tile_q * unit * unit * 0x1p-17;
+    }
+    if (threadIdx.x == 0) *peak = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      total_end_s[i] += end_s[i], total_end_q[i] += end_q[i];
+      end_s[i] = end_q[i] = 0.f;
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ void finish(double* row, double* reduce) {
+    const int k = threadIdx.x;
+    if (k < levels && poison[k]) total_s = total_q = NAN;
+    if (k < levels) row[k] = double(total_n), row[levels + k] = total_s, row[2 * levels + k] = total_q;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const double end_sum = block_sum(total_end_s[i], reduce), end_square = block_sum(total_end_q[i], reduce);
+      const int slot = i * (levels - 1);
+      if (k == 0) row[levels + slot] += end_sum, row[2 * levels + slot] += end_square;
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace qbr

@@ -1,0 +1,121 @@
+// The elementwise kernels: lsq_fwd, and the backwards lsq_bwd and bin_bwd with their sums over the steps.
+#pragma once
+#include "cuda_walk.cuh"
+
+namespace qbr {
+namespace cuda {
+
+template <class T, bool Channels>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+lsq_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __restrict__ xhat, Walk w, Quant quant) {
+  const Range range(quant);
+  for (int64_t tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
+    const Share share = share_of<Channels>(w, tile);
+    if (share.count == 0) continue;
+    const Step step = step_of(alpha[share.channel], range);
+    each<false>(share, step.quick, x, x, xhat, [&](auto quick, float value, float) {
+      return quantize<quick.value>(value, step, range).level;
+    });
+  }
+}
+
+// What a backward computes: dx and dalpha of LSQ, dx of BR, or both; or only the sums that give dL_BR/dalpha_c.
+enum class Grad { lsq = 0, bin = 1, both = 2, bin_alpha = 3 };
+
+// The entry of each code: 2 * grad_loss / n_k for dx, -2 * k / n_k for dalpha.
+template <Grad G> __device__ __forceinline__ void fill_table(float* table, const float* grad_loss, const double* bins, const Quant& q) {
+  const int levels = int(q.qp - q.qn) + 1;
+  for (int k = threadIdx.x; k < levels; k += kThreads) {
+    const double n = bins[k] < 1 ? 1. : bins[k];
+    table[k] = float(G == Grad::bin_alpha ? -2. * (double(q.qn) + k) / n : 2. * double(*grad_loss) / n);
+  }
+  __syncthreads();
+}
+
+// parts: per tensor [grid] double; per channel [channel_parts] float, of units or of thread columns.
+// A grid of one block writes dalpha itself.
+template <class T, Grad G, bool Channels>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+bwd_kernel(const T* __restrict__ g, const float* __restrict__ grad_loss, const T* __restrict__ x,
+           const float* __restrict__ alpha, const double* __restrict__ bins, T* __restrict__ dx,
+           void* __restrict__ parts, float* __restrict__ dalpha, float grad_scale, Walk w, Quant quant) {
+  constexpr bool with_lsq = G == Grad::lsq || G == Grad::both, with_sum = G != Grad::bin;
+  __shared__ double reduce[kWarps];
+  __shared__ float table[G == Grad::lsq ? 1 : 256];
+  if (G != Grad::lsq) fill_table<G>(table, grad_loss, bins, quant);
+  const Range range(quant);
+  double total = 0;
+  for (int64_t tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
+    const Share share = share_of<Channels>(w, tile);
+    const Step step = step_of(alpha[share.channel], range);
+    float sum = 0.f;
+    each<with_lsq>(share, step.quick, x, g, dx, [&](auto quick, float value, float grad) {
+      const Quantized e = quantize<quick.value>(value, step, range);
+      float dy = 0.f;
+      if (with_lsq) {
+        // c differs from v outside of the range and for a NaN; c * 0 passes the NaN on.
+        const bool inside = e.c == e.v;
+        dy = inside ? grad : __fmaf_rn(e.c, 0.f, __fmul_rn(grad, 0.f));
+        sum = __fmaf_rn(grad, __fsub_rn(e.b, inside ? e.v : 0.f), sum);
+      }
+      if (G != Grad::lsq) {
+        const float entry = table[slot_of(e.b, range)];
+        if (G == Grad::bin_alpha) sum = __fmaf_rn(entry, e.d, sum);
+        else dy = with_lsq ? __fadd_rn(dy, __fmul_rn(entry, e.d)) : __fmul_rn(entry, e.d);
+      }
+      return range.relu_masks(value) ? 0.f : dy;
+    });
+    if (!with_sum) continue;
+    if (!Channels) total += sum;
+    else if (w.by_column) static_cast<float*>(parts)[tile * kThreads + threadIdx.x] = sum;
+    else {
+      sum = warp_sum(sum);
+      if (threadIdx.x % 32 == 0 && share.unit >= 0) static_cast<float*>(parts)[share.unit] = sum;
+    }
+  }
+  if (with_sum && !Channels) {
+    total = block_sum(total, reduce);
+    if (threadIdx.x != 0) return;
+    if (gridDim.x == 1) dalpha[0] = float(total * double(grad_scale));
+    else static_cast<double*>(parts)[blockIdx.x] = total;
+  }
+}
+
+// The second stage of one step per tensor, one block: dalpha = grad_scale * sum over the blocks, in their order.
+__global__ void __launch_bounds__(kThreads)
+lsq_dalpha_kernel(const double* __restrict__ parts, int64_t count, float grad_scale, float* __restrict__ dalpha) {
+  __shared__ double reduce[kWarps];
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += parts[i];
+  sum = block_sum(sum, reduce);
+  if (threadIdx.x == 0) dalpha[0] = float(sum * double(grad_scale));
+}
+
+// The second stage of one step per channel: a warp adds its channel's parts in a fixed order.
+__global__ void __launch_bounds__(kThreads)
+channel_dalpha_kernel(const float* __restrict__ parts, Walk w, float grad_scale, float* __restrict__ dalpha) {
+  const int64_t channel = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (channel >= w.channels) return;
+  double sum = 0;
+  if (w.tiles == 0) {
+    // No elements, no parts.
+  } else if (!w.by_column) {
+    for (int64_t i = threadIdx.x % 32; i < w.outer * w.segments; i += 32) {
+      const int64_t above = divide(i, w.segments);
+      sum += parts[(above * w.channels + channel) * w.segments + (i - above * w.segments)];
+    }
+  } else {
+    const int64_t columns = w.inner * w.abreast;
+    for (int64_t i = threadIdx.x % 32; i < columns * w.strips; i += 32) {
+      const int64_t strip = divide(i, columns), rest = i - strip * columns, beside = divide(rest, w.inner);
+      const int64_t column = channel * w.inner + (rest - beside * w.inner);
+      const int64_t tile = column / kThreads * w.strips + strip;
+      sum += parts[tile * kThreads + column % kThreads + beside * w.width];
+    }
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) dalpha[channel] = float(sum * double(grad_scale));
+}
+
+}  // namespace cuda
+}  // namespace qbr

@@ -1,0 +1,128 @@
+// How the CUDA kernels cut a tensor into tiles: plain host arithmetic, so that tests run it without a GPU.
+//
+// A tile is the work of one block between two looks at its loop: 16 elements of each of 256 threads. Its elements come
+//   flat     one step per tensor: 8 warps take 8 consecutive units of 512 elements
+//   rows     one step per channel, long rows: as flat, but a unit ends where its row of `inner` elements ends
+//   columns  one step per channel, short rows: x seen as [outer, channels * inner], a thread goes down one column
+// so every thread meets one step per tile, and every sum over a channel is a sum of whole units or thread columns.
+#pragma once
+#include "kernels.h"
+
+namespace qbr {
+namespace cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kDepth = 16;           // elements of a thread in one tile: 64 bytes of float32 in flight
+constexpr int kUnit = 32 * kDepth;   // elements of a warp in one tile
+constexpr int kBlocksPerSm = 4;      // 64 registers a thread; more blocks only lengthen the second stage
+constexpr int kMaxColumnDepth = 128; // of a thread in columns where it may exceed kDepth: bounds float rounding
+constexpr int kMinRow = 64;          // shorter rows leave most of a warp idle: go by columns
+constexpr int kFoldGroups = 16;      // rows left after the first stage of folding many wide rows
+
+enum class Order { flat, rows, columns };
+
+// What the kernels need to find their elements.
+struct Walk {
+  int64_t numel, channels, inner, outer;
+  int64_t tiles;
+  int64_t units, segments;  // flat, rows: how many in all, and in one row
+  int64_t width, strips;    // columns: channels * inner, and how many tiles lie below each other
+  int32_t origin;           // flat: where the first unit starts, <= 0, so that units lie on 16-byte boundaries
+  int32_t depth;            // columns: elements of a thread in one tile
+  int32_t abreast;          // columns: rows that a block reads at once, > 1 where they are short
+  bool by_column;
+  bool vector;              // units within bounds move in 16-byte accesses
+};
+
+// How a bin's sums are accumulated; the numbers are those of the template instances.
+enum class Method { binary = 0, registers = 1, lanes = 2, atomics = 3 };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int levels(const Quant& q) { return int(q.qp - q.qn) + 1; }
+inline int bin_columns(const Quant& q) { return 3 * levels(q) + 2; }
+inline int element_size(DType t) { return t == DType::f32 ? 4 : 2; }
+inline size_t align16(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+inline Method method_of(const Quant& q) {
+  if (q.binary) return Method::binary;
+  return levels(q) <= 4 ? Method::registers : levels(q) <= 16 ? Method::lanes : Method::atomics;
+}
+
+// Dynamic shared memory of bin_fwd_kernel: see the four accumulators in cuda_bins.cuh.
+inline size_t bin_shared_bytes(const Quant& q) {
+  const size_t n = levels(q), totals = kWarps * 3 * n * sizeof(double);
+  switch (method_of(q)) {
+    case Method::lanes: return totals + n * kThreads * 12;
+    case Method::atomics: return (18 * n + 1) * sizeof(uint32_t);
+    default: return totals;
+  }
+}
+
+// The walk for elements of `size` bytes at these addresses (0 for a tensor that is absent). `per_channel` also where
+// there is one channel: ask channels > 1 for the choice that the launchers make.
+inline Walk walk_of(const Layout& t, int size, uint64_t x, uint64_t g, uint64_t out, bool deep) {
+  Walk w{};
+  w.numel = t.numel, w.channels = t.channels, w.inner = t.inner;
+  w.depth = kDepth, w.abreast = 1, w.outer = 1, w.segments = 1, w.strips = 1;
+  if (t.numel == 0) return w;
+  const int64_t vec = 16 / size, shift = int64_t(x % 16) / size;
+  const bool alike = (!g || g % 16 == x % 16) && (!out || out % 16 == x % 16) && x % size == 0;
+  if (t.channels == 1) {
+    w.inner = t.numel;
+    w.vector = alike;
+    w.origin = alike ? -int32_t(shift) : 0;
+    w.segments = w.units = ceil_div(t.numel - w.origin, kUnit);
+    w.tiles = ceil_div(w.units, kWarps);
+    return w;
+  }
+  w.outer = t.numel / (t.channels * t.inner);
+  if (t.inner >= kMinRow) {
+    w.vector = alike && shift == 0 && t.inner % vec == 0;
+    w.segments = ceil_div(t.inner, kUnit);
+    w.units = w.outer * t.channels * w.segments;
+    w.tiles = ceil_div(w.units, kWarps);
+    return w;
+  }
+  w.by_column = true;
+  w.width = t.channels * t.inner;
+  w.abreast = w.width < kThreads ? int32_t(kThreads / w.width) : 1;
+  const int64_t across = ceil_div(w.width, kThreads);
+  if (deep) {
+    const int64_t wanted = ceil_div(ceil_div(w.outer, w.abreast) * across, 1024);
+    w.depth = int32_t(wanted < kDepth ? kDepth : wanted > kMaxColumnDepth ? kMaxColumnDepth : wanted);
+  }
+  w.strips = ceil_div(w.outer, int64_t(w.depth) * w.abreast);
+  w.tiles = across * w.strips;
+  return w;
+}
+
+inline int grid_of(const Walk& w, int sms) {
+  const int64_t most = int64_t(sms) * kBlocksPerSm;
+  return int(w.tiles < most ? w.tiles : most);
+}
+
+// Sums over a channel leave the main kernel as one float per unit or thread column, numbered within the workspace.
+inline int64_t channel_parts(const Walk& w) { return w.by_column ? w.tiles * kThreads : w.units; }
+
+// bin_fwd's rows are folded in two steps where one block would take long over them.
+inline bool folds_twice(const Quant& q, int grid) { return levels(q) > 16 && grid > 2 * kFoldGroups; }
+
+inline size_t workspace_bytes_of(Kernel kernel, const Layout& t, const Quant& q, bool alpha_gradient, int sms) {
+  // The widest misalignment, so that the answer holds for any pointers.
+  const Walk flat = walk_of(t, 2, 14, 0, 0, true);
+  size_t bytes = 16;
+  if (kernel == Kernel::bin_fwd) {
+    // Its own walk is never deep, so it may have more tiles.
+    const int grid = grid_of(walk_of(t, 2, 14, 0, 0, false), sms);
+    bytes += align16(size_t(grid) * bin_columns(q) * sizeof(double));
+    if (folds_twice(q, grid)) bytes += align16(size_t(kFoldGroups) * bin_columns(q) * sizeof(double));
+    if (alpha_gradient && t.channels > 1) bytes += align16(channel_parts(flat) * sizeof(float));
+  } else if (alpha_gradient) {
+    bytes += t.channels > 1 ? align16(channel_parts(flat) * sizeof(float)) : grid_of(flat, sms) * sizeof(double);
+  }
+  return bytes;
+}
+
+}  // namespace cuda
+}  // namespace qbr

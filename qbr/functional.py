@@ -17,7 +17,8 @@ class Bins(NamedTuple):
     Attributes:
         table: [3 * L + 2] float64: n_k, S_k = sum d, Q_k = sum d^2 for the L slots qn..qp, then sum |d| and the
             count of |d| < 0.01 * alpha (math: qbr/kernels/README.md).
-        alpha: [1] or [C], the steps that the distances d were taken to, detached.
+        alpha: [1] or [C], the steps that the distances d were taken to, detached; it shares the caller's memory, so
+            read figures before an optimizer's step, or keep a clone.
         spec: the tensor's QuantSpec.
         numel: how many elements it has.
     """

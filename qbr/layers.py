@@ -79,7 +79,7 @@ class QuantizedClippedReLU(nn.Module):
         self._kept: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not ops._is_dense(x):
+        if not ops.is_dense(x):
             x = x.contiguous()  # here and not below, so that the tensor that the graph saves is the one referred to
         self._kept = clipped_relu(x, self.clip_value) if self.keep_pre_quant_activation else None
         # Weak: the input lives as long as the graph that needs it, and not because of this module.

@@ -82,14 +82,18 @@ def implement(backend: str) -> None:
 implement("reference")
 
 
-@torch.compiler.assume_constant_result
 def _backend(requested: str, device_type: str, dtype: torch.dtype) -> str:
     name = kernels.resolve(requested, device_type, dtype)
     implement(name)
     return name
 
 
-def _is_dense(x: Tensor) -> bool:
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo with qbr.
+_backend._dynamo_marked_constant = True
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether kernels can walk x in storage order as it lies; the layouts that a copy can be asked to keep."""
     return (
         x.is_contiguous()
         or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
@@ -131,7 +135,7 @@ def check(x: Tensor, alpha, spec: QuantSpec, relu: bool, clip: float | None) -> 
         raise ValueError(f"relu=True with spec.qn={spec.qn}: half of the levels could never occur; use signed=False")
     clip = math.inf if clip is None else float(clip)
     plain = (spec.qn, spec.qp, spec.binary, -1 if axis is None else axis, bool(relu), clip)
-    return x if _is_dense(x) else x.contiguous(), alpha, plain
+    return x if is_dense(x) else x.contiguous(), alpha, plain
 
 
 def check_alpha(alpha, x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

@@ -48,7 +48,7 @@ _X86 = platform.machine() in ("x86_64", "AMD64")
 _LOOPS = {"baseline": (), "avx2": _AVX2, "avx512": _AVX512} if _X86 else {"baseline": ()}
 # A100 and its kin, H100, and PTX for what comes after.
 _ARCHS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
-_NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+_NVCC_FLAGS = ("-std=c++17", "--threads=0", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 _LOG_TAIL = 4000
 
 

@@ -113,8 +113,11 @@ struct Lanes {
       : range(r), levels(l), shared(reinterpret_cast<double*>(memory)), totals(shared, 3 * l) {
     sums = reinterpret_cast<float2*>(shared + kWarps * 3 * l);
     count = reinterpret_cast<uint32_t*>(sums + l * kThreads);
-    for (int k = 0; k < l; ++k) sums[k * kThreads + threadIdx.x] = {0.f, 0.f}, count[k * kThreads + threadIdx.x] = 0;
-    __syncwarp();
+    clear();
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll 4
+    for (int k = 0; k < levels; ++k) sums[k * kThreads + threadIdx.x] = {0.f, 0.f}, count[k * kThreads + threadIdx.x] = 0;
   }
   __device__ __forceinline__ void begin(const Step&, bool) {}
   __device__ __forceinline__ void add(float b, float d) {
@@ -136,16 +139,16 @@ struct Lanes {
       for (int k = 0; k < 16; ++k) {
         const int at = first + (k + lane) % 16;
         s += sums[at].x, q += sums[at].y, n += count[at];
-        sums[at] = {0.f, 0.f}, count[at] = 0;
       }
     }
+    __syncwarp();
+    clear();
     s += __shfl_xor_sync(0xffffffffu, s, 16);
     q += __shfl_xor_sync(0xffffffffu, q, 16);
     n += __shfl_xor_sync(0xffffffffu, n, 16);
     if (lane < levels && lane < 16) {
       totals.mine[slot] += n, totals.mine[levels + slot] += s, totals.mine[2 * levels + slot] += q;
     }
-    __syncwarp();
   }
   __device__ __forceinline__ void finish(double* row, double*) {
     end_tile(true);

@@ -200,8 +200,10 @@ __device__ __forceinline__ void each(const Share& s, bool quick, const T* __rest
         const float b = f(std::true_type(), px[k].get(i + 1), WithG ? pg[k].get(i + 1) : 0.f);
         px[k].set(i, a, b);
       }
-      if (out) *reinterpret_cast<uint4*>(out + at + k * 32 * Pack<T>::size) = px[k].bits;
     }
+    if (!out) return;
+#pragma unroll
+    for (int k = 0; k < packs; ++k) *reinterpret_cast<uint4*>(out + at + k * 32 * Pack<T>::size) = px[k].bits;
     return;
   }
   constexpr int batch = 4;  // loads in flight

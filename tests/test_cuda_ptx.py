@@ -1,0 +1,271 @@
+"""The CUDA kernels without a GPU: csrc/cuda.cu's own launches, executed from PTX on the CPU (see cuda_host.py).
+
+Every launch is checked for accesses out of bounds, races, uninitialised reads and skipped barriers. Results are held
+to the reference by the functions of test_parity.py. The compiled code is kept in pytest's cache.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import test_parity
+import torch
+from cases import DTYPES, SPECS, Shape
+from cuda_host import CSRC, Emulator
+
+from qbr import ops
+
+ptxrun = pytest.importorskip("ptxrun", reason="needs ptxrun on PYTHONPATH, or PTXRUN_HOME")
+CASES = {case.name: case for case in SPECS}
+# Of 16 values each: one partial unit; several whole ones; odd sizes; rows, columns side by side, and wide columns.
+SHAPES = {
+    "one": Shape("one", (1,)),
+    "three": Shape("three", (3,)),
+    "63": Shape("63", (63,)),
+    "conv": Shape("conv", (64, 3, 3, 3)),
+    "100003": Shape("100003", (100_003,)),
+    "offset": Shape("offset", (4097,), "offset"),
+    "linear": Shape("linear", (6, 1100)),
+    "rows": Shape("rows", (3, 5, 16, 40)),
+    "channels_last": Shape("channels_last", (6, 40, 5, 5), "channels_last"),
+    "wide": Shape("wide", (40, 300)),
+}
+# Every kernel and dtype at least once; the whole matrix is `slow`.
+CHOSEN = [
+    *[(name, "conv", "f32") for name in CASES if name not in ("w3", "w5", "u1")],
+    *[(name, "offset", "bf16") for name in ("w1", "w2", "w4", "u8-relu-clip")],
+    *[(name, "linear", "f16") for name in ("w1-channel0", "w2-channel0", "w4-channel1", "w8-channel0")],
+    *[(name, "rows", "bf16") for name in ("u2-relu-channel1", "w4-channel1", "w8-channel0")],
+    *[(name, "channels_last", "f32") for name in ("u2-relu-channel1", "w4-channel1")],
+    ("w4-channel1", "wide", "f32"),
+    ("w2", "100003", "f32"),
+    ("w4", "63", "f16"),
+    ("w8", "three", "f16"),
+    ("ternary", "one", "f32"),
+]
+
+
+def _nvcc() -> str:
+    try:
+        return ptxrun.toolchain.find_nvcc()
+    except ptxrun.errors.ToolchainError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def cache(request, tmp_path_factory):
+    kept = getattr(request.config, "cache", None)
+    return kept.mkdir("cuda_ptx") if kept else tmp_path_factory.mktemp("cuda_ptx")
+
+
+@pytest.fixture(scope="session")
+def small_device(cache):
+    """Two multiprocessors: blocks take several tiles each."""
+    return Emulator(cache, _nvcc(), 2)
+
+
+@pytest.fixture
+def emulated(monkeypatch, small_device):
+    """The backend "emulated", for the functions of qbr.functional and of test_parity.py."""
+    for op in ops.SCHEMAS:
+        monkeypatch.setitem(ops._ops, ("emulated", op), getattr(small_device, op))
+    backend = ops._backend
+    monkeypatch.setattr(ops, "_backend", lambda name, *rest: name if name == "emulated" else backend(name, *rest))
+    monkeypatch.setattr(test_parity, "load", lambda *_: None)
+    monkeypatch.setattr(small_device, "options", {})
+    return small_device
+
+
+def check_parity(case, shape, dtype):
+    if not case.fits(shape.size):
+        pytest.skip("this shape has no such channel axis")
+    x, alpha, grad = test_parity.inputs(case, shape, dtype)
+    expected = test_parity.run("reference", "cpu", case, x, alpha, grad)
+    test_parity.compare(test_parity.run("emulated", "cpu", case, x, alpha, grad), expected, x, alpha, grad, case)
+
+
+@pytest.mark.parametrize("name, shape, dtype", CHOSEN, ids=lambda v: v)
+def test_parity_with_the_reference(emulated, name, shape, dtype):
+    check_parity(CASES[name], SHAPES[shape], DTYPES[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parity_everywhere(emulated, name, shape, dtype):
+    check_parity(CASES[name], SHAPES[shape], DTYPES[dtype])
+
+
+@pytest.mark.parametrize("name", ["w1", "w2", "u4-relu", "w8", "w4-channel1"])
+def test_infinities_and_nan(emulated, name):
+    test_parity.test_infinities_and_nan("emulated", "cpu", CASES[name])
+
+
+@pytest.mark.parametrize("name", ["w1", "w2", "u4-relu", "w8", "w8-channel0"])
+def test_hostile_steps(emulated, name):
+    for step in test_parity.HOSTILE_STEPS:
+        test_parity.test_hostile_steps("emulated", "cpu", CASES[name], step)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)], ids=str)
+@pytest.mark.parametrize("name", ["w2", "w8", "w4-channel1", "w2-channel0"])
+def test_tensors_of_no_elements(emulated, name, size):
+    test_parity.test_tensors_of_no_elements("emulated", "cpu", name, size)
+
+
+@pytest.mark.parametrize("name", ["w2", "w4", "w8", "w4-channel1"])
+def test_the_order_of_blocks_and_threads_changes_nothing(emulated, name):
+    case = CASES[name]
+    x, alpha, grad = case.inputs((90, 13, 20))
+    results = []
+    for seed in (None, 1, 2):
+        emulated.options = {"seed": seed}
+        results.append(test_parity.run("emulated", "cpu", case, x, alpha, grad))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][key], other[key]) for key in results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["w2", "w4", "w8"])
+def test_each_element_moves_once_in_accesses_of_16_bytes(emulated, name, dtype):
+    case = CASES[name]
+    x, alpha, grad = (t.to(DTYPES[dtype]) for t in case.inputs((16 * 4096,)))
+    x, alpha, plain = ops.check(x, alpha.float(), case.spec, case.relu, case.clip)
+    size = x.numel() * x.element_size()
+    bins = emulated.bin_loss_fwd(x, alpha, *plain, False)[1]
+    one = torch.ones(())
+    calls = {
+        ("x", "xhat"): [lambda: emulated.lsq_fwd(x, alpha, *plain), lambda: emulated.lsq_bin_fwd(x, alpha, *plain, True)],
+        ("x",): [lambda: emulated.bin_loss_fwd(x, alpha, *plain, False)],
+        ("x", "g", "dx"): [
+            lambda: emulated.lsq_bwd(grad, x, alpha, *plain, 0.1),
+            lambda: emulated.lsq_bin_bwd(grad, one, x, alpha, bins, *plain, 0.1),
+        ],
+        ("x", "dx"): [lambda: emulated.bin_loss_bwd(one, x, alpha, bins, *plain)],
+    }
+    for tensors, variants in calls.items():
+        for call in variants:
+            call()
+            first, rest = emulated.launches[0], emulated.launches[1:]
+            moved = {key: (first.buffers[key][0], first.buffers[key][1]) for key in ("x", "g", "xhat", "dx") if key in first.buffers}
+            assert moved == {key: (0, size) if key in ("xhat", "dx") else (size, 0) for key in tensors}
+            wide = first.loads.widths[16] + first.stores.widths[16]
+            assert wide * 16 == len(tensors) * size
+            assert all(not set(launch.buffers) & {"x", "g", "xhat", "dx"} for launch in rest)
+
+
+def test_a_tensor_of_one_tile_takes_one_launch(emulated):
+    case = CASES["w2"]
+    x, alpha, grad = case.inputs((4096,))
+    x, alpha, plain = ops.check(x, alpha, case.spec, case.relu, case.clip)
+    bins = emulated.lsq_bin_fwd(x, alpha, *plain, True)[2]
+    assert len(emulated.launches) == 1
+    emulated.lsq_bin_bwd(grad, torch.ones(()), x, alpha, bins, *plain, 0.1)
+    assert len(emulated.launches) == 1
+
+
+def test_many_wide_rows_are_folded_twice(cache):
+    device = Emulator(cache, _nvcc(), 132)
+    case = CASES["w8"]
+    x, alpha, _ = case.inputs((34 * 4096 + 5,))
+    x, alpha, plain = ops.check(x, alpha, case.spec, case.relu, case.clip)
+    loss, bins, _ = device.bin_loss_fwd(x, alpha, *plain, False)
+    assert len(device.launches) == 3
+    expected_loss, expected, _ = torch.ops.qbr_reference.bin_loss_fwd(x, alpha, *plain, False)
+    assert torch.equal(bins[:256], expected[:256]) and bins[-1] == expected[-1]
+    assert torch.allclose(bins[512:], expected[512:], rtol=2e-5) and torch.allclose(loss, expected_loss, rtol=2e-5)
+
+
+PROBE = r"""
+#include "cuda_walk.cuh"
+using namespace qbr;
+using namespace qbr::cuda;
+extern "C" __global__ void divide_kernel(const float* x, const float* alpha, float* quick, float* slow, int* covered, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const Range range(Quant{-8.f, 7.f, false, false, INFINITY});
+  const Step step = step_of(alpha[i], range);
+  covered[i] = step.quick;
+  quick[i] = quotient<true>(x[i], step);
+  slow[i] = quotient<false>(x[i], step);
+}
+extern "C" __global__ void share_kernel(Walk w, int channels, long long tile, long long* out) {
+  const Share s = channels ? share_of<true>(w, tile) : share_of<false>(w, tile);
+  long long* mine = out + 4 * threadIdx.x;
+  mine[0] = s.at, mine[1] = s.stride, mine[2] = s.count, mine[3] = s.channel;
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def probe(cache):
+    _nvcc()
+    return ptxrun.compile_cuda(PROBE, arch="sm_80", options=["-std=c++17", "-I", str(CSRC)])
+
+
+@pytest.mark.parametrize("alphas", ["any", "near two", "near one", "extreme"])
+def test_the_short_division_rounds_like_the_long_one(probe, alphas):
+    """On random values, on values around every tie and end of the range, and on infinities."""
+    rng = np.random.default_rng(0)
+    n = 40_000
+    mantissa = rng.integers(0, 1 << 23, n, dtype=np.uint32)
+    if alphas.startswith("near"):  # reciprocals with the largest relative rounding errors
+        mantissa = (1 << 23) - 1 - mantissa % 64 if alphas == "near two" else mantissa % 64
+    exponent = rng.choice([67, 187 - 1], n) if alphas == "extreme" else rng.integers(100, 140, n)
+    alpha = (mantissa | exponent.astype(np.uint32) << np.uint32(23)).astype(np.uint32).view(np.float32)
+    target = rng.integers(-20, 20, n) / np.float32(2)
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = np.where(rng.random(n) < 0.7, target * alpha, rng.standard_normal(n) * 9 * alpha).astype(np.float32)
+        x = (x.view(np.int32) + rng.integers(-3, 4, n, dtype=np.int32) * (x != 0)).astype(np.int32).view(np.float32)
+        x[:8] = [np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-45, 3e38, -3e38]
+    quick, slow, covered = ptxrun.uninit(n), ptxrun.uninit(n), ptxrun.uninit(n, np.int32)
+    probe.launch("divide_kernel", -(-n // 256), 256, [x, alpha, quick, slow, covered, n])
+    assert covered.all()
+    same = (quick == slow) | (np.isnan(quick) & np.isnan(slow))
+    # Beyond every range only the side matters; what underflows is a code of zero either way.
+    beyond = (np.abs(slow) > 2.0**19) & (np.sign(quick) == np.sign(slow)) & (np.abs(quick) >= 2.0**19)
+    tiny = (np.abs(slow) < 2.0**-100) & (np.abs(quick) < 2.0**-99)
+    assert (same | beyond | tiny).all()
+
+
+@pytest.mark.parametrize("channels, inner", [(1, 1), (512, 49 * 49), (3, 1), (300, 7)], ids=str)
+def test_indices_beyond_32_bits(probe, small_device, channels, inner):
+    """The shares of tiles far behind 2^32 elements cover what they must, with the right channels."""
+    numel = ((1 << 33) // (channels * inner) + 1) * channels * inner
+    walk, tiles = small_device.walk(numel, channels, inner, 4)
+    chosen = [tiles - 1, tiles // 2, (1 << 32) // 4096 + 3, 0]
+    for tile in [t for t in chosen if t < tiles]:
+        out = ptxrun.uninit((256, 4), np.int64)
+        probe.launch("share_kernel", 1, 256, [walk, int(channels > 1), tile, out])
+        out = np.asarray(out)
+        at = [start + step * np.arange(count) for start, step, count, _ in out if count]
+        of_channel = [np.full(count, channel) for _, _, count, channel in out if count]
+        at, of_channel = np.concatenate(at), np.concatenate(of_channel)
+        assert len(np.unique(at)) == len(at) and at.min() >= 0 and at.max() < numel
+        assert tile != tiles - 1 or at.max() == numel - 1
+        assert (at // inner % channels == of_channel).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_no_kernel_spills_registers(arch, tmp_path):
+    command = [_nvcc(), "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-Xptxas", "-v", "-I", str(CSRC)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "out"), str(CSRC / "cuda.cu")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert len(spills) == len(registers) > 40 and not any(map(int, spills))
+    assert max(registers) <= 64
+
+
+@pytest.mark.slow
+def test_parity_of_the_older_architecture(cache, emulated, monkeypatch):
+    older = Emulator(cache, _nvcc(), 2, arch="80")
+    for op in ops.SCHEMAS:
+        monkeypatch.setitem(ops._ops, ("emulated", op), getattr(older, op))
+    for name in ("w1", "w2", "w4", "w8", "w4-channel1"):
+        check_parity(CASES[name], SHAPES["rows"], torch.float32)

@@ -148,6 +148,16 @@ def test_every_fifth_epoch_tensorboard_gets_distributions(tmp_path):
     assert {"Weights/fc", "Weights_Quantized/fc", "Activations/layer1.0.relu"} <= set(seen)
 
 
+def test_quick_trains_its_own_baseline_first(tmp_path, capsys):
+    flags = ["--quick", "--limit", "8", "--batch-size", "40", "--gpu", "-1", "--output-dir", str(tmp_path)]
+    assert qat([*flags, "--num-bits-act", "32"]) == 0
+    printed = capsys.readouterr().out
+    assert "quantized test accuracy" in printed and f"report: {tmp_path / 'report.html'}" in printed
+    assert "BR phase, first step -> last step: BR_W 0." in printed
+    assert _results(tmp_path / "baseline")["status"] == _results(tmp_path)["status"] == "finished"
+    assert not any(name.endswith("relu.quantizer") for name in _results(tmp_path)["epochs"][-1]["alphas"])
+
+
 # Resumption
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import qbr
 
-BINS_PER_STEP = 24  # resolution of the histogram, bins per step alpha
+BINS_PER_STEP = 24  # resolution of the histogram, bins per step alpha ...
+MOST_BINS = 264  # ... as long as there are no more than this; wider ranges get coarser bins
 MARGIN = 1.5  # steps shown beyond the outermost levels; what lies further out is counted in the outermost bin
 
 
@@ -32,6 +33,7 @@ def weight_histograms(model: nn.Module) -> dict[str, Any]:
         if spec.channel_axis is not None:
             shape[spec.channel_axis] = -1
         low, high = spec.qn - MARGIN, spec.qp + MARGIN
+        bins = min(round((high - low) * BINS_PER_STEP), MOST_BINS)
         scaled = (module.weight / quantizer.alpha.reshape(shape)).float().cpu().clamp(low, high)
         layers[name] = {
             "alpha": float(quantizer.alpha.mean()),
@@ -39,6 +41,6 @@ def weight_histograms(model: nn.Module) -> dict[str, Any]:
             "qp": spec.qp,
             "low": low,
             "high": high,
-            "counts": torch.histc(scaled, round((high - low) * BINS_PER_STEP), low, high).int().tolist(),
+            "counts": torch.histc(scaled, bins, low, high).int().tolist(),
         }
     return layers

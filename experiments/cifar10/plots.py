@@ -159,7 +159,7 @@ def bin_losses(results: dict[str, Any]) -> Figure:
             ax.set_yscale("log")
             _plain_ticks(ax)
         else:
-            ax.set_ylim(0, 1.15 * max(every))
+            ax.set_ylim(0, 1.15 * max(every) or 1)
         ax.set_title(title, pad=16)
         ax.legend(loc="best", fontsize=8.5)
     axes[0].set_ylabel("sum over layers of the bin loss")

@@ -229,7 +229,8 @@ def _run(command: list[str]) -> _Done:
 
 def _compile_commands(p: Plan, out: Path, with_cuda: bool) -> dict[str, list[str]]:
     """{object name: command}."""
-    cxx = [*p.compiler, *_CXX_FLAGS]
+    # Messages name the sources as csrc/..., wherever they were compiled.
+    cxx = [*p.compiler, *_CXX_FLAGS, f"-ffile-prefix-map={p.sources}=csrc"]
     torch = [_TARGET, "-isystem", str(p.torch.root / "include")]
     commands = {
         "bindings": [*cxx, *torch, *(["-DQBR_WITH_CUDA"] if with_cuda else []), str(p.sources / "bindings.cpp")],

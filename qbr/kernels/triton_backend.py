@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,9 +23,9 @@ NUM_WARPS = 4
 VECTOR_BYTES = 16
 # Enough programs for eight blocks of 128 threads on each multiprocessor, twice over where registers allow them.
 PROGRAMS_PER_SM = 16
-# Masked sums keep 3 registers a level; measured 125 of 255 at 16 levels, and 32 would leave two blocks a multiprocessor.
+# Masked sums keep 3 registers a level: 125 of a thread's 255 at 16 levels (sm_90), none to spare at 32.
 MASKED_LEVELS = 16
-# A program sums at most this many elements: float32 counts stay exact, and fixed-point sums inside their words.
+# A program sums about this many elements, at most twice as many: float32 counts stay exact, and fixed-point sums inside their words.
 ELEMENTS_PER_PROGRAM = 1 << 18
 # Each program of the fixed-point sums has a table of its own to clear and to add up: fewer programs, more warps.
 FIXED_PROGRAMS_PER_SM = 2
@@ -68,7 +68,7 @@ class _Kernels(NamedTuple):
     interpreted: bool
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernels() -> _Kernels:
     from triton.runtime.jit import JITFunction
 
@@ -138,8 +138,11 @@ def _plan(numel, channels, inner, itemsize, device: torch.device, per_sm: int, n
         tile = max(min(_power_of_two(numel) // 2, INTERPRETER_TILE), 64)
         return plan(numel, channels, inner, tile // 64, tile, INTERPRETER_PROGRAMS)
     vec = VECTOR_BYTES // itemsize
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return plan(numel, channels, inner, vec, 32 * num_warps * vec, per_sm * sms)
+    return plan(numel, channels, inner, vec, 32 * num_warps * vec, per_sm * _multiprocessors(device))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _plan_of(x: Tensor, alpha: Tensor, channel_axis: int, per_sm=PROGRAMS_PER_SM, num_warps=NUM_WARPS) -> Plan:
@@ -156,8 +159,12 @@ def _on_device_of(x: Tensor):
 
 
 def _tile_options(p: Plan, num_warps: int = NUM_WARPS) -> dict:
+    return dict(LAYOUT=p.layout, T0=p.t0, T1=p.t1, **_options(num_warps))
+
+
+def _options(num_warps: int = NUM_WARPS) -> dict:
     # A fused multiply-add would round b * alpha differently from xhat.
-    return dict(LAYOUT=p.layout, T0=p.t0, T1=p.t1, num_warps=num_warps, enable_fp_fusion=False)
+    return dict(num_warps=num_warps, enable_fp_fusion=False)
 
 
 def lsq_fwd(x, alpha, qn, qp, binary, channel_axis, relu, clip):
@@ -224,12 +231,13 @@ def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_
         )  # fmt: skip
         kernels.bins[(1,)](
             partials, words, alpha, loss, bins, one_step, p.programs, p.channels,
-            QN=qn, LEVELS=levels, LP=lp, BR=FINAL_TILE * num_warps // NUM_WARPS // lp, num_warps=num_warps,
+            QN=qn, LEVELS=levels, LP=lp, BR=FINAL_TILE * num_warps // NUM_WARPS // lp, **_options(num_warps),
         )  # fmt: skip
         if s_words is not None:
             bc = min(COLUMNS, _power_of_two(p.channels))
             kernels.dloss_dalpha[(-(-p.channels // bc),)](
                 bins, alpha, s_words, s_ends, dloss_dalpha, p.channels, p.splits, QN=qn, LEVELS=levels, BC=bc,
+                **_options(),
             )  # fmt: skip
     return loss, bins, dloss_dalpha
 
@@ -256,6 +264,6 @@ def _bwd(grad_xhat, grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, rel
         if dalpha is not None:
             bc = min(COLUMNS, _power_of_two(p.channels))
             kernels.sum_rows[(-(-p.channels // bc),)](
-                partials, dalpha, p.splits, p.channels, grad_scale, BR=FINAL_TILE // bc, BC=bc,
+                partials, dalpha, p.splits, p.channels, grad_scale, BR=FINAL_TILE // bc, BC=bc, **_options(),
             )  # fmt: skip
     return dx, dalpha

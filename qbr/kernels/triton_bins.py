@@ -3,30 +3,24 @@
 Up to a few levels a program keeps n, S and Q of every bin in registers and masks each element into them. Beyond,
 it adds integers in fixed point to a table in memory, which gives the same bits in any order; S and Q of the two end
 bins, whose distances have no bound, stay in float registers. triton_finalize.py adds the programs' rows up.
+Registers hold lane sums: [T0, T1] as [LANES, VEC], the VEC elements that one thread loaded together added up first.
 """
 
 import triton
 import triton.language as tl
 
-from qbr.kernels.triton_kernels import COLS, FLAT, ROWS, _load, _n_tiles, _quantize, _steps, _store, _store_per_channel, _tile
+from qbr.kernels.triton_kernels import FLAT, ROWS, _load, _n_tiles, _quantize, _steps, _store, _store_per_channel, _tile
 
 # The code of a position beyond the tensor: in no bin.
 NO_CODE = tl.constexpr(1e9)
 
 # Fixed point, in units of alpha (S) and alpha^2 (Q): inside the range |d| <= alpha / 2, so integers of these widths
-# hold the sums of 2^18 elements, and adding integers gives the same bits in any order.
+# hold the sums of 2^19 elements, and adding integers gives the same bits in any order.
 S_ONE = tl.constexpr(2.0**23)
 Q_ONE = tl.constexpr(2.0**44)
-# One word holds a bin's count above its S: |S| < 2^18 * 2^22 stays below the sign bit of 44 bits.
+# One word holds a bin's count above its S: |S| <= 2^19 * 2^22 stays below the sign bit of 44 bits.
 COUNT_SHIFT = tl.constexpr(44)
 COUNT_ONE = tl.constexpr(2**44)
-
-
-
-@triton.jit
-def _lane_sums(b_t, LANES: tl.constexpr, VEC: tl.constexpr):
-    """[T0, T1] -> [LANES]: VEC elements that lie together belong to one thread, which adds them by itself."""
-    return tl.sum(tl.reshape(b_t, [LANES, VEC]), 1)
 
 
 @triton.jit
@@ -53,9 +47,9 @@ def _add_bins(sums, b_b, b_d, QN: tl.constexpr, LEVELS: tl.constexpr, BINARY: tl
                 m_k = b_b == QN + k
             b_k = tl.where(m_k, b_d, 0.0)
             new = new + (
-                sums[3 * k] + _lane_sums(tl.where(m_k, 1.0, 0.0), LANES, VEC),
-                sums[3 * k + 1] + _lane_sums(b_k, LANES, VEC),
-                sums[3 * k + 2] + _lane_sums(b_k * b_k, LANES, VEC),
+                sums[3 * k] + tl.sum(tl.reshape(tl.where(m_k, 1.0, 0.0), [LANES, VEC]), 1),
+                sums[3 * k + 1] + tl.sum(tl.reshape(b_k, [LANES, VEC]), 1),
+                sums[3 * k + 2] + tl.sum(tl.reshape(b_k * b_k, [LANES, VEC]), 1),
             )
     return new
 
@@ -89,10 +83,10 @@ def _add_bins_fixed(sums, words, inverse_unit, b_b, b_d, m_x, QN: tl.constexpr, 
     b_low = tl.where(m_low, b_d, 0.0)
     b_high = tl.where(m_high, b_d, 0.0)
     return (
-        sums[0] + _lane_sums(b_low, LANES, VEC),
-        sums[1] + _lane_sums(b_low * b_low, LANES, VEC),
-        sums[2] + _lane_sums(b_high, LANES, VEC),
-        sums[3] + _lane_sums(b_high * b_high, LANES, VEC),
+        sums[0] + tl.sum(tl.reshape(b_low, [LANES, VEC]), 1),
+        sums[1] + tl.sum(tl.reshape(b_low * b_low, [LANES, VEC]), 1),
+        sums[2] + tl.sum(tl.reshape(b_high, [LANES, VEC]), 1),
+        sums[3] + tl.sum(tl.reshape(b_high * b_high, [LANES, VEC]), 1),
     )
 
 
@@ -148,8 +142,8 @@ def _bin_tile(x, xhat, sums, words, inverse_unit, b_ends, s_words, i_t, i_c, b_s
     else:
         new = _add_bins(sums, b_b, b_d, QN, QP - QN + 1, BINARY, LANES, VEC)
     return new + (
-        sums[len(new)] + _lane_sums(tl.abs(b_d), LANES, VEC),
-        sums[len(new) + 1] + _lane_sums(b_near, LANES, VEC),
+        sums[len(new)] + tl.sum(tl.reshape(tl.abs(b_d), [LANES, VEC]), 1),
+        sums[len(new) + 1] + tl.sum(tl.reshape(b_near, [LANES, VEC]), 1),
     ), b_ends
 
 
@@ -158,7 +152,7 @@ def _lsq_bin_fwd_kernel(
     x,  # [outer, C, inner]
     alpha,  # [C]
     xhat,  # as x; None for bin_loss_fwd
-    partials,  # [programs, 4, LP]: n | S | Q | sum |d|, near; with words [programs, 8]: S, Q of the low end | of the high | sum |d|, near
+    partials,  # [programs, 4, LP]: n | S | Q | sum |d|, near; with words [programs, 8]: S, Q of both ends | the same two
     words,  # zeros [programs, 2, L] int64: (count, S) | Q in fixed point; None for few levels
     s_words,  # zeros [L, C] int64: S_(k,c) in fixed point; None without its gradient or with one step
     s_ends,  # [n_splits, 2, C]: S_(k,c) of the lowest and the highest code; None as s_words
@@ -195,9 +189,7 @@ def _lsq_bin_fwd_kernel(
         i_c = i_item // n_splits
         i_s = i_item % n_splits
         b_step = _steps(alpha, i_c, C, LAYOUT, T0, T1)
-        b_ends = None
-        if s_words is not None:
-            b_ends = (tl.zeros([T0, T1], tl.float32), tl.zeros([T0, T1], tl.float32))
+        b_ends = (tl.zeros([T0, T1], tl.float32), tl.zeros([T0, T1], tl.float32))  # unused, and gone, without s_words
         for i_t in range(i_s, n_tiles, n_splits):
             sums, b_ends = _bin_tile(x, xhat, sums, p_words, inverse_unit, b_ends, s_words, i_t, i_c, b_step, clip,
                                      outer, C, inner, QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC,

@@ -13,13 +13,19 @@ from .models import MODELS
 
 FLOAT_BITS = 32
 _NOT_GIVEN = object()
-# What --quick changes. Rates, epochs and lambdas were chosen on the packed subset, for about two minutes on 2 cores.
+# What --quick changes: about two minutes on 2 cores, with the packed subset.
 QUICK_BASELINE = {"model": "resnet20", "epochs": 3, "batch_size": 64, "output_dir": Path("runs/quick-baseline")}
+# Two epochs of BR are 142 steps: lambda 1 would move a bin of 1,000 weights 2 % of the way to its level, 50 moves it
+# more than half. 2 * lambda * lr = 2 stays below 3.8, where a bin of one weight would start to oscillate (math:
+# qbr/kernels/README.md, "Strength"). BR_A is about 7 here, thrice the cross-entropy, and gets a tenth.
 QUICK_QAT = {
     "model": "resnet20",
     "warmup_epochs": 1,
     "qat_epochs": 3,
     "batch_size": 64,
+    "lr": 0.02,
+    "lambda_br": 50.0,
+    "lambda_br_act": 0.1,
     "output_dir": Path("runs/quick"),
 }
 # Flags that may differ between a run and its resumption: they change no number.

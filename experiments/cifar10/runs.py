@@ -77,6 +77,8 @@ class Run:
         self.options = options = resumed(options, given, self.state["args"]) if self.state else options
         if options.tensorboard:
             logs.check_installed()
+        if getattr(options, "pretrained_baseline", None) is not None and self.state is None:
+            checkpoints.load(options.pretrained_baseline, "--pretrained-baseline")  # before data may be downloaded
         self.device = parent.device if parent else pick_device(options.gpu)
         self.splits = (
             parent.splits

@@ -1,0 +1,161 @@
+// A chunk of the CPU loops: 16-lane vectors, the three storage types, and each element's step.
+// For cpu_loops.cpp alone; internal linkage, for the reason given there.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "cpu_loops.h"
+
+namespace qbr::cpu {
+namespace {
+
+constexpr int kLanes = 16;
+typedef float VecF __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef double VecD __attribute__((vector_size(8 * kLanes)));
+typedef double Pair __attribute__((vector_size(16)));
+
+constexpr int kPadded = kChunk + kLanes;
+
+inline VecF load(const float* p) {
+  VecF v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline double sum_lanes(const VecD& v) {
+  double s = 0;
+  for (int j = 0; j < kLanes; ++j) s += v[j];
+  return s;
+}
+
+// ---- storage types -------------------------------------------------------------------------------------------------
+
+inline float from_bits(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+inline uint32_t to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+
+struct BF16 {
+  static float load(uint16_t h) { return from_bits(uint32_t(h) << 16); }
+  static uint16_t store(float f) {
+    uint32_t u = to_bits(f);
+    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // nearest, ties to even
+    return uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+};
+
+struct F16 {
+  static float load(uint16_t h) {
+    uint32_t magnitude = h & 0x7fff, exponent = h & 0x7c00;
+    uint32_t normal = (magnitude << 13) + (112u << 23);
+    if (exponent == 0x7c00) normal += 112u << 23;  // infinity and NaN
+    // A subnormal is its integer times 2^-24: no subnormal float takes part, flushed to zero or not.
+    uint32_t subnormal = to_bits(float(int32_t(magnitude)) * 0x1p-24f);
+    return from_bits((exponent == 0 ? subnormal : normal) | uint32_t(h & 0x8000) << 16);
+  }
+  static uint16_t store(float f) {
+    uint32_t u = to_bits(f), a = u & 0x7fffffff;
+    uint32_t normal = (a - (112u << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
+    uint32_t subnormal = to_bits(from_bits(a) + 0.5f) - 0x3f000000;  // 0.5 has the spacing of half's subnormals
+    uint32_t h = a < 0x38800000 ? subnormal : normal;
+    h = a >= 0x47800000 ? 0x7c00 : h;
+    h = a > 0x7f800000 ? 0x7e00 : h;
+    return uint16_t(h | (u >> 16 & 0x8000));
+  }
+};
+
+// n elements from `first` on as floats; `buffer` unless they lie there already.
+const float* load_chunk(DType dtype, const void* data, int64_t first, int n, float* __restrict buffer) {
+  if (dtype == DType::f32) return static_cast<const float*>(data) + first;
+  const uint16_t* __restrict h = static_cast<const uint16_t*>(data) + first;
+  if (dtype == DType::bf16) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) buffer[i] = BF16::load(h[i]);
+  } else {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) buffer[i] = F16::load(h[i]);
+  }
+  return buffer;
+}
+
+// Where results are to be written as floats, and store_chunk, which takes them from there.
+float* result_chunk(DType dtype, void* data, int64_t first, float* buffer) {
+  return dtype == DType::f32 ? static_cast<float*>(data) + first : buffer;
+}
+
+void store_chunk(DType dtype, void* data, int64_t first, int n, const float* __restrict buffer) {
+  if (dtype == DType::f32) return;
+  uint16_t* __restrict h = static_cast<uint16_t*>(data) + first;
+  if (dtype == DType::bf16) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) h[i] = BF16::store(buffer[i]);
+  } else {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) h[i] = F16::store(buffer[i]);
+  }
+}
+
+// ---- steps ---------------------------------------------------------------------------------------------------------
+
+// The runs of equal step that a chunk covers: visit(offset in the chunk, length, channel).
+template <class Visit>
+inline void for_each_run(const Layout& layout, int64_t first, int n, Visit visit) {
+  int64_t run = first / layout.inner, channel = run % layout.channels;
+  int64_t length = (run + 1) * layout.inner - first;
+  for (int o = 0; o < n;) {
+    int m = length < n - o ? int(length) : n - o;
+    visit(o, m, channel);
+    o += m;
+    length = layout.inner;
+    if (++channel == layout.channels) channel = 0;
+  }
+}
+
+// inner = 1: the runs of successive channels: visit(offset in the chunk, length, first channel).
+template <class Visit>
+inline void for_each_row(const Layout& layout, int64_t first, int n, Visit visit) {
+  int64_t channel = first % layout.channels;
+  for (int o = 0; o < n;) {
+    int64_t left = layout.channels - channel;
+    int m = left < n - o ? int(left) : n - o;
+    visit(o, m, channel);
+    o += m;
+    channel = 0;
+  }
+}
+
+// A chunk's steps: one for all of it, or one for each element.
+struct Steps {
+  bool uniform;
+  int64_t channel;
+  float step;
+  alignas(64) float each[kPadded];
+
+  void set(const Input& in, int64_t first, int n) {
+    const Layout& layout = in.layout;
+    int64_t run = layout.channels == 1 ? 0 : first / layout.inner;
+    uniform = layout.channels == 1 || first + n <= (run + 1) * layout.inner;
+    channel = layout.channels == 1 ? 0 : run % layout.channels;
+    step = in.alpha[channel];
+    if (uniform) return;
+    if (layout.inner == 1) {
+      for_each_row(layout, first, n, [&](int o, int m, int64_t c) { std::memcpy(each + o, in.alpha + c, 4 * m); });
+    } else {
+      for_each_run(layout, first, n, [&](int o, int m, int64_t c) {
+        float a = in.alpha[c];
+        for (int i = 0; i < m; ++i) each[o + i] = a;
+      });
+    }
+  }
+};
+
+}  // namespace
+}  // namespace qbr::cpu

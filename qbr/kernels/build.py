@@ -39,6 +39,7 @@ RECORD = "qbr_native.json"
 
 _TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of 2.10, which 2.11's headers hold in full
 _CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
+_PREFIX_FLAG = "-ffile-prefix-map={}=csrc"  # messages name the sources as csrc/..., wherever they were compiled
 # Contraction would move codes across ties; errno and traps keep loops with divisions and comparisons scalar.
 _LOOP_FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
@@ -165,7 +166,7 @@ def sources_hash(sources: Path, cuda: bool) -> str:
     for path in sorted(sources.iterdir()):
         if path.is_file() and (cuda or not path.name.startswith("cuda")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    flags = (_TARGET, _CXX_FLAGS, _LOOP_FLAGS, _LOOPS, *((_ARCHS, _NVCC_FLAGS) if cuda else ()))
+    flags = (_TARGET, _CXX_FLAGS, _PREFIX_FLAG, _LOOP_FLAGS, _LOOPS, *((_ARCHS, _NVCC_FLAGS) if cuda else ()))
     digest.update(repr(flags).encode())
     return digest.hexdigest()[:16]
 
@@ -229,8 +230,7 @@ def _run(command: list[str]) -> _Done:
 
 def _compile_commands(p: Plan, out: Path, with_cuda: bool) -> dict[str, list[str]]:
     """{object name: command}."""
-    # Messages name the sources as csrc/..., wherever they were compiled.
-    cxx = [*p.compiler, *_CXX_FLAGS, f"-ffile-prefix-map={p.sources}=csrc"]
+    cxx = [*p.compiler, *_CXX_FLAGS, _PREFIX_FLAG.format(p.sources)]
     torch = [_TARGET, "-isystem", str(p.torch.root / "include")]
     commands = {
         "bindings": [*cxx, *torch, *(["-DQBR_WITH_CUDA"] if with_cuda else []), str(p.sources / "bindings.cpp")],

@@ -200,7 +200,7 @@ def test_without_a_build_the_wheel_is_pure_and_brings_the_sources(tmp_path):
         pytest.skip("needs setuptools 70.1")
     for name in ("qbr", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     command = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('out')"]
     (tmp_path / "out").mkdir()

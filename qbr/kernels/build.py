@@ -133,8 +133,8 @@ def find_nvcc() -> str | None:
     return (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
 
 
-def cuda_plan(torch: Torch | None, sources: Path) -> tuple[str | None, str | None]:
-    """(nvcc, None) where a CUDA part is to be built, else (None, why not)."""
+def cuda_plan(torch: Torch | None, sources: Path, device: bool = True) -> tuple[str | None, str | None]:
+    """(nvcc, None) where a CUDA part is to be built, else (None, why not); ``device``: there may be one to use it."""
     wish = os.environ.get("QBR_CUDA", "")
     nvcc = find_nvcc()
     if wish == "0":
@@ -143,6 +143,8 @@ def cuda_plan(torch: Torch | None, sources: Path) -> tuple[str | None, str | Non
         return None, "csrc/cuda.cu is absent"
     if wish != "1" and (torch is None or torch.cuda is None):
         return None, "torch is a CPU-only build (QBR_CUDA=1 builds it nevertheless)"
+    if wish != "1" and not device:
+        return None, "torch sees no CUDA device (QBR_CUDA=1 builds it nevertheless)"
     if nvcc is None:
         if wish == "1":
             raise CannotBuild("QBR_CUDA=1, but no nvcc: put a CUDA toolkit's nvcc on the PATH or set CUDA_HOME")
@@ -185,8 +187,8 @@ class Plan:
     why_no_cuda: str | None
 
 
-def plan(sources: Path | None = None) -> Plan:
-    """Everything a build needs.
+def plan(sources: Path | None = None, device: bool = True) -> Plan:
+    """Everything a build needs; ``device`` as in cuda_plan.
 
     Raises:
         CannotBuild: naming what is missing and how to get it.
@@ -205,7 +207,7 @@ def plan(sources: Path | None = None) -> Plan:
     if compiler is None:
         named = f"CXX={os.environ['CXX']!r} is not there" if os.environ.get("CXX") else "none of c++, g++, clang++"
         raise CannotBuild(f"no C++ compiler ({named}): install g++ 10 or clang++ 12 or later, or set CXX")
-    return Plan(sources, torch, compiler, *cuda_plan(torch, sources))
+    return Plan(sources, torch, compiler, *cuda_plan(torch, sources, device))
 
 
 @dataclass(frozen=True)
@@ -308,26 +310,28 @@ def cache_dir() -> Path:
     return _private(home / "qbr") or _private(shared_tmp) or Path(tempfile.mkdtemp(prefix="qbr-"))
 
 
-def _cache_key(sources: Path, torch: Torch | None) -> str:
+def _cache_key(sources: Path, torch: Torch | None, device: bool) -> str:
     """Sources, torch's release, and whether a CUDA part is wanted: not the compiler, which may be gone by now."""
     release = "none" if torch is None else "{}.{}".format(*torch.release)
-    cuda = cuda_plan(torch, sources)[0] is not None
+    cuda = cuda_plan(torch, sources, device)[0] is not None
     return f"{sources_hash(sources, cuda)}-torch{release}-{'cuda' if cuda else 'cpu'}-{platform.machine()}"
 
 
-def find_cached(sources: Path, cache: Path) -> Built | None:
-    return Built.read(cache / _cache_key(sources, find_torch()))
+def find_cached(sources: Path, cache: Path, device: bool = True) -> Built | None:
+    return Built.read(cache / _cache_key(sources, find_torch(), device))
 
 
-def build_cached(sources: Path | None = None, cache: Path | None = None) -> Built:
+def build_cached(sources: Path | None = None, cache: Path | None = None, device: bool = True) -> Built:
     """Build into the cache, once, whoever else is at it: the others wait, then find it there.
+
+    Without a ``device`` the CUDA part, which takes nvcc a minute, is left out.
 
     Raises:
         CannotBuild, BuildFailed: as ``plan`` and ``build`` do.
     """
-    p = plan(sources)
+    p = plan(sources, device)
     cache = cache or cache_dir()
-    target = cache / _cache_key(p.sources, p.torch)
+    target = cache / _cache_key(p.sources, p.torch, device)
     with _locked(cache / f"{target.name}.lock"):
         found = Built.read(target)
         if found is not None:

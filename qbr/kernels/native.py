@@ -71,9 +71,9 @@ def _find() -> build.Built | None:
     try:
         if packaged is not None and packaged.sources == build.sources_hash(sources, packaged.cuda):
             # Installed beside a CPU-only torch and used beside a CUDA build: a new build has more to offer.
-            if packaged.cuda or build.cuda_plan(build.find_torch(), sources)[0] is None:
+            if packaged.cuda or build.cuda_plan(build.find_torch(), sources, _device())[0] is None:
                 return packaged
-        return build.find_cached(sources, build.cache_dir())
+        return build.find_cached(sources, build.cache_dir(), _device())
     except build.CannotBuild as error:
         raise BackendUnavailable(str(error)) from error
 
@@ -82,6 +82,10 @@ def _build() -> build.Built:
     if os.environ.get("QBR_BUILD") == "0":
         raise BackendUnavailable("the native extension is not built, and QBR_BUILD=0 forbids it: unset QBR_BUILD")
     try:
-        return build.build_cached()
+        return build.build_cached(device=_device())
     except build.CannotBuild as error:
         raise BackendUnavailable(str(error)) from error
+
+
+def _device() -> bool:
+    return torch.cuda.is_available()

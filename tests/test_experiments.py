@@ -55,6 +55,12 @@ def qat_run(qat_flags, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Drawing the report takes longer than these runs, and has its own test."""
+    monkeypatch.setattr(runs.report, "write", lambda folder: folder / "report.html")
+
+
 def _results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
@@ -118,7 +124,7 @@ def test_histograms_count_every_weight_before_and_after(qat_run):
         assert sum(saved[when]["layers"]["fc"]["counts"]) == 640
 
 
-def test_epoch_lines_and_alpha_controls_are_printed(qat_flags, tmp_path, capsys):
+def test_epoch_lines_and_alpha_controls_are_printed(qat_flags, tmp_path, capsys, no_report):
     assert qat([*qat_flags, "--freeze-alpha", "--output-dir", str(tmp_path), "--tensorboard"]) == 0
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("epoch ")]
@@ -157,7 +163,7 @@ def test_every_fifth_epoch_tensorboard_gets_distributions(tmp_path):
     assert {"Weights/fc", "Weights_Quantized/fc", "Activations/layer1.0.relu"} <= set(seen)
 
 
-def test_quick_trains_its_own_baseline_first(tmp_path, capsys):
+def test_quick_trains_its_own_baseline_first(tmp_path, capsys, no_report):
     flags = ["--quick", "--limit", "8", "--batch-size", "40", "--gpu", "-1", "--output-dir", str(tmp_path)]
     assert qat([*flags, "--num-bits-act", "32"]) == 0
     printed = capsys.readouterr().out
@@ -199,7 +205,7 @@ def _equal(a, b) -> bool:
     return a == b
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(qat_flags, qat_run, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(qat_flags, qat_run, tmp_path, monkeypatch, no_report):
     flags = [*qat_flags, "--output-dir", str(tmp_path)]
     for epoch, step in ((1, 3), (2, 2), (3, 4)):
         with monkeypatch.context() as patch:
@@ -218,7 +224,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(qat_flags, qat_r
     assert _equal(_results(qat_run)["final"], _results(tmp_path)["final"])
 
 
-def test_resuming_a_finished_run_changes_nothing(qat_run, capsys):
+def test_resuming_a_finished_run_changes_nothing(qat_run, capsys, no_report):
     before = (qat_run / "checkpoints" / "last.pth").read_bytes()
     assert qat(["--output-dir", str(qat_run), "--resume"]) == 0
     assert (qat_run / "checkpoints" / "last.pth").read_bytes() == before

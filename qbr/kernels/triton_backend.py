@@ -25,7 +25,7 @@ VECTOR_BYTES = 16
 PROGRAMS_PER_SM = 16
 # Masked sums keep 3 registers a level: 125 of a thread's 255 at 16 levels (sm_90), none to spare at 32.
 MASKED_LEVELS = 16
-# A program sums about this many elements, at most twice as many: float32 counts stay exact, and fixed-point sums inside their words.
+# A program sums about this many elements, at most twice: float32 counts stay exact, fixed-point sums in their words.
 ELEMENTS_PER_PROGRAM = 1 << 18
 # Each program of the fixed-point sums has a table of its own to clear and to add up: fewer programs, more warps.
 FIXED_PROGRAMS_PER_SM = 2
@@ -216,7 +216,7 @@ def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_
     bins = alpha.new_empty(3 * levels + 2, dtype=torch.float64)
     dloss_dalpha = alpha.new_empty(alpha.shape if backprop_to_alpha else (0,))
     partials = alpha.new_empty(p.programs, 8 if fixed else 4 * lp)
-    words = alpha.new_zeros((p.programs, 2, levels), dtype=torch.int64) if fixed else None
+    words = alpha.new_zeros((p.programs, 3, levels), dtype=torch.int64) if fixed else None
     s_words = s_ends = None
     if backprop_to_alpha and p.channels > 1:
         s_words = alpha.new_zeros((levels, p.channels), dtype=torch.int64)

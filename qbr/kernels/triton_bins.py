@@ -16,9 +16,12 @@ NO_CODE = tl.constexpr(1e9)
 
 # Fixed point, in units of alpha (S) and alpha^2 (Q): inside the range |d| <= alpha / 2, so integers of these widths
 # hold the sums of 2^19 elements, and adding integers gives the same bits in any order.
-S_ONE = tl.constexpr(2.0**23)
+S_ONE = tl.constexpr(2.0**24)
 Q_ONE = tl.constexpr(2.0**44)
-# One word holds a bin's count above its S: |S| <= 2^19 * 2^22 stays below the sign bit of 44 bits.
+# Squares below FINE are added to a word of their own: a bin of small distances keeps its digits.
+FINE = tl.constexpr(2.0**-24)
+Q_FINE_ONE = tl.constexpr(2.0**66)
+# One word holds a bin's count above its S: |S| <= 2^19 * 2^23 stays below the sign bit of 44 bits.
 COUNT_SHIFT = tl.constexpr(44)
 COUNT_ONE = tl.constexpr(2**44)
 
@@ -63,7 +66,7 @@ def _to_fixed(b_t, one):
 @triton.jit
 def _add_bins_fixed(sums, words, inverse_unit, b_b, b_d, m_x, QN: tl.constexpr, QP: tl.constexpr,
                     LANES: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Add a tile to the program's words [2, L] by integer atomics, and to S and Q of the two end bins in float.
+    """Add a tile to the program's words [3, L] by integer atomics, and to S and Q of the two end bins in float.
 
     Distances are bounded inside the range alone; the end bins' words hold counts only.
     """
@@ -79,7 +82,10 @@ def _add_bins_fixed(sums, words, inverse_unit, b_b, b_d, m_x, QN: tl.constexpr, 
         tl.atomic_add(p_word, b_word, mask=m_x, sem="relaxed")
     else:
         tl.atomic_add(p_word, b_word, sem="relaxed")
-    tl.atomic_add(p_word + (QP - QN + 1), _to_fixed(b_t * b_t, Q_ONE), mask=m_inner, sem="relaxed")
+    b_q = b_t * b_t
+    m_fine = b_q < FINE
+    p_q = p_word + tl.where(m_fine, 2 * (QP - QN + 1), QP - QN + 1)
+    tl.atomic_add(p_q, _to_fixed(b_q, tl.where(m_fine, Q_FINE_ONE, Q_ONE)), mask=m_inner, sem="relaxed")
     b_low = tl.where(m_low, b_d, 0.0)
     b_high = tl.where(m_high, b_d, 0.0)
     return (
@@ -152,8 +158,8 @@ def _lsq_bin_fwd_kernel(
     x,  # [outer, C, inner]
     alpha,  # [C]
     xhat,  # as x; None for bin_loss_fwd
-    partials,  # [programs, 4, LP]: n | S | Q | sum |d|, near; with words [programs, 8]: S, Q of both ends | the same two
-    words,  # zeros [programs, 2, L] int64: (count, S) | Q in fixed point; None for few levels
+    partials,  # [programs, 4, LP]: n | S | Q | sum |d|, near; with words [programs, 8]: both ends' S, Q | the same
+    words,  # zeros [programs, 3, L] int64: (count, S) | Q | fine Q, in fixed point; None for few levels
     s_words,  # zeros [L, C] int64: S_(k,c) in fixed point; None without its gradient or with one step
     s_ends,  # [n_splits, 2, C]: S_(k,c) of the lowest and the highest code; None as s_words
     outer,
@@ -180,7 +186,7 @@ def _lsq_bin_fwd_kernel(
     p_words = None
     if words is not None:
         inverse_unit = 1.0 / _unit(alpha, C)
-        p_words = words + tl.cast(i_p, tl.int64) * (2 * LEVELS)
+        p_words = words + tl.cast(i_p, tl.int64) * (3 * LEVELS)
         sums = _zero_sums(6, LANES)
     else:
         sums = _zero_sums(3 * LEVELS + 2, LANES)

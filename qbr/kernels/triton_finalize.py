@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qbr.kernels.triton_bins import COUNT_SHIFT, Q_ONE, S_ONE, _unit
+from qbr.kernels.triton_bins import COUNT_SHIFT, Q_FINE_ONE, Q_ONE, S_ONE, _unit
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _column(b_t, o_k, k: tl.constexpr):
 @triton.jit
 def _bin_sums_fixed(partials, words, alpha, rows, C, QN: tl.constexpr, LEVELS: tl.constexpr, LP: tl.constexpr,
                     BR: tl.constexpr):  # fmt: skip
-    """The same from words [rows, 2, L] and the ends' float rows [rows, 8]; the tail is the last of these [8]."""
+    """The same from words [rows, 3, L] and the ends' float rows [rows, 8]; the tail is the last of these [8]."""
     o_k = tl.arange(0, LP)
     o_e = tl.arange(0, 8)
     b_n = tl.zeros([BR, LP], tl.float64)
@@ -64,18 +64,19 @@ def _bin_sums_fixed(partials, words, alpha, rows, C, QN: tl.constexpr, LEVELS: t
     for i_r in range(0, rows, BR):
         o_r = i_r + tl.arange(0, BR)
         m_r = (o_r < rows)[:, None]
-        p_r = words + o_r.to(tl.int64)[:, None] * (2 * LEVELS) + o_k[None, :]
+        p_r = words + o_r.to(tl.int64)[:, None] * (3 * LEVELS) + o_k[None, :]
         m_k = m_r & (o_k < LEVELS)[None, :]  # [BR, LP]
         b_word = tl.load(p_r, mask=m_k, other=0)
         b_low = (b_word << (64 - COUNT_SHIFT)) >> (64 - COUNT_SHIFT)  # S, its sign extended
         b_n += ((b_word - b_low) >> COUNT_SHIFT).to(tl.float64)
         b_s += b_low.to(tl.float64)
-        b_q += tl.load(p_r + LEVELS, mask=m_k, other=0).to(tl.float64)
+        b_q += tl.load(p_r + LEVELS, mask=m_k, other=0).to(tl.float64) / Q_ONE
+        b_q += tl.load(p_r + 2 * LEVELS, mask=m_k, other=0).to(tl.float64) / Q_FINE_ONE
         p_e = partials + o_r.to(tl.int64)[:, None] * 8 + o_e[None, :]
         b_ends += tl.load(p_e, mask=m_r & (o_e >= 0)[None, :], other=0.0).to(tl.float64)
     unit = _unit(alpha, C).to(tl.float64)
     b_s = tl.sum(b_s, 0) * (unit / S_ONE)
-    b_q = tl.sum(b_q, 0) * (unit * unit / Q_ONE)
+    b_q = tl.sum(b_q, 0) * (unit * unit)
     b_ends = tl.sum(b_ends, 0)  # [8]
     ends = _column(b_ends, o_e, 1) + _column(b_ends, o_e, 3)
     distance = _column(b_ends, o_e, 4)
@@ -93,7 +94,7 @@ def _bin_sums_fixed(partials, words, alpha, rows, C, QN: tl.constexpr, LEVELS: t
 @triton.jit
 def _bins_kernel(
     partials,  # [rows, 4, LP] float32; with words [rows, 8]
-    words,  # [rows, 2, L] int64, or None
+    words,  # [rows, 3, L] int64, or None
     alpha,  # [C]
     loss,  # []
     bins,  # [3 L + 2] float64

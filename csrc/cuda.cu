@@ -69,8 +69,9 @@ void launch_bwd(DType dtype, const void* g, const float* grad_loss, const void* 
   }
 }
 
-template <class T, Method M> void launch_bins(const void* x, const float* alpha, void* xhat, double* rows,
-                                              const BinResults& results, const Walk& w, const Quant& quant, int grid, cudaStream_t stream) {
+template <class T, Method M>
+void launch_bins(const void* x, const float* alpha, void* xhat, double* rows, const BinResults& results, const Walk& w,
+                 const Quant& quant, int grid, cudaStream_t stream) {
   auto kernel = w.channels != 1 ? bin_fwd_kernel<T, M, true> : bin_fwd_kernel<T, M, false>;
   const size_t shared = bin_shared_bytes(quant);
   if (shared > kOpenShared) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
@@ -91,7 +92,8 @@ int lsq_fwd(DType dtype, const void* x, const float* alpha, void* xhat, Layout l
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     auto kernel = layout.channels != 1 ? lsq_fwd_kernel<T, true> : lsq_fwd_kernel<T, false>;
-    kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const T*>(x), alpha, static_cast<T*>(xhat), w, quant);
+    kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const T*>(x), alpha,
+                                                                     static_cast<T*>(xhat), w, quant);
   });
   return int(cudaGetLastError());
 }
@@ -115,12 +117,10 @@ int bin_fwd(DType dtype, const void* x, const float* alpha, void* xhat, float* l
   if (grid > 0) {
     with_type(dtype, [&](auto type) {
       using T = decltype(type);
-      switch (method_of(quant)) {
-        case Method::binary: return launch_bins<T, Method::binary>(x, alpha, xhat, rows, results, w, quant, grid, stream);
-        case Method::registers: return launch_bins<T, Method::registers>(x, alpha, xhat, rows, results, w, quant, grid, stream);
-        case Method::lanes: return launch_bins<T, Method::lanes>(x, alpha, xhat, rows, results, w, quant, grid, stream);
-        case Method::atomics: return launch_bins<T, Method::atomics>(x, alpha, xhat, rows, results, w, quant, grid, stream);
-      }
+      auto launch = launch_bins<T, Method::lanes>;
+      if (method_of(quant) == Method::binary) launch = launch_bins<T, Method::binary>;
+      if (method_of(quant) == Method::atomics) launch = launch_bins<T, Method::atomics>;
+      launch(x, alpha, xhat, rows, results, w, quant, grid, stream);
     });
   }
   if (grid != 1) {

@@ -13,7 +13,8 @@ struct BinResults {
 };
 
 // rows [count][3 * L + 2], each a block's sums, become bins, the loss and dloss_dalpha. By one block.
-__device__ __forceinline__ void finish_bins(const double* rows, int count, const BinResults& results, const Quant& quant, double* shared) {
+__device__ __forceinline__ void finish_bins(const double* rows, int count, const BinResults& results,
+                                            const Quant& quant, double* shared) {
   const int levels = int(quant.qp - quant.qn) + 1, columns = 3 * levels + 2, threads = blockDim.x;
   const int width = columns <= threads / 4 ? threads / 4 : threads, groups = threads / width;
   const int group = threadIdx.x / width;
@@ -47,11 +48,6 @@ __device__ __forceinline__ void finish_bins(const double* rows, int count, const
   }
 }
 
-template <Method M> struct AccumulatorOf { using type = Registers<false>; };
-template <> struct AccumulatorOf<Method::binary> { using type = Registers<true>; };
-template <> struct AccumulatorOf<Method::lanes> { using type = Lanes; };
-template <> struct AccumulatorOf<Method::atomics> { using type = Atomics; };
-
 // rows [grid][3 * L + 2]. A grid of one block finishes by itself.
 template <class T, Method M, bool Channels>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
@@ -61,7 +57,7 @@ bin_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __re
   __shared__ double reduce[kThreads];
   const int levels = int(quant.qp - quant.qn) + 1;
   const Range range(quant);
-  typename AccumulatorOf<M>::type bins(memory, range, levels);
+  std::conditional_t<M == Method::atomics, Atomics, Lanes> bins(memory, range, levels);
   Distances distances;
   Step step = step_of(Channels ? 0.f : alpha[0], range);
   if (!Channels) bins.begin(step, false);
@@ -73,7 +69,7 @@ bin_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __re
       bins.begin(step, true);
     }
     const float near = __fmul_rn(0.01f, step.alpha);
-    each<false>(share, step.quick, x, x, xhat, [&](auto quick, float value, float) {
+    each<false, true>(share, step.quick, x, x, xhat, [&](auto quick, float value, float) {
       const Quantized e = quantize<quick.value, M == Method::binary>(value, step, range);
       bins.add(e.b, e.d);
       distances.add(e.d, near);

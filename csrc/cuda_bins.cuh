@@ -1,17 +1,17 @@
 // Sums over the bins, per block: n_k, S_k = sum d, Q_k = sum d^2, sum |d|, and how many |d| < 0.01f * alpha.
 //
-// Three ways, by the number of levels L, and one for binary codes. Each gives the same bits on every run:
-//   Registers  L <= 4    a comparison and three predicated additions a level, the sums in registers
-//   Lanes      L <= 16   a table [L][256] in shared memory, every thread alone in its column; 6 shared accesses an element
-//   Atomics    L <= 256  integer atomics in shared memory on fixed-point distances: integers add in any order
-// Float sums run over at most kFold tiles of a thread before they go to double.
+// Two ways, by the number of levels L. Each gives the same bits on every run:
+//   Lanes    L <= 16   a table [L][256] in shared memory, every thread alone in its column
+//   Atomics  L <= 256  integer atomics in shared memory on fixed-point distances: integers add in any order
+// Lanes takes 33 machine instructions an element at any L; masked sums in registers took 38 at L = 4, and 3 to 4 more
+// with each level. Float sums run over at most kFold tiles of a thread before they go to double.
 #pragma once
 #include "cuda_walk.cuh"
 
 namespace qbr {
 namespace cuda {
 
-constexpr int kFold = 8;  // 128 elements of a thread: at worst 128 * 2^-24 relative
+constexpr int kFold = 8;  // 128 elements of a thread: at worst 128 * 2^-24 relative, and counts are exact
 
 // |d| and nearness, the same in all ways: float within a tile, double from tile to tile.
 struct Distances {
@@ -32,113 +32,45 @@ struct Distances {
   }
 };
 
-// The warps' own totals [kWarps][3 * levels] in shared memory, added in order at the end.
-struct WarpTotals {
-  double* mine;
-  __device__ __forceinline__ WarpTotals(double* shared, int columns) : mine(shared + threadIdx.x / 32 * columns) {
-    for (int i = threadIdx.x % 32; i < columns; i += 32) mine[i] = 0;
-    __syncwarp();
-  }
-  __device__ __forceinline__ void finish(double* row, const double* shared, int columns) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < columns; i += kThreads) {
-      double sum = 0;
-      for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp * columns + i];
-      row[i] = sum;
-    }
-  }
-};
-
-template <bool Binary> struct Registers {
-  static constexpr int kBins = Binary ? 2 : 4;
-  static constexpr int kStride = Binary ? 2 : 1;  // the slots of binary codes are 0 and 2
-  const Range& range;
-  const int levels;
-  double* shared;
-  WarpTotals totals;
-  uint32_t all = 0, n[kBins] = {};
-  float s[kBins] = {}, q[kBins] = {};
-
-  __device__ __forceinline__ Registers(char* memory, const Range& r, int l)
-      : range(r), levels(l), shared(reinterpret_cast<double*>(memory)), totals(shared, 3 * l) {}
-  __device__ __forceinline__ void begin(const Step&, bool) {}
-  __device__ __forceinline__ void add(float b, float d) {
-    const float square = d * d;
-    // A NaN is in the first bin, whose count is what the others leave of all.
-    all += 1;
-    if (!(b > range.qn)) s[0] += d, q[0] += square;
-#pragma unroll
-    for (int k = 1; k < kBins; ++k) {
-      if (b == range.qn + k * kStride) n[k] += 1, s[k] += d, q[k] += square;
-    }
-  }
-  __device__ __forceinline__ void end_tile(bool fold) {
-    if (!fold) return;
-    float mine = 0.f;
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < kBins; ++k) {
-      const float a = warp_sum(s[k]), b = warp_sum(q[k]);
-      mine = lane == 2 * k ? a : lane == 2 * k + 1 ? b : mine;
-      s[k] = q[k] = 0.f;
-    }
-    const int slot = lane / 2 * kStride;
-    if (lane < 2 * kBins && slot < levels) totals.mine[(1 + lane % 2) * levels + slot] += mine;
-  }
-  __device__ __forceinline__ void finish(double* row, double*) {
-    end_tile(true);
-    uint32_t rest = all;
-#pragma unroll
-    for (int k = 1; k < kBins; ++k) rest -= n[k];
-    n[0] = rest;
-#pragma unroll
-    for (int k = 0; k < kBins; ++k) {
-      // 64-bit: 2^32 elements of one warp are within reach of a single small GPU.
-      const unsigned long long count = warp_sum<unsigned long long>(n[k]);
-      if (threadIdx.x % 32 == 0 && k * kStride < levels) totals.mine[k * kStride] = double(count);
-    }
-    totals.finish(row, shared, 3 * levels);
-  }
-};
-
 struct Lanes {
+  static constexpr int kSlot = 3 * kThreads;  // from a slot's cells to the next's: S, Q and n, a word of each thread
   const Range& range;
   const int levels;
-  double* shared;
-  WarpTotals totals;
-  float2* sums;     // [levels][kThreads]: S, Q
-  uint32_t* count;  // [levels][kThreads]
+  float* cells;  // the thread's own of slot 0
 
   __device__ __forceinline__ Lanes(char* memory, const Range& r, int l)
-      : range(r), levels(l), shared(reinterpret_cast<double*>(memory)), totals(shared, 3 * l) {
-    sums = reinterpret_cast<float2*>(shared + kWarps * 3 * l);
-    count = reinterpret_cast<uint32_t*>(sums + l * kThreads);
+      : range(r), levels(l), cells(reinterpret_cast<float*>(memory) + threadIdx.x) {
+    double* mine = totals();
+    for (int i = threadIdx.x % 32; i < 3 * l; i += 32) mine[i] = 0;
     clear();
+  }
+  // The warp's n, S and Q [3 * levels]; the warps' are added in their order at the end.
+  __device__ __forceinline__ double* totals() const {
+    return reinterpret_cast<double*>(cells - threadIdx.x + levels * kSlot) + threadIdx.x / 32 * 3 * levels;
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll 4
-    for (int k = 0; k < levels; ++k) sums[k * kThreads + threadIdx.x] = {0.f, 0.f}, count[k * kThreads + threadIdx.x] = 0;
+    for (int k = 0; k < 3 * levels; ++k) cells[k * kThreads] = 0.f;
   }
   __device__ __forceinline__ void begin(const Step&, bool) {}
   __device__ __forceinline__ void add(float b, float d) {
-    const int at = slot_of(b, range) * kThreads + threadIdx.x;
-    float2 sum = sums[at];
-    sum.x += d, sum.y += d * d;
-    sums[at] = sum;
-    count[at] += 1;
+    float* cell = cells + slot_of(b, range) * kSlot;
+    cell[0] = __fadd_rn(cell[0], d);
+    cell[kThreads] = __fmaf_rn(d, d, cell[kThreads]);
+    cell[2 * kThreads] = __fadd_rn(cell[2 * kThreads], 1.f);
   }
-  // Half a warp's columns at a time for each slot; every lane starts at another column and so at another bank.
+  // Each lane adds up one slot over half the warp's columns, starting at a column, and so a bank, of its own.
   __device__ __forceinline__ void end_tile(bool fold) {
     if (!fold) return;
-    const int lane = threadIdx.x % 32, slot = lane % 16, first = slot * kThreads + (threadIdx.x - slot) / 16 * 16;
+    const int lane = threadIdx.x % 32, slot = lane % 16;
     __syncwarp();
-    float s = 0.f, q = 0.f;
-    uint32_t n = 0;
+    float s = 0.f, q = 0.f, n = 0.f;
     if (slot < levels) {
+      const float* first = cells - slot + slot * kSlot;
 #pragma unroll 4
       for (int k = 0; k < 16; ++k) {
-        const int at = first + (k + lane) % 16;
-        s += sums[at].x, q += sums[at].y, n += count[at];
+        const float* cell = first + (k + lane) % 16;
+        s += cell[0], q += cell[kThreads], n += cell[2 * kThreads];
       }
     }
     __syncwarp();
@@ -146,13 +78,18 @@ struct Lanes {
     s += __shfl_xor_sync(0xffffffffu, s, 16);
     q += __shfl_xor_sync(0xffffffffu, q, 16);
     n += __shfl_xor_sync(0xffffffffu, n, 16);
-    if (lane < levels && lane < 16) {
-      totals.mine[slot] += n, totals.mine[levels + slot] += s, totals.mine[2 * levels + slot] += q;
-    }
+    double* mine = totals();
+    if (lane < levels) mine[slot] += n, mine[levels + slot] += s, mine[2 * levels + slot] += q;
   }
   __device__ __forceinline__ void finish(double* row, double*) {
     end_tile(true);
-    totals.finish(row, shared, 3 * levels);
+    __syncthreads();
+    const double* first = totals() - threadIdx.x / 32 * 3 * levels;
+    for (int i = threadIdx.x; i < 3 * levels; i += kThreads) {
+      double sum = 0;
+      for (int warp = 0; warp < kWarps; ++warp) sum += first[warp * 3 * levels + i];
+      row[i] = sum;
+    }
   }
 };
 

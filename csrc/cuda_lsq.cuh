@@ -13,7 +13,7 @@ lsq_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __re
     const Share share = share_of<Channels>(w, tile);
     if (share.count == 0) continue;
     const Step step = step_of(alpha[share.channel], range);
-    each<false>(share, step.quick, x, x, xhat, [&](auto quick, float value, float) {
+    each<false, false>(share, step.quick, x, x, xhat, [&](auto quick, float value, float) {
       return quantize<quick.value>(value, step, range).level;
     });
   }
@@ -23,7 +23,8 @@ lsq_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __re
 enum class Grad { lsq = 0, bin = 1, both = 2, bin_alpha = 3 };
 
 // The entry of each code: 2 * grad_loss / n_k for dx, -2 * k / n_k for dalpha.
-template <Grad G> __device__ __forceinline__ void fill_table(float* table, const float* grad_loss, const double* bins, const Quant& q) {
+template <Grad G>
+__device__ __forceinline__ void fill_table(float* table, const float* grad_loss, const double* bins, const Quant& q) {
   const int levels = int(q.qp - q.qn) + 1;
   for (int k = threadIdx.x; k < levels; k += kThreads) {
     const double n = bins[k] < 1 ? 1. : bins[k];
@@ -49,7 +50,7 @@ bwd_kernel(const T* __restrict__ g, const float* __restrict__ grad_loss, const T
     const Share share = share_of<Channels>(w, tile);
     const Step step = step_of(alpha[share.channel], range);
     float sum = 0.f;
-    each<with_lsq>(share, step.quick, x, g, dx, [&](auto quick, float value, float grad) {
+    each<with_lsq, G == Grad::bin_alpha>(share, step.quick, x, g, dx, [&](auto quick, float value, float grad) {
       const Quantized e = quantize<quick.value>(value, step, range);
       float dy = 0.f;
       if (with_lsq) {

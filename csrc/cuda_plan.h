@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kDepth = 16;           // elements of a thread in one tile: 64 bytes of float32 in flight
 constexpr int kUnit = 32 * kDepth;   // elements of a warp in one tile
-constexpr int kBlocksPerSm = 4;      // 64 registers a thread; more blocks only lengthen the second stage
+constexpr int kBlocksPerSm = 4;      // with 64 registers a thread and 16 levels by lanes; more only add rows to sum
 constexpr int kMaxColumnDepth = 128; // of a thread in columns where it may exceed kDepth: bounds float rounding
 constexpr int kMinRow = 64;          // shorter rows leave most of a warp idle: go by columns
 constexpr int kFoldGroups = 16;      // rows left after the first stage of folding many wide rows
@@ -35,8 +35,8 @@ struct Walk {
   bool vector;              // units within bounds move in 16-byte accesses
 };
 
-// How a bin's sums are accumulated; the numbers are those of the template instances.
-enum class Method { binary = 0, registers = 1, lanes = 2, atomics = 3 };
+// How bin_fwd accumulates (cuda_bins.cuh); binary codes go by lanes too.
+enum class Method { binary, lanes, atomics };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int levels(const Quant& q) { return int(q.qp - q.qn) + 1; }
@@ -46,17 +46,14 @@ inline size_t align16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 inline Method method_of(const Quant& q) {
   if (q.binary) return Method::binary;
-  return levels(q) <= 4 ? Method::registers : levels(q) <= 16 ? Method::lanes : Method::atomics;
+  return levels(q) <= 16 ? Method::lanes : Method::atomics;
 }
 
-// Dynamic shared memory of bin_fwd_kernel: see the four accumulators in cuda_bins.cuh.
+// Dynamic shared memory of bin_fwd_kernel: the two accumulators of cuda_bins.cuh.
 inline size_t bin_shared_bytes(const Quant& q) {
-  const size_t n = levels(q), totals = kWarps * 3 * n * sizeof(double);
-  switch (method_of(q)) {
-    case Method::lanes: return totals + n * kThreads * 12;
-    case Method::atomics: return (18 * n + 1) * sizeof(uint32_t);
-    default: return totals;
-  }
+  const size_t n = levels(q);
+  if (method_of(q) == Method::atomics) return (18 * n + 1) * sizeof(uint32_t);
+  return 3 * n * (kThreads * sizeof(float) + kWarps * sizeof(double));
 }
 
 // The walk for elements of `size` bytes at these addresses (0 for a tensor that is absent). `per_channel` also where

@@ -15,9 +15,9 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 template <class T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ float from_float(float x) { return x; }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ __half from_float(float x) { return __float2half_rn(x); }
 
 // 16 bytes of elements.
 template <class T> struct Pack {
@@ -26,8 +26,8 @@ template <class T> struct Pack {
   __device__ __forceinline__ float get(int i) const {
     const uint32_t word = (&bits.x)[i * sizeof(T) / 4];
     if constexpr (sizeof(T) == 4) return __uint_as_float(word);
-    if constexpr (std::is_same<T, __nv_bfloat16>::value) return __uint_as_float(i & 1 ? word & 0xffff0000u : word << 16);
-    if constexpr (std::is_same<T, __half>::value) return __half2float(__ushort_as_half(i & 1 ? word >> 16 : word & 0xffffu));
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) return __uint_as_float(i & 1 ? word & 0xffff0000u : word << 16);
+    if constexpr (std::is_same_v<T, __half>) return __half2float(__ushort_as_half(i & 1 ? word >> 16 : word & 0xffffu));
   }
   // Elements i and i + 1 (i even), or i alone for float.
   __device__ __forceinline__ void set(int i, float a, float b) {
@@ -35,7 +35,7 @@ template <class T> struct Pack {
     if constexpr (sizeof(T) == 4) {
       word = __float_as_uint(a);
       (&bits.x)[i + 1] = __float_as_uint(b);
-    } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
       const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
       word = reinterpret_cast<const uint32_t&>(pair);
     } else {
@@ -64,9 +64,10 @@ struct Range {
   bool sign_matters;
   __device__ __forceinline__ explicit Range(const Quant& q)
       : qn(q.qn), qp(q.qp), low(q.relu ? 0.f : -INFINITY), high(q.relu ? q.clip : INFINITY),
-        masked(q.relu ? 0.f : NAN), split(q.binary ? 0.f : NAN), below(q.binary ? -1.f : INFINITY), sign_matters(q.binary || qp == 0.f || (qn == 0.f && !q.relu)) {}
+        masked(q.relu ? 0.f : NAN), split(q.binary ? 0.f : NAN), below(q.binary ? -1.f : INFINITY),
+        sign_matters(q.binary || qp == 0.f || (qn == 0.f && !q.relu)) {}
   // A comparison with NaN is false: without a ReLU nothing is masked.
-  __device__ __forceinline__ bool relu_masks(float x) const { return x <= masked || x > high; }
+  __device__ __forceinline__ bool relu_masks(float x) const { return (x <= masked) | (x > high); }
 };
 
 // A step and its reciprocal in two parts, for the short division.
@@ -82,13 +83,14 @@ __device__ __forceinline__ Step step_of(float alpha, const Range& r) {
   s.inverse = __frcp_rn(alpha);
   s.inverse_rest = __fmul_rn(__fmaf_rn(-alpha, s.inverse, 1.f), s.inverse);
   s.limit = __fmul_rn(alpha, 0x1p20f);
-  s.quick = alpha >= 0x1p-60f && alpha <= (r.sign_matters ? 1.f : 0x1p60f) && fabsf(r.qn) < 0x1p19f && fabsf(r.qp) < 0x1p19f;
+  s.quick = alpha >= 0x1p-60f && alpha <= (r.sign_matters ? 1.f : 0x1p60f);
+  s.quick = s.quick && fabsf(r.qn) < 0x1p19f && fabsf(r.qp) < 0x1p19f;
   return s;
 }
 
 // y / alpha, correctly rounded. The short way takes 6 operations for 10 and no branch: with the reciprocal in two parts
 // `near` is within one unit in the last place, so the remainder is exact, and one correction by a correctly rounded
-// reciprocal gives the rounded quotient (Markstein 1990, theorem 8.3 in Muller et al.). The limit, far outside of every
+// reciprocal gives the rounded quotient (Markstein 1990). The limit, far outside of every
 // range, keeps infinities out of the remainder.
 template <bool Quick> __device__ __forceinline__ float quotient(float y, const Step& s) {
   if (!Quick) return __fdiv_rn(y, s.alpha);
@@ -107,7 +109,8 @@ struct Quantized {
 };
 
 // Without Binary the codes are known not to be binary.
-template <bool Quick, bool Binary = true> __device__ __forceinline__ Quantized quantize(float x, const Step& s, const Range& r) {
+template <bool Quick, bool Binary = true>
+__device__ __forceinline__ Quantized quantize(float x, const Step& s, const Range& r) {
   Quantized e;
   const float y = min_nan(max_nan(x, r.low), r.high);
   e.v = quotient<Quick>(y, s);
@@ -179,10 +182,11 @@ template <bool Channels> __device__ __forceinline__ Share share_of(const Walk& w
   return s;
 }
 
-// out[i] = f(quick, x[i], g[i]) over a thread's share; g is read where WithG, out written where it is not null. Packs
-// only come with the short division: what cannot have it goes one by one, and the code stays small.
-template <bool WithG, class T, class F>
-__device__ __forceinline__ void each(const Share& s, bool quick, const T* __restrict__ x, const T* __restrict__ g, T* __restrict__ out, F f) {
+// out[i] = f(quick, x[i], g[i]) over a thread's share; g is read where WithG; only where MayBeNull can out be
+// null. Packs only come with the short division: what cannot have it goes one by one, and the code stays small.
+template <bool WithG, bool MayBeNull, class T, class F>
+__device__ __forceinline__ void each(const Share& s, bool quick, const T* __restrict__ x, const T* __restrict__ g,
+                                     T* __restrict__ out, F f) {
   if (s.full && quick) {
     constexpr int packs = kDepth / Pack<T>::size;
     const int64_t at = s.begin + (threadIdx.x % 32) * Pack<T>::size;
@@ -200,8 +204,9 @@ __device__ __forceinline__ void each(const Share& s, bool quick, const T* __rest
         const float b = f(std::true_type(), px[k].get(i + 1), WithG ? pg[k].get(i + 1) : 0.f);
         px[k].set(i, a, b);
       }
+      if (!MayBeNull) *reinterpret_cast<uint4*>(out + at + k * 32 * Pack<T>::size) = px[k].bits;
     }
-    if (!out) return;
+    if (!MayBeNull || !out) return;
 #pragma unroll
     for (int k = 0; k < packs; ++k) *reinterpret_cast<uint4*>(out + at + k * 32 * Pack<T>::size) = px[k].bits;
     return;
@@ -220,7 +225,7 @@ __device__ __forceinline__ void each(const Share& s, bool quick, const T* __rest
     for (int j = 0; j < batch; ++j) {
       if (k + j >= s.count) break;
       const float value = f(std::false_type(), to_float(vx[j]), WithG ? to_float(vg[j]) : 0.f);
-      if (out) out[at + j * s.stride] = from_float<T>(value);
+      if (!MayBeNull || out) out[at + j * s.stride] = from_float<T>(value);
     }
   }
 }

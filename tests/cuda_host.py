@@ -77,8 +77,10 @@ int test_lsq_fwd(int d, void* x, void* alpha, void* xhat, Layout t, Quant q) {
 int test_lsq_bwd(int d, void* g, void* x, void* alpha, void* dx, void* dalpha, Layout t, Quant q, float s, void* work) {
   return cuda::lsq_bwd(DType(d), g, x, (float*)alpha, dx, (float*)dalpha, t, q, s, work, nullptr);
 }
-int test_bin_fwd(int d, void* x, void* alpha, void* xhat, void* loss, void* bins, void* dloss, Layout t, Quant q, void* work) {
-  return cuda::bin_fwd(DType(d), x, (float*)alpha, xhat, (float*)loss, (double*)bins, (float*)dloss, t, q, work, nullptr);
+int test_bin_fwd(int d, void* x, void* alpha, void* xhat, void* loss, void* bins, void* dloss, Layout t, Quant q,
+                 void* work) {
+  return cuda::bin_fwd(DType(d), x, (float*)alpha, xhat, (float*)loss, (double*)bins, (float*)dloss, t, q, work,
+                       nullptr);
 }
 int test_bin_bwd(int d, void* g, void* grad_loss, void* x, void* alpha, void* bins, void* dx, void* dalpha, Layout t,
                  Quant q, float s, void* work) {
@@ -254,9 +256,10 @@ class Emulator:
     # -- the raw ops -----------------------------------------------------------------------------------
     def lsq_fwd(self, x, alpha, *plain):
         self._buffers.clear()
-        described = self._describe(x, alpha, *plain)
+        dtype, layout, quant = self._describe(x, alpha, *plain)
         xhat, p_xhat = self._output("xhat", x)
-        self._call("test_lsq_fwd", described[0], self._input("x", x), self._input("alpha", alpha), p_xhat, *described[1:])
+        inputs = self._input("x", x), self._input("alpha", alpha)
+        self._call("test_lsq_fwd", dtype, *inputs, p_xhat, layout, quant)
         return self._result(xhat, x)
 
     def lsq_bwd(self, grad_xhat, x, alpha, *plain):

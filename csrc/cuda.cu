@@ -51,13 +51,13 @@ void launch_bwd(DType dtype, const void* g, const float* grad_loss, const void* 
                 void* workspace, cudaStream_t stream) {
   const bool sums = G != Grad::bin, channels = layout.channels != 1;
   const Walk w = walk_of(layout, element_size(dtype), address(x), address(g), address(dx), true);
-  const int grid = grid_of(w, multiprocessors());
+  const int grid = grid_of(w, multiprocessors(), kBlocksWide);
   if (grid > 0) {
     with_type(dtype, [&](auto type) {
       using T = decltype(type);
       auto kernel = channels ? bwd_kernel<T, G, true> : bwd_kernel<T, G == Grad::bin_alpha ? Grad::lsq : G, false>;
       kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(g), grad_loss, static_cast<const T*>(x), alpha, bins,
-                                            static_cast<T*>(dx), workspace, dalpha, grad_scale, w, quant);
+                                            static_cast<T*>(dx), workspace, dalpha, grad_scale, w, Range(quant));
     });
   }
   if (!sums) return;
@@ -76,7 +76,7 @@ void launch_bins(const void* x, const float* alpha, void* xhat, double* rows, co
   const size_t shared = bin_shared_bytes(quant);
   if (shared > kOpenShared) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   kernel<<<grid, kThreads, shared, stream>>>(static_cast<const T*>(x), alpha, static_cast<T*>(xhat), rows, results.loss,
-                                             results.bins, results.dloss_dalpha, w, quant);
+                                             results.bins, results.dloss_dalpha, w, Range(quant));
 }
 
 }  // namespace
@@ -87,13 +87,13 @@ size_t workspace_bytes(Kernel kernel, Layout layout, Quant quant, bool alpha_gra
 
 int lsq_fwd(DType dtype, const void* x, const float* alpha, void* xhat, Layout layout, Quant quant, void* stream) {
   const Walk w = walk_of(layout, element_size(dtype), address(x), 0, address(xhat), true);
-  const int grid = grid_of(w, multiprocessors());
+  const int grid = grid_of(w, multiprocessors(), kBlocks);
   if (grid == 0) return 0;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     auto kernel = layout.channels != 1 ? lsq_fwd_kernel<T, true> : lsq_fwd_kernel<T, false>;
     kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const T*>(x), alpha,
-                                                                     static_cast<T*>(xhat), w, quant);
+                                                                     static_cast<T*>(xhat), w, Range(quant));
   });
   return int(cudaGetLastError());
 }
@@ -109,7 +109,7 @@ int bin_fwd(DType dtype, const void* x, const float* alpha, void* xhat, float* l
             Layout layout, Quant quant, void* workspace, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   const Walk w = walk_of(layout, element_size(dtype), address(x), 0, address(xhat), false);
-  const int grid = grid_of(w, multiprocessors()), columns = bin_columns(quant);
+  const int grid = grid_of(w, multiprocessors(), blocks_of(method_of(quant))), columns = bin_columns(quant);
   const bool per_channel = layout.channels != 1;
   const BinResults results{loss, bins, per_channel ? nullptr : dloss_dalpha};
   Scratch scratch{static_cast<char*>(workspace)};
@@ -131,7 +131,7 @@ int bin_fwd(DType dtype, const void* x, const float* alpha, void* xhat, float* l
       bin_fold_kernel<<<blocks, kThreads, 0, stream>>>(rows, grid, columns, folded);
       rows = folded, count = kFoldGroups;
     }
-    bin_finish_kernel<<<1, 1024, 0, stream>>>(rows, count, loss, bins, results.dloss_dalpha, quant);
+    bin_finish_kernel<<<1, 1024, 0, stream>>>(rows, count, loss, bins, results.dloss_dalpha, Range(quant));
   }
   if (per_channel && dloss_dalpha) {
     // The counts n_k are needed first, so x is read again; sums over channels stay one float each, not one per level.

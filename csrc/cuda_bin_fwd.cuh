@@ -14,8 +14,8 @@ struct BinResults {
 
 // rows [count][3 * L + 2], each a block's sums, become bins, the loss and dloss_dalpha. By one block.
 __device__ __forceinline__ void finish_bins(const double* rows, int count, const BinResults& results,
-                                            const Quant& quant, double* shared) {
-  const int levels = int(quant.qp - quant.qn) + 1, columns = 3 * levels + 2, threads = blockDim.x;
+                                            const Range& range, double* shared) {
+  const int levels = range.levels, columns = 3 * levels + 2, threads = blockDim.x;
   const int width = columns <= threads / 4 ? threads / 4 : threads, groups = threads / width;
   const int group = threadIdx.x / width;
   for (int first = 0; first < columns; first += width) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ void finish_bins(const double* rows, int count, const
     const int k = threadIdx.x;
     const double n = results.bins[k], occupied = n < 1 ? 1. : n;
     loss = n > 0 ? results.bins[2 * levels + k] / occupied : 0.;
-    slope = (double(quant.qn) + k) / occupied * results.bins[levels + k];
+    slope = (double(range.qn) + k) / occupied * results.bins[levels + k];
   }
   loss = block_sum(loss, shared);
   slope = block_sum(slope, shared);
@@ -50,14 +50,13 @@ __device__ __forceinline__ void finish_bins(const double* rows, int count, const
 
 // rows [grid][3 * L + 2]. A grid of one block finishes by itself.
 template <class T, Method M, bool Channels>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, blocks_of(M))
 bin_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __restrict__ xhat, double* rows,
-               float* loss, double* sums, float* dloss_dalpha, Walk w, Quant quant) {
+               float* loss, double* sums, float* dloss_dalpha, Walk w, Range range) {
   extern __shared__ __align__(16) char memory[];
   __shared__ double reduce[kThreads];
-  const int levels = int(quant.qp - quant.qn) + 1;
-  const Range range(quant);
-  std::conditional_t<M == Method::atomics, Atomics, Lanes> bins(memory, range, levels);
+  const int levels = range.levels;
+  std::conditional_t<M == Method::atomics, Atomics, Lanes> bins(memory, range);
   Distances distances;
   Step step = step_of(Channels ? 0.f : alpha[0], range);
   if (!Channels) bins.begin(step, false);
@@ -83,15 +82,15 @@ bin_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __re
   distances.finish(row, levels, reduce);
   if (gridDim.x == 1) {
     __syncthreads();
-    finish_bins(row, 1, {loss, sums, dloss_dalpha}, quant, reduce);
+    finish_bins(row, 1, {loss, sums, dloss_dalpha}, range, reduce);
   }
 }
 
 // The last stage, one block.
 __global__ void __launch_bounds__(1024)
-bin_finish_kernel(const double* rows, int count, float* loss, double* sums, float* dloss_dalpha, Quant quant) {
+bin_finish_kernel(const double* rows, int count, float* loss, double* sums, float* dloss_dalpha, Range range) {
   __shared__ double shared[1024];
-  finish_bins(rows, count, {loss, sums, dloss_dalpha}, quant, shared);
+  finish_bins(rows, count, {loss, sums, dloss_dalpha}, range, shared);
 }
 
 // Many wide rows become kFoldGroups: block (i, j) adds every kFoldGroups-th row from j on.

@@ -38,10 +38,10 @@ struct Lanes {
   const int levels;
   float* cells;  // the thread's own of slot 0
 
-  __device__ __forceinline__ Lanes(char* memory, const Range& r, int l)
-      : range(r), levels(l), cells(reinterpret_cast<float*>(memory) + threadIdx.x) {
+  __device__ __forceinline__ Lanes(char* memory, const Range& r)
+      : range(r), levels(r.levels), cells(reinterpret_cast<float*>(memory) + threadIdx.x) {
     double* mine = totals();
-    for (int i = threadIdx.x % 32; i < 3 * l; i += 32) mine[i] = 0;
+    for (int i = threadIdx.x % 32; i < 3 * levels; i += 32) mine[i] = 0;
     clear();
   }
   // The warp's n, S and Q [3 * levels]; the warps' are added in their order at the end.
@@ -112,7 +112,8 @@ struct Atomics {
   float end_s[2] = {}, end_q[2] = {};
   double total_end_s[2] = {}, total_end_q[2] = {};
 
-  __device__ __forceinline__ Atomics(char* memory, const Range& r, int l) : range(r), levels(l) {
+  __device__ __forceinline__ Atomics(char* memory, const Range& r) : range(r), levels(r.levels) {
+    const int l = levels;
     count = reinterpret_cast<uint32_t*>(memory);
     s = reinterpret_cast<int*>(count + l);
     q = reinterpret_cast<uint32_t*>(s + kTiers * l);

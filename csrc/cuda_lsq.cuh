@@ -6,9 +6,8 @@ namespace qbr {
 namespace cuda {
 
 template <class T, bool Channels>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-lsq_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __restrict__ xhat, Walk w, Quant quant) {
-  const Range range(quant);
+__global__ void __launch_bounds__(kThreads, kBlocks)
+lsq_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __restrict__ xhat, Walk w, Range range) {
   for (int64_t tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
     const Share share = share_of<Channels>(w, tile);
     if (share.count == 0) continue;
@@ -24,11 +23,10 @@ enum class Grad { lsq = 0, bin = 1, both = 2, bin_alpha = 3 };
 
 // The entry of each code: 2 * grad_loss / n_k for dx, -2 * k / n_k for dalpha.
 template <Grad G>
-__device__ __forceinline__ void fill_table(float* table, const float* grad_loss, const double* bins, const Quant& q) {
-  const int levels = int(q.qp - q.qn) + 1;
-  for (int k = threadIdx.x; k < levels; k += kThreads) {
+__device__ __forceinline__ void fill_table(float* table, const float* grad_loss, const double* bins, const Range& r) {
+  for (int k = threadIdx.x; k < r.levels; k += kThreads) {
     const double n = bins[k] < 1 ? 1. : bins[k];
-    table[k] = float(G == Grad::bin_alpha ? -2. * (double(q.qn) + k) / n : 2. * double(*grad_loss) / n);
+    table[k] = float(G == Grad::bin_alpha ? -2. * (double(r.qn) + k) / n : 2. * double(*grad_loss) / n);
   }
   __syncthreads();
 }
@@ -36,15 +34,14 @@ __device__ __forceinline__ void fill_table(float* table, const float* grad_loss,
 // parts: per tensor [grid] double; per channel [channel_parts] float, of units or of thread columns.
 // A grid of one block writes dalpha itself.
 template <class T, Grad G, bool Channels>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksWide)
 bwd_kernel(const T* __restrict__ g, const float* __restrict__ grad_loss, const T* __restrict__ x,
            const float* __restrict__ alpha, const double* __restrict__ bins, T* __restrict__ dx,
-           void* __restrict__ parts, float* __restrict__ dalpha, float grad_scale, Walk w, Quant quant) {
+           void* __restrict__ parts, float* __restrict__ dalpha, float grad_scale, Walk w, Range range) {
   constexpr bool with_lsq = G == Grad::lsq || G == Grad::both, with_sum = G != Grad::bin;
   __shared__ double reduce[kWarps];
   __shared__ float table[G == Grad::lsq ? 1 : 256];
-  if (G != Grad::lsq) fill_table<G>(table, grad_loss, bins, quant);
-  const Range range(quant);
+  if (G != Grad::lsq) fill_table<G>(table, grad_loss, bins, range);
   double total = 0;
   for (int64_t tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
     const Share share = share_of<Channels>(w, tile);
@@ -64,7 +61,7 @@ bwd_kernel(const T* __restrict__ g, const float* __restrict__ grad_loss, const T
         if (G == Grad::bin_alpha) sum = __fmaf_rn(entry, e.d, sum);
         else dy = with_lsq ? __fadd_rn(dy, __fmul_rn(entry, e.d)) : __fmul_rn(entry, e.d);
       }
-      return range.relu_masks(value) ? 0.f : dy;
+      return relu_masks(value, range) ? 0.f : dy;
     });
     if (!with_sum) continue;
     if (!Channels) total += sum;

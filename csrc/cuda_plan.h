@@ -1,4 +1,4 @@
-// How the CUDA kernels cut a tensor into tiles: plain host arithmetic, so that tests run it without a GPU.
+// What the CUDA launches decide: how a tensor is cut into tiles, and which kernel takes it. Plain host arithmetic.
 //
 // A tile is the work of one block between two looks at its loop: 16 elements of each of 256 threads. Its elements come
 //   flat     one step per tensor: 8 warps take 8 consecutive units of 512 elements
@@ -15,12 +15,25 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kDepth = 16;           // elements of a thread in one tile: 64 bytes of float32 in flight
 constexpr int kUnit = 32 * kDepth;   // elements of a warp in one tile
-constexpr int kBlocksPerSm = 4;      // with 64 registers a thread and 16 levels by lanes; more only add rows to sum
-constexpr int kMaxColumnDepth = 128; // of a thread in columns where it may exceed kDepth: bounds float rounding
+constexpr int kBlocks = 4;           // of a multiprocessor: 64 registers a thread, and 16 levels by lanes fit
+constexpr int kBlocksWide = 3;       // where 80 registers are needed: backward holds x and g, atomics their totals
+constexpr int kMaxColumnDepth = 128;  // of a thread in columns where it may exceed kDepth: bounds float rounding
 constexpr int kMinRow = 64;          // shorter rows leave most of a warp idle: go by columns
 constexpr int kFoldGroups = 16;      // rows left after the first stage of folding many wide rows
 
-enum class Order { flat, rows, columns };
+// One call's range, ready for the elements: a kernel's argument, since operands in constant memory take no registers.
+// Without a ReLU low and high let everything pass.
+struct Range {
+  int levels;
+  float qn, qp, low, high, masked;
+  float split, below;  // binary: codes are `below` until `split` and 1 from there; else they change nothing
+  bool sign_matters;
+  explicit Range(const Quant& q)
+      : levels(int(q.qp - q.qn) + 1), qn(q.qn), qp(q.qp), low(q.relu ? 0.f : -INFINITY),
+        high(q.relu ? q.clip : INFINITY), masked(q.relu ? 0.f : NAN), split(q.binary ? 0.f : NAN),
+        below(q.binary ? -1.f : INFINITY),
+        sign_matters(q.binary || qp == 0.f || (qn == 0.f && !q.relu)) {}
+};
 
 // What the kernels need to find their elements.
 struct Walk {
@@ -39,6 +52,7 @@ struct Walk {
 enum class Method { binary, lanes, atomics };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int blocks_of(Method m) { return m == Method::atomics ? kBlocksWide : kBlocks; }
 inline int levels(const Quant& q) { return int(q.qp - q.qn) + 1; }
 inline int bin_columns(const Quant& q) { return 3 * levels(q) + 2; }
 inline int element_size(DType t) { return t == DType::f32 ? 4 : 2; }
@@ -56,8 +70,8 @@ inline size_t bin_shared_bytes(const Quant& q) {
   return 3 * n * (kThreads * sizeof(float) + kWarps * sizeof(double));
 }
 
-// The walk for elements of `size` bytes at these addresses (0 for a tensor that is absent). `per_channel` also where
-// there is one channel: ask channels > 1 for the choice that the launchers make.
+// The walk for elements of `size` bytes at these addresses (0 for a tensor that is absent). With `deep` a thread may
+// take more than kDepth elements of a column, which keeps the sums over channels few.
 inline Walk walk_of(const Layout& t, int size, uint64_t x, uint64_t g, uint64_t out, bool deep) {
   Walk w{};
   w.numel = t.numel, w.channels = t.channels, w.inner = t.inner;
@@ -94,8 +108,9 @@ inline Walk walk_of(const Layout& t, int size, uint64_t x, uint64_t g, uint64_t 
   return w;
 }
 
-inline int grid_of(const Walk& w, int sms) {
-  const int64_t most = int64_t(sms) * kBlocksPerSm;
+// All blocks at once: more would only add rows to sum.
+inline int grid_of(const Walk& w, int sms, int blocks) {
+  const int64_t most = int64_t(sms) * blocks;
   return int(w.tiles < most ? w.tiles : most);
 }
 
@@ -111,12 +126,12 @@ inline size_t workspace_bytes_of(Kernel kernel, const Layout& t, const Quant& q,
   size_t bytes = 16;
   if (kernel == Kernel::bin_fwd) {
     // Its own walk is never deep, so it may have more tiles.
-    const int grid = grid_of(walk_of(t, 2, 14, 0, 0, false), sms);
+    const int grid = grid_of(walk_of(t, 2, 14, 0, 0, false), sms, blocks_of(method_of(q)));
     bytes += align16(size_t(grid) * bin_columns(q) * sizeof(double));
     if (folds_twice(q, grid)) bytes += align16(size_t(kFoldGroups) * bin_columns(q) * sizeof(double));
     if (alpha_gradient && t.channels > 1) bytes += align16(channel_parts(flat) * sizeof(float));
   } else if (alpha_gradient) {
-    bytes += t.channels > 1 ? align16(channel_parts(flat) * sizeof(float)) : grid_of(flat, sms) * sizeof(double);
+    bytes += t.channels > 1 ? channel_parts(flat) * sizeof(float) : grid_of(flat, sms, kBlocksWide) * sizeof(double);
   }
   return bytes;
 }

@@ -57,18 +57,8 @@ __device__ __forceinline__ float min_nan(float a, float b) {
   return r;
 }
 
-// One call's range, ready for the elements. Without a ReLU low and high let everything pass.
-struct Range {
-  float qn, qp, low, high, masked;
-  float split, below;  // binary: codes are `below` until `split` and 1 from there; else they change nothing
-  bool sign_matters;
-  __device__ __forceinline__ explicit Range(const Quant& q)
-      : qn(q.qn), qp(q.qp), low(q.relu ? 0.f : -INFINITY), high(q.relu ? q.clip : INFINITY),
-        masked(q.relu ? 0.f : NAN), split(q.binary ? 0.f : NAN), below(q.binary ? -1.f : INFINITY),
-        sign_matters(q.binary || qp == 0.f || (qn == 0.f && !q.relu)) {}
-  // A comparison with NaN is false: without a ReLU nothing is masked.
-  __device__ __forceinline__ bool relu_masks(float x) const { return (x <= masked) | (x > high); }
-};
+// Where the ReLU's gradient is 0. A comparison with NaN is false: without a ReLU that is nowhere.
+__device__ __forceinline__ bool relu_masks(float x, const Range& r) { return (x <= r.masked) | (x > r.high); }
 
 // A step and its reciprocal in two parts, for the short division.
 struct Step {

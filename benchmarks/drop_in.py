@@ -18,7 +18,7 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("benchmarks", "experiments")]
 import measure  # noqa: E402
 import predecessor  # noqa: E402
-from cifar10.models import build_model  # noqa: E402
+from cifar10.models import MODELS  # noqa: E402
 
 import qbr  # noqa: E402
 
@@ -88,7 +88,7 @@ def step_rows(device: str, batch: int, repeats: int) -> list[dict]:
     torch.manual_seed(0)
     images = torch.randn(batch, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch,), device=device)
-    base = build_model("resnet18").to(device)
+    base = MODELS["resnet18"](10).to(device)
 
     def trained(model, regularizer):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -80,6 +81,8 @@ class Run:
         if getattr(options, "pretrained_baseline", None) is not None and self.state is None:
             checkpoints.load(options.pretrained_baseline, "--pretrained-baseline")  # before data may be downloaded
         self.device = parent.device if parent else pick_device(options.gpu)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.splits = (
             parent.splits
             if parent
@@ -371,3 +374,12 @@ def pick_device(gpu: int) -> torch.device:
         raise UserError(f"--gpu {gpu}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
     torch.backends.cudnn.benchmark = True
     return torch.device("cuda", gpu)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what was freed instead of returning it: or every step faults its activations in page by page."""
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)

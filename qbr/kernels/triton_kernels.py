@@ -20,6 +20,8 @@ COLS = tl.constexpr(2)
 
 # 1.5 * 2^23: adding it leaves a float32 no fraction bits, rounded half to even.
 ROUND = tl.constexpr(12582912.0)
+# Triton's interpreter converts bfloat16 wrongly: it does not round, and loses zeros and subnormals.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -72,20 +74,38 @@ def _steps(alpha, i_c, C, LAYOUT: tl.constexpr, T0: tl.constexpr, T1: tl.constex
 
 
 @triton.jit
+def _to_float(b_x):
+    if INTERPRETED and b_x.dtype == tl.bfloat16:
+        return (b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return b_x.to(tl.float32)
+
+
+@triton.jit
+def _from_float(b_y, dtype: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:
+        b_bits = b_y.to(tl.int32, bitcast=True)
+        b_nearest = b_bits + 0x7FFF + ((b_bits >> 16) & 1)
+        return (tl.where(b_y == b_y, b_nearest, b_bits) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return b_y.to(dtype)
+
+
+@triton.jit
 def _load(x, o_x, m_x, MASKED: tl.constexpr):
     if MASKED:
         b_x = tl.load(x + o_x, mask=m_x, other=0.0)
     else:
         b_x = tl.load(x + o_x)
-    return b_x.to(tl.float32)
+    return _to_float(b_x)
 
 
 @triton.jit
 def _store(y, o_x, b_y, m_x, MASKED: tl.constexpr):
     if MASKED:
-        tl.store(y + o_x, b_y.to(y.dtype.element_ty), mask=m_x)
+        tl.store(y + o_x, _from_float(b_y, y.dtype.element_ty), mask=m_x)
     else:
-        tl.store(y + o_x, b_y.to(y.dtype.element_ty))
+        tl.store(y + o_x, _from_float(b_y, y.dtype.element_ty))
 
 
 @triton.jit

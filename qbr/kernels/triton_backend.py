@@ -23,7 +23,7 @@ NUM_WARPS = 4
 VECTOR_BYTES = 16
 # Enough programs for eight blocks of 128 threads on each multiprocessor, twice over where registers allow them.
 PROGRAMS_PER_SM = 16
-# Masked sums keep 3 registers a level: 125 of a thread's 255 at 16 levels (sm_90), none to spare at 32.
+# Masked sums keep 3 registers a level: up to 181 of a thread's 255 at 16 levels (sm_90).
 MASKED_LEVELS = 16
 # A program sums about this many elements, at most twice: float32 counts stay exact, fixed-point sums in their words.
 ELEMENTS_PER_PROGRAM = 1 << 18

@@ -32,7 +32,6 @@ def tensor_rows(device: str, log2_sizes: list[int], repeats: int) -> list[dict]:
             x = torch.randn(1 << log2_size, device=device, requires_grad=True)
             grad = torch.randn_like(x)
             alpha = torch.tensor([2 * 0.8 / spec.qp**0.5], device=device, requires_grad=True)
-            out = torch.empty_like(x)
 
             def step(forward):
                 x.grad = alpha.grad = None
@@ -63,7 +62,6 @@ def tensor_rows(device: str, log2_sizes: list[int], repeats: int) -> list[dict]:
             result = measure.alternate({"limit": limit, **runs}, device, repeats)
             rows.append({"what": "tensor", "log2_size": log2_size, "bits": bits, "device": device, **result})
             print_row(f"2^{log2_size} float32, {bits} bits", result)
-            del out
     return rows
 
 

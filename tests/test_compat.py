@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import inspect
-import re
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -218,14 +216,3 @@ def test_a_predecessor_training_step():
             optimizer.step()
             losses.append(w_info["avg_loss"] + a_info["avg_loss"])
     assert losses[-1] < losses[0]
-
-
-def test_the_examples_of_the_page_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).resolve().parents[1] / "docs" / "drop_in.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "docs/drop_in.md", "exec"), names)
-    assert names["br"].weights.item() > 0

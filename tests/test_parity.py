@@ -100,7 +100,7 @@ def compare(got: dict, expected: dict, x, alpha, grad, case: Case) -> None:
         sums = {f"{op}.S": slice(slots, 2 * slots), f"{op}.Q": slice(2 * slots, 3 * slots), f"{op}.|d|": slice(-2, -1)}
         for name, part in sums.items():
             got[name], expected[name] = t[part], table[part]
-        near(f"{op}.S", SUM_TOLERANCE * distance + 1e-30)
+        near(f"{op}.S", SUM_TOLERANCE * distance + rounding * table[:slots])
         near(f"{op}.Q", SUM_TOLERANCE * expected[f"{op}.Q"] + 1e-30)
         near(f"{op}.|d|", SUM_TOLERANCE * distance + 1e-30)
         near(f"{op}.loss", SUM_TOLERANCE * expected["bin_loss.loss"].double() + 1e-30)

@@ -37,8 +37,8 @@ def load(path: Path, flag: str) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{flag} {path}: truncated, or not a checkpoint ({reason[:160]}); {REMEDY}") from error
+        # torch's own words tell how to load it unsafely: not what anyone should do with a file that is not theirs.
+        raise UserError(f"{flag} {path}: truncated, or not a checkpoint ({type(error).__name__}); {REMEDY}") from error
     if not isinstance(state, dict):
         raise UserError(f"{flag} {path}: holds a {type(state).__name__}, not a checkpoint; {REMEDY}")
     return state

@@ -104,7 +104,7 @@ def step_rows(device: str, batch: int, repeats: int) -> list[dict]:
 
     def drop_in_regularizer(model):
         if not hooks:
-            hooks["manager"] = qbr.ActivationHookManager(model)
+            hooks["manager"] = qbr.ActivationHookManager(model, exclude_first_last=False)
             model(images)
         weights = {n: m.weight for n, m in model.named_modules() if hasattr(m, "weight_quantizer")}
         alphas = {n: m.weight_quantizer.alpha for n, m in model.named_modules() if hasattr(m, "weight_quantizer")}

@@ -24,6 +24,9 @@ TARGETS = [
     pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu),
 ]
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# The interpreter is slow: there one way to quantize of each kind stands for all.
+KINDS = ("w1", "w2", "w8", "u4-relu", "w4-channel1")
+AWKWARD = [case for case in SPECS if not INTERPRETED or case.name in KINDS]
 HOSTILE_STEPS = [0.0, -0.3, float("nan"), float("inf"), 1e-42]
 
 
@@ -138,7 +141,7 @@ def test_parity(backend, device, dtype, case: Case, shape: Shape):
     compare(run(backend, device, case, x, alpha, grad), expected, x, alpha, grad, case)
 
 
-@pytest.mark.parametrize("case", SPECS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", AWKWARD, ids=lambda case: case.name)
 @pytest.mark.parametrize("backend, device", TARGETS)
 def test_infinities_and_nan(backend, device, case: Case):
     """A NaN stays visible in xhat, loss and gradients; infinities clip; counts still add up."""
@@ -161,7 +164,7 @@ def test_infinities_and_nan(backend, device, case: Case):
 
 
 @pytest.mark.parametrize("step", HOSTILE_STEPS, ids=str)
-@pytest.mark.parametrize("case", SPECS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", AWKWARD, ids=lambda case: case.name)
 @pytest.mark.parametrize("backend, device", TARGETS)
 def test_hostile_steps(backend, device, case: Case, step):
     """A step that is 0, negative, NaN or infinite gives the reference's codes and touches nothing out of bounds."""

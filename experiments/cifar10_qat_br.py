@@ -2,7 +2,7 @@
 """Quantization-aware training on CIFAR-10: LSQ in warm-up, then LSQ with bin regularization. --help lists the flags.
 
 cifar10_qat_br.py --quick needs nothing else: a short float baseline and W2A2 training on the images that come with
-the repository, about two minutes on 2 cores.
+the repository.
 """
 
 from __future__ import annotations

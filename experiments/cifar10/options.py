@@ -13,7 +13,7 @@ from .models import MODELS
 
 FLOAT_BITS = 32
 _NOT_GIVEN = object()
-# What --quick changes: about two minutes on 2 cores, with the packed subset.
+# What --quick changes, with the packed subset.
 QUICK_BASELINE = {"model": "resnet20", "epochs": 3, "batch_size": 64, "output_dir": Path("runs/quick-baseline")}
 # Two epochs of BR are 142 steps: lambda 1 would move a bin of 1,000 weights 2 % of the way to its level, 50 moves it
 # more than half. 2 * lambda * lr = 2 stays below 3.8, where a bin of one weight would start to oscillate (math:

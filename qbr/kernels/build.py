@@ -324,7 +324,7 @@ def find_cached(sources: Path, cache: Path, device: bool = True) -> Built | None
 def build_cached(sources: Path | None = None, cache: Path | None = None, device: bool = True) -> Built:
     """Build into the cache, once, whoever else is at it: the others wait, then find it there.
 
-    Without a ``device`` the CUDA part, which takes nvcc a minute, is left out.
+    Without a ``device`` the CUDA part, which takes nvcc far longer than all else, is left out.
 
     Raises:
         CannotBuild, BuildFailed: as ``plan`` and ``build`` do.

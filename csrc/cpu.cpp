@@ -1,6 +1,8 @@
-// The CPU kernels of kernels.h: cuts a tensor into tasks, gives them to torch's thread pool, adds up what they return.
-// Tasks depend on the tensor's size alone and their rows are added in order: the same bits for any number of threads.
+// The CPU kernels of kernels.h: cuts tensors into tasks, gives them to torch's thread pool, adds up what they return.
+// Tasks depend on each tensor's size alone and their rows are added in order: the same bits for any number of threads,
+// and for a tensor alone or in a list.
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -32,127 +34,181 @@ const Loops& loops() {
   return chosen;
 }
 
-// The tasks of a tensor, each with a row of `width` doubles to leave its sums in.
+// The tasks of a list of tensors, each with a row of doubles to leave its sums in.
 class Tasks {
  public:
-  Tasks(int64_t numel, int64_t width) : numel_(numel), width_(width) {
-    int64_t wanted = std::clamp<int64_t>(numel / kMinTask, 1, kMaxTasks);
-    // All rows together stay smaller than the tensor, even where it has a step for every few elements.
-    if (width) wanted = std::min(wanted, std::max<int64_t>(1, numel / (4 * width)));
-    length_ = (numel + wanted * kChunk - 1) / (wanted * kChunk) * kChunk;
-    count_ = (numel + length_ - 1) / length_;
-    rows_.reset(new double[count_ * width]);
+  // widths: how many doubles a row of each tensor has.
+  Tasks(const std::vector<int64_t>& numels, const std::vector<int64_t>& widths) {
+    for (size_t item = 0; item < numels.size(); ++item) {
+      const int64_t numel = numels[item], width = widths[item];
+      items_.push_back({rows_length_, width, 0});
+      if (numel == 0) continue;
+      int64_t wanted = std::clamp<int64_t>(numel / kMinTask, 1, kMaxTasks);
+      // All rows together stay smaller than the tensor, even where it has a step for every few elements.
+      if (width) wanted = std::min(wanted, std::max<int64_t>(1, numel / (4 * width)));
+      const int64_t length = (numel + wanted * kChunk - 1) / (wanted * kChunk) * kChunk;
+      for (int64_t begin = 0; begin < numel; begin += length) {
+        tasks_.push_back({item, {begin, std::min(begin + length, numel)}, rows_length_});
+        rows_length_ += width;
+        ++items_.back().count;
+      }
+    }
+    rows_.reset(new double[rows_length_]);
   }
 
-  // work(range, row) for every task, on all threads.
+  // work(item, range, row) for every task. A thread that is done takes the next task, wherever it belongs.
   template <class Work>
   void run(const Work& work) {
     struct Context {
       const Tasks* tasks;
       const Work* work;
-    } context{this, &work};
-    auto some = [](int64_t begin, int64_t end, void* opaque) {
-      const Context& c = *static_cast<const Context*>(opaque);
-      for (int64_t i = begin; i < end; ++i) {
-        const Range range{i * c.tasks->length_, std::min((i + 1) * c.tasks->length_, c.tasks->numel_)};
-        (*c.work)(range, c.tasks->rows_.get() + i * c.tasks->width_);
+      std::atomic<size_t> next;
+    } context{this, &work, {0}};
+    auto take = [](int64_t, int64_t, void* opaque) {
+      Context& c = *static_cast<Context*>(opaque);
+      for (size_t i; (i = c.next.fetch_add(1)) < c.tasks->tasks_.size();) {
+        const Task& task = c.tasks->tasks_[i];
+        (*c.work)(task.item, task.range, c.tasks->rows_.get() + task.row);
       }
     };
-    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count_, 1, some, &context));
+    // As many ranges as there are tasks: torch gives them to no more threads than that.
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, int64_t(tasks_.size()), 1, take, &context));
   }
 
-  // The rows' sum, in their order.
-  void add_up(double* total) const {
-    std::fill_n(total, width_, 0.0);
-    for (int64_t i = 0; i < count_; ++i)
-      for (int64_t j = 0; j < width_; ++j) total[j] += rows_[i * width_ + j];
+  // The sum of an item's rows, in their order.
+  void add_up(size_t item, double* total) const {
+    const Rows& rows = items_[item];
+    std::fill_n(total, rows.width, 0.0);
+    for (int64_t i = 0; i < rows.count; ++i)
+      for (int64_t j = 0; j < rows.width; ++j) total[j] += rows_[rows.first_row + i * rows.width + j];
   }
 
  private:
-  int64_t numel_, width_, length_, count_;
+  struct Task {
+    size_t item;
+    Range range;
+    int64_t row;
+  };
+  struct Rows {
+    int64_t first_row, width, count;
+  };
+  std::vector<Task> tasks_;
+  std::vector<Rows> items_;
+  int64_t rows_length_ = 0;
   std::unique_ptr<double[]> rows_;
 };
 
-Input input_of(DType dtype, const void* x, const float* alpha, const Layout& layout, const Quant& quant) {
-  return {dtype, x, alpha, layout, quant, int(quant.qp - quant.qn) + 1};
+Input input_of(const Item& item) {
+  const Quant& q = item.quant;
+  return {item.dtype, item.x, item.alpha, item.layout, q, int(q.qp - q.qn) + 1};
 }
 
-// The backward loops over a whole tensor; step_sums [channels] or null.
-void run_backward(const Input& in, const void* grad_xhat, const float* table, void* dx, double* step_sums) {
-  Tasks tasks(in.layout.numel, step_sums ? in.layout.channels : 0);
-  tasks.run([&](Range range, double* row) {
-    loops().backward(in, range, grad_xhat, table, dx, step_sums ? row : nullptr);
+template <class Each>
+auto list_of(const Items& items, Each each) {
+  std::vector<decltype(each(items[0]))> list;
+  list.reserve(items.size());
+  for (const Item& item : items) list.push_back(each(item));
+  return list;
+}
+
+std::vector<int64_t> numels(const Items& items) {
+  return list_of(items, [](const Item& item) { return item.layout.numel; });
+}
+
+// What d is multiplied with, by slot.
+struct alignas(64) Table {
+  float entry[kMaxLevels] = {};
+};
+
+// Where a tensor's step sums go, times scale; out is [channels] or null.
+struct StepGradient {
+  float* out;
+  double scale;
+};
+
+// The backward loops over tensors; a table for each, or none.
+void run_backward(const Items& items, const std::vector<Table>& tables, bool with_dx,
+                  const std::vector<StepGradient>& gradients) {
+  std::vector<int64_t> widths;
+  for (size_t i = 0; i < items.size(); ++i) widths.push_back(gradients[i].out ? items[i].layout.channels : 0);
+  Tasks tasks(numels(items), widths);
+  tasks.run([&](size_t i, Range range, double* row) {
+    loops().backward(input_of(items[i]), range, items[i].grad_xhat, tables.empty() ? nullptr : tables[i].entry,
+                     with_dx ? items[i].dx : nullptr, gradients[i].out ? row : nullptr);
   });
-  if (step_sums) tasks.add_up(step_sums);
+  std::vector<double> sums;
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (!gradients[i].out) continue;
+    sums.resize(widths[i]);
+    tasks.add_up(i, sums.data());
+    for (int64_t c = 0; c < widths[i]; ++c) gradients[i].out[c] = float(gradients[i].scale * sums[c]);
+  }
 }
 
-void write_dalpha(const std::vector<double>& step_sums, double scale, float* dalpha) {
-  for (size_t c = 0; c < step_sums.size(); ++c) dalpha[c] = float(scale * step_sums[c]);
+double per_distance(const Item& item, int k) {  // -2 k / n_k
+  return -2.0 * (double(item.quant.qn) + k) / std::max(item.bins[k], 1.0);
 }
 
 // dL/dalpha_c = -2 sum_k k S_(k,c) / n_k. With one step S_k is at hand; with many, a second read of x is cheaper than
 // a table of sums for every channel and level in every task.
-void write_dloss_dalpha(const Input& in, const double* bins, float* dloss_dalpha) {
-  const int levels = in.levels;
-  std::vector<double> per_distance(levels);
-  for (int k = 0; k < levels; ++k) per_distance[k] = -2.0 * (double(in.quant.qn) + k) / std::max(bins[k], 1.0);
-  std::vector<double> sums(in.layout.channels);
-  if (in.layout.channels == 1) {
-    for (int k = 0; k < levels; ++k) sums[0] += per_distance[k] * bins[levels + k];
-  } else {
-    float table[kMaxLevels] = {};
-    std::copy(per_distance.begin(), per_distance.end(), table);
-    run_backward(in, nullptr, table, nullptr, sums.data());
+void write_dloss_dalpha(const Items& items) {
+  Items many;
+  std::vector<Table> tables;
+  for (const Item& item : items) {
+    if (!item.dloss_dalpha) continue;
+    const int levels = input_of(item).levels;
+    if (item.layout.channels == 1) {
+      double sum = 0;
+      for (int k = 0; k < levels; ++k) sum += per_distance(item, k) * item.bins[levels + k];
+      *item.dloss_dalpha = float(sum);
+    } else {
+      many.push_back(item);
+      many.back().grad_xhat = nullptr;
+      tables.emplace_back();
+      for (int k = 0; k < levels; ++k) tables.back().entry[k] = float(per_distance(item, k));
+    }
   }
-  write_dalpha(sums, 1.0, dloss_dalpha);
+  if (many.empty()) return;
+  run_backward(many, tables, false,
+               list_of(many, [](const Item& item) { return StepGradient{item.dloss_dalpha, 1.0}; }));
 }
 
 }  // namespace
 
-void lsq_fwd(DType dtype, const void* x, const float* alpha, void* xhat, Layout layout, Quant quant) {
-  if (layout.numel == 0) return;
-  const Input in = input_of(dtype, x, alpha, layout, quant);
-  Tasks(layout.numel, 0).run([&](Range range, double*) { loops().forward(in, range, xhat, nullptr); });
+void lsq_fwd(const Items& items) {
+  Tasks tasks(numels(items), std::vector<int64_t>(items.size(), 0));
+  tasks.run([&](size_t i, Range range, double*) { loops().forward(input_of(items[i]), range, items[i].xhat, nullptr); });
 }
 
-void lsq_bwd(DType dtype, const void* grad_xhat, const void* x, const float* alpha, void* dx, float* dalpha,
-             Layout layout, Quant quant, float grad_scale) {
-  std::vector<double> sums(layout.channels);
-  if (layout.numel != 0)
-    run_backward(input_of(dtype, x, alpha, layout, quant), grad_xhat, nullptr, dx, sums.data());
-  write_dalpha(sums, grad_scale, dalpha);
+void lsq_bwd(const Items& items) {
+  run_backward(items, {}, true, list_of(items, [](const Item& item) {
+                 return StepGradient{item.dalpha, item.grad_scale};
+               }));
 }
 
-void bin_fwd(DType dtype, const void* x, const float* alpha, void* xhat, float* loss, double* bins,
-             float* dloss_dalpha, Layout layout, Quant quant) {
-  const Input in = input_of(dtype, x, alpha, layout, quant);
-  const int levels = in.levels;
-  if (layout.numel == 0) {
-    std::fill_n(bins, 3 * levels + 2, 0.0);
-  } else {
-    Tasks tasks(layout.numel, 3 * levels + 2);
-    tasks.run([&](Range range, double* row) { loops().forward(in, range, xhat, row); });
-    tasks.add_up(bins);
+void bin_fwd(const Items& items) {
+  Tasks tasks(numels(items), list_of(items, [](const Item& item) { return int64_t(3 * input_of(item).levels + 2); }));
+  tasks.run([&](size_t i, Range range, double* row) { loops().forward(input_of(items[i]), range, items[i].xhat, row); });
+  for (size_t i = 0; i < items.size(); ++i) {
+    const Item& item = items[i];
+    const int levels = input_of(item).levels;
+    tasks.add_up(i, item.bins);
+    double sum = 0;
+    for (int k = 0; k < levels; ++k)
+      if (item.bins[k] > 0) sum += item.bins[2 * levels + k] / item.bins[k];
+    *item.loss = float(sum);
   }
-  double sum = 0;
-  for (int k = 0; k < levels; ++k)
-    if (bins[k] > 0) sum += bins[2 * levels + k] / bins[k];
-  *loss = float(sum);
-  if (!dloss_dalpha) return;
-  if (layout.numel == 0)
-    std::fill_n(dloss_dalpha, layout.channels, 0.f);
-  else
-    write_dloss_dalpha(in, bins, dloss_dalpha);
+  write_dloss_dalpha(items);
 }
 
-void bin_bwd(DType dtype, const void* grad_xhat, const float* grad_loss, const void* x, const float* alpha,
-             const double* bins, void* dx, float* dalpha, Layout layout, Quant quant, float grad_scale) {
-  const Input in = input_of(dtype, x, alpha, layout, quant);
-  float table[kMaxLevels] = {};
-  for (int k = 0; k < in.levels; ++k) table[k] = float(2.0 * double(*grad_loss) / std::max(bins[k], 1.0));
-  std::vector<double> sums(dalpha ? layout.channels : 0);
-  if (layout.numel != 0) run_backward(in, grad_xhat, table, dx, dalpha ? sums.data() : nullptr);
-  if (dalpha) write_dalpha(sums, grad_scale, dalpha);
+void bin_bwd(const Items& items) {
+  std::vector<Table> tables(items.size());
+  for (size_t i = 0; i < items.size(); ++i)
+    for (int k = 0; k < input_of(items[i]).levels; ++k)
+      tables[i].entry[k] = float(2.0 * double(*items[i].grad_loss) / std::max(items[i].bins[k], 1.0));
+  run_backward(items, tables, true, list_of(items, [](const Item& item) {
+                 return StepGradient{item.dalpha, item.grad_scale};
+               }));
 }
 
 }  // namespace qbr::cpu

@@ -1,33 +1,17 @@
-// A chunk of the CPU loops: 16-lane vectors, the three storage types, and each element's step.
+// A chunk of the CPU loops: the three storage types, and each element's step.
 // For cpu_loops.cpp alone; internal linkage, for the reason given there.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
 #include "cpu_loops.h"
+#include "cpu_simd.h"
 
 namespace qbr::cpu {
 namespace {
 
-constexpr int kLanes = 16;
-typedef float VecF __attribute__((vector_size(4 * kLanes)));
-typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
-typedef double VecD __attribute__((vector_size(8 * kLanes)));
-typedef double Pair __attribute__((vector_size(16)));
-
-constexpr int kPadded = kChunk + kLanes;
-
-inline VecF load(const float* p) {
-  VecF v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline double sum_lanes(const VecD& v) {
-  double s = 0;
-  for (int j = 0; j < kLanes; ++j) s += v[j];
-  return s;
-}
+constexpr int kAhead = 2 * kLanes;  // elements that the loops read beyond the chunk's last vector
+constexpr int kPadded = kChunk + kLanes + kAhead;
 
 // ---- storage types -------------------------------------------------------------------------------------------------
 
@@ -72,17 +56,24 @@ struct F16 {
   }
 };
 
-// n elements from `first` on as floats; `buffer` unless they lie there already.
-const float* load_chunk(DType dtype, const void* data, int64_t first, int n, float* __restrict buffer) {
-  if (dtype == DType::f32) return static_cast<const float*>(data) + first;
-  const uint16_t* __restrict h = static_cast<const uint16_t*>(data) + first;
-  if (dtype == DType::bf16) {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) buffer[i] = BF16::load(h[i]);
+// n elements from `first` on as floats, readable up to the end of the vector kAhead beyond them: where they lie if those
+// are elements too, else in `buffer`, with zeros behind them.
+const float* load_chunk(const Input& in, const void* data, int64_t first, int n, float* __restrict buffer) {
+  if (in.dtype == DType::f32) {
+    const float* lying = static_cast<const float*>(data) + first;
+    if (first + n + kLanes + kAhead <= in.layout.numel) return lying;
+    std::memcpy(buffer, lying, sizeof(float) * n);
   } else {
+    const uint16_t* __restrict h = static_cast<const uint16_t*>(data) + first;
+    if (in.dtype == DType::bf16) {
 #pragma omp simd
-    for (int i = 0; i < n; ++i) buffer[i] = F16::load(h[i]);
+      for (int i = 0; i < n; ++i) buffer[i] = BF16::load(h[i]);
+    } else {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) buffer[i] = F16::load(h[i]);
+    }
   }
+  std::memset(buffer + n, 0, sizeof(float) * (kLanes + kAhead));
   return buffer;
 }
 
@@ -137,7 +128,7 @@ struct Steps {
   bool uniform;
   int64_t channel;
   float step;
-  alignas(64) float each[kPadded];
+  alignas(64) float each[kPadded] = {};  // what lies beyond the last element is read, too
 
   void set(const Input& in, int64_t first, int n) {
     const Layout& layout = in.layout;

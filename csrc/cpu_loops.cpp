@@ -1,15 +1,13 @@
 // The loops of the CPU kernels. Compiled once per instruction set (QBR_ISA names the table it defines), with the same
-// results: elementwise loops are left to the vectorizer, sums run in 16 lanes of our own on every instruction set.
+// results: every lane does the same operations in the same order everywhere (cpu_simd.h).
 // Everything here has internal linkage, so that no AVX-512 copy of a function can end up in the baseline.
 #include "cpu_loops.h"
 
+#include <cmath>
 #include <cstring>
 
+#include "cpu_bins.h"
 #include "cpu_chunk.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace qbr::cpu {
 namespace {
@@ -19,275 +17,208 @@ enum class Form { plain, binary, relu };
 
 Form form_of(const Quant& q) { return q.binary ? Form::binary : q.relu ? Form::relu : Form::plain; }
 
-// What one element comes to.
-struct Element {
-  float v, c, b, bs, d;  // y / s; the code, NaN's being qn; the code or NaN; b * s; y - b * s
+template <Form form>
+inline VecF activation(VecF x, const Quant& q) {
+  return form == Form::relu ? clamp(x, VecF{}, all(q.clip)) : x;
+}
+
+struct Code {
+  VecF c, b;  // v clamped, and rounded: the code; NaNs for a NaN
 };
 
 template <Form form>
-inline Element quantize(float x, float s, Quant q) {
-  q.binary = form == Form::binary;
-  float y = form == Form::relu ? relu_clip(x, q.clip) : x;
-  Element e;
-  e.v = y / s;
-  e.c = code(e.v, q);
-  e.b = e.v != e.v ? e.v : e.c;
-  e.bs = e.b * s;
-  e.d = y - e.bs;
-  return e;
+inline Code code_of(VecF v, const Quant& q) {
+  Code code;
+  code.c = clamp(v, all(q.qn), all(q.qp));
+  if (form == Form::binary)
+    code.b = select(equal(v, v), select(less(v, VecF{}), all(-1.f), all(1.f)), v);
+  else
+    code.b = (code.c + 12582912.f) - 12582912.f;  // half to even: 1.5 * 2^23 leaves no fraction bits
+  return code;
 }
+
+// Both loops are pipelined by hand: while they finish one vector they round the next and divide the one after that.
+// A vector's way through division, rounding and lookup is longer than a core looks ahead: without this, the loops take
+// about twice as long. They read up to kAhead elements beyond the chunk (load_chunk sees to it that they are there).
+static_assert(kAhead == 2 * kLanes);
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-template <Form form, bool uniform, bool with_xhat, bool with_bins>
-void quantize_chunk(const float* x, const Steps& steps, Quant q, int n, float* __restrict xhat, float* __restrict codes,
-                    float* __restrict d) {
-  const float step = steps.step;
-  const float* __restrict each = steps.each;
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    Element e = quantize<form>(x[i], uniform ? step : each[i], q);
-    if (with_xhat) xhat[i] = e.bs;
-    if (with_bins) codes[i] = e.c, d[i] = e.d;
+template <Form form, bool uniform, Collect collect, bool with_xhat>
+void forward_chunk(const float* x, const Steps& steps, const Quant& quant, int n, float* xhat, BinSums* sums) {
+  const Quant q = quant;  // a copy: what is written below cannot be one of its floats
+  const VecF one_step = all(steps.step);
+  const auto step_at = [&](int i) { return uniform ? one_step : load(steps.each + i); };
+  const auto y_at = [&](int i) { return activation<form>(load(x + i), q); };
+  constexpr int kLevels = collect == Collect::four ? 4 : collect == Collect::eight ? 8 : 1;
+  constexpr float kNoCode = 1e9f;
+  VecF s[kLevels] = {}, squares[kLevels] = {}, distance = {};
+  VecI counts[kLevels] = {}, near = {};
+  VecF y = y_at(0), next_y = y_at(kLanes);
+  VecF b = code_of<form>(y / step_at(0), q).b, next_v = next_y / step_at(kLanes);
+  for (int i = 0; i < n; i += kLanes) {
+    const VecF last_y = y_at(i + 2 * kLanes), last_v = last_y / step_at(i + 2 * kLanes);
+    const VecF next_b = code_of<form>(next_v, q).b;
+    const int left = n - i;
+    const bool whole = left >= kLanes;
+    const VecF step = step_at(i), bs = b * step;
+    VecF d = y - bs, code = b;
+    y = next_y, next_y = last_y, b = next_b, next_v = last_v;
+    if (with_xhat) {
+      if (whole)
+        store(xhat + i, bs);
+      else
+        store_first(xhat + i, bs, left);
+    }
+    if (collect == Collect::none) continue;
+    if (!whole) code = keep_first(code, left, all(kNoCode)), d = keep_first(d, left, VecF{});
+    VecF size = absolute(d);
+    distance += size;
+    if (!whole) size = keep_first(size, left, all(INFINITY));
+    count_where(near, less(size, step * 0.01f));
+    if (collect == Collect::table) {
+      // The elements before these go into the table meanwhile: their addends are ready, these are not.
+      sums->addends[i / kLanes % 2].set(d, sums->entry(to_slot(code - q.qn)));
+      if (i) sums->scatter(sums->addends[1 - i / kLanes % 2], kLanes);
+    } else {
+      const VecF square = d * d;
+#pragma GCC unroll 8
+      for (int k = 0; k < kLevels; ++k) {
+        const VecF level = all(q.qn + float(k));
+        const Mask in_bin = k == 0 ? equal_or_nan(code, level) : equal(code, level);
+        count_where(counts[k], in_bin);
+        add_where(s[k], in_bin, d);
+        add_where(squares[k], in_bin, square);
+      }
+    }
+  }
+  if (collect == Collect::none) return;
+  sums->add_distances(distance, near);
+  if (collect == Collect::table) {
+    const int last = (n - 1) / kLanes;
+    sums->scatter(sums->addends[last % 2], n - last * kLanes);
+  } else {
+#pragma GCC unroll 8
+    for (int k = 0; k < kLevels; ++k) sums->add_level(k, counts[k], s[k], squares[k]);
   }
 }
 
-using QuantizeChunk = void (*)(const float*, const Steps&, Quant, int, float*, float*, float*);
+using ForwardChunk = void (*)(const float*, const Steps&, const Quant&, int, float*, BinSums*);
 
-template <bool uniform, bool with_xhat, bool with_bins>
-QuantizeChunk quantize_chunk_of(Form form) {
-  return form == Form::plain    ? quantize_chunk<Form::plain, uniform, with_xhat, with_bins>
-         : form == Form::binary ? quantize_chunk<Form::binary, uniform, with_xhat, with_bins>
-                                : quantize_chunk<Form::relu, uniform, with_xhat, with_bins>;
+template <Form form, bool uniform>
+ForwardChunk forward_chunk_of(Collect collect, bool with_xhat) {
+  switch (collect) {
+    case Collect::none: return forward_chunk<form, uniform, Collect::none, true>;
+    case Collect::four:
+      return with_xhat ? forward_chunk<form, uniform, Collect::four, true>
+                       : forward_chunk<form, uniform, Collect::four, false>;
+    case Collect::eight:
+      return with_xhat ? forward_chunk<form, uniform, Collect::eight, true>
+                       : forward_chunk<form, uniform, Collect::eight, false>;
+    default:
+      return with_xhat ? forward_chunk<form, uniform, Collect::table, true>
+                       : forward_chunk<form, uniform, Collect::table, false>;
+  }
 }
 
 template <bool uniform>
-QuantizeChunk quantize_chunk_of(Form form, bool with_xhat, bool with_bins) {
-  return !with_bins  ? quantize_chunk_of<uniform, true, false>(form)
-         : with_xhat ? quantize_chunk_of<uniform, true, true>(form)
-                     : quantize_chunk_of<uniform, false, true>(form);
+ForwardChunk forward_chunk_of(const Quant& q, Collect collect, bool with_xhat) {
+  const Form form = form_of(q);
+  return form == Form::plain    ? forward_chunk_of<Form::plain, uniform>(collect, with_xhat)
+         : form == Form::binary ? forward_chunk_of<Form::binary, uniform>(collect, with_xhat)
+                                : forward_chunk_of<Form::relu, uniform>(collect, with_xhat);
 }
 
-// The bin sums of a task. Up to 16 levels one masked pass for every four of them; beyond, a table.
-class BinSums {
- public:
-  BinSums(const Quant& q, int levels) : qn_(q.qn), levels_(levels), masked_(levels <= kMasked) {}
-
-  // codes and d hold n elements and room for a vector more; the room is overwritten.
-  void add(float* codes, float* d, const Steps& steps, int n) {
-    const int padded = (n + kLanes - 1) / kLanes * kLanes;
-    for (int i = n; i < padded; ++i) codes[i] = __builtin_nanf(""), d[i] = 0.f;  // in no bin
-    if (masked_) {
-      for (int first = 0; first < levels_; first += kGroup) add_masked(codes, d, first, padded);
-    } else {
-      add_scattered(codes, d, n);
-    }
-    add_distances(d, steps, n, padded);
-  }
-
-  void write(double* row) const {
-    for (int k = 0; k < levels_; ++k) {
-      double n = 0, s = 0, q = 0;
-      if (masked_) {
-        for (int j = 0; j < kLanes; ++j) n += counts_[k][j];
-        s = sum_lanes(sums_[k]);
-        q = sum_lanes(squares_[k]);
-      } else {
-        for (int way = 0; way < kWays; ++way) {
-          n += scattered_n_[way][k];
-          s += scattered_[way][k][0];
-          q += scattered_[way][k][1];
-        }
-      }
-      row[k] = n;
-      row[levels_ + k] = s;
-      row[2 * levels_ + k] = q;
-    }
-    row[3 * levels_] = sum_lanes(distance_);
-    double near = 0;
-    for (int j = 0; j < kLanes; ++j) near += near_[j];
-    row[3 * levels_ + 1] = near - near_padding_;
-  }
-
- private:
-  static constexpr int kMasked = 16, kGroup = 4;
-  static constexpr int kWays = 4;  // neighbours often share a bin: four tables, so that they need not wait for it
-
-  void add_masked(const float* codes, const float* d, int first, int padded) {
-    VecF s[kGroup] = {}, q[kGroup] = {};
-    VecI n[kGroup] = {};
-    const float k = qn_ + float(first);
-    for (int i = 0; i < padded; i += kLanes) {
-      const VecF c = load(codes + i), x = load(d + i), xx = x * x;
-#pragma GCC unroll 4
-      for (int j = 0; j < kGroup; ++j) {
-        const VecI in_bin = c == k + float(j);
-        s[j] = in_bin ? s[j] + x : s[j];
-        q[j] = in_bin ? q[j] + xx : q[j];
-        n[j] -= in_bin;
-      }
-    }
-    for (int j = 0; j < kGroup; ++j) {
-      sums_[first + j] += __builtin_convertvector(s[j], VecD);
-      squares_[first + j] += __builtin_convertvector(q[j], VecD);
-      counts_[first + j] += n[j];
-    }
-  }
-
-  void add_scattered(const float* codes, const float* d, int n) {
-    for (int i = 0; i < n; ++i) {
-      const int way = i % kWays, k = int(codes[i] - qn_);
-      const double x = d[i];
-      scattered_[way][k] += Pair{x, x * x};
-      ++scattered_n_[way][k];
-    }
-  }
-
-  void add_distances(const float* d, const Steps& steps, int n, int padded) {
-    VecF sum = {};
-    VecI near = {};
-    const VecF zero = {};
-    const float limit = 0.01f * steps.step;
-    for (int i = 0; i < padded; i += kLanes) {
-      VecF x = load(d + i);
-      x = x < zero ? -x : x;
-      sum += x;
-      near -= x < (steps.uniform ? zero + limit : 0.01f * load(steps.each + i));
-    }
-    for (int i = n; i < padded; ++i) near_padding_ += 0.f < (steps.uniform ? limit : 0.01f * steps.each[i]);
-    distance_ += __builtin_convertvector(sum, VecD);
-    near_ += near;
-  }
-
-  float qn_;
-  int levels_;
-  bool masked_;
-  double near_padding_ = 0;  // places of the padding that were counted as near
-  VecD distance_ = {};
-  VecI near_ = {};
-  VecD sums_[kMasked] = {}, squares_[kMasked] = {};
-  VecI counts_[kMasked] = {};
-  Pair scattered_[kWays][kMaxLevels] = {};
-  uint32_t scattered_n_[kWays][kMaxLevels] = {};
-};
-
 void forward(const Input& in, Range range, void* xhat, double* bins) {
-  alignas(64) float x_buffer[kPadded], xhat_buffer[kPadded], codes[kPadded], d[kPadded];
-  Steps steps = {};
-  BinSums sums(in.quant, in.levels);
-  const Form form = form_of(in.quant);
-  const QuantizeChunk one_step = quantize_chunk_of<true>(form, xhat, bins);
-  const QuantizeChunk a_step_each = quantize_chunk_of<false>(form, xhat, bins);
+  alignas(64) float x_buffer[kPadded], xhat_buffer[kPadded];
+  Steps steps;
+  const Collect collect = bins ? collect_for(in.levels) : Collect::none;
+  const ForwardChunk one_step = forward_chunk_of<true>(in.quant, collect, xhat);
+  const ForwardChunk a_step_each = forward_chunk_of<false>(in.quant, collect, xhat);
+  BinSums sums(in.levels);
   for (int64_t first = range.begin; first < range.end; first += kChunk) {
     const int n = int(first + kChunk < range.end ? kChunk : range.end - first);
     steps.set(in, first, n);
-    const float* x = load_chunk(in.dtype, in.x, first, n, x_buffer);
+    const float* x = load_chunk(in, in.x, first, n, x_buffer);
     float* y = xhat ? result_chunk(in.dtype, xhat, first, xhat_buffer) : nullptr;
-    (steps.uniform ? one_step : a_step_each)(x, steps, in.quant, n, y, codes, d);
+    (steps.uniform ? one_step : a_step_each)(x, steps, in.quant, n, y, &sums);
     if (xhat) store_chunk(in.dtype, xhat, first, n, y);
-    if (bins) sums.add(codes, d, steps, n);
   }
   if (bins) sums.write(bins);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// A chunk's intermediate results, from the pass that divides to the pass that writes dx.
-struct Partial {
-  alignas(64) float x[kPadded], g[kPadded], dx[kPadded];
-  alignas(64) float d[kPadded], task[kPadded], pull[kPadded], to_step[kPadded];
-  alignas(64) int32_t slot[kPadded];
+// Where a chunk's terms of the step's gradient go: by lane into one sum, or one by one.
+struct StepTerms {
+  VecD sum = {};
+  alignas(64) float each[kPadded];
 };
 
-// task = g * in, to_step = g * (b - v * in), slot and d.
 template <Form form, bool uniform, bool with_g, bool with_table>
-void differentiate_chunk(const float* x, const float* g, const Steps& steps, Quant q, int n, Partial& p) {
-  const float step = steps.step;
-  const float* __restrict each = steps.each;
-  float* __restrict task = p.task;
-  float* __restrict to_step = p.to_step;
-  float* __restrict d = p.d;
-  int32_t* __restrict slot = p.slot;
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    Element e = quantize<form>(x[i], uniform ? step : each[i], q);
+void backward_chunk(const float* x, const float* g, const Steps& steps, const Input& in, const float* table, int n,
+                    float* dx, StepTerms& terms) {
+  const Quant q = in.quant;
+  const int levels = in.levels;
+  const VecF one_step = all(steps.step);
+  const auto step_at = [&](int i) { return uniform ? one_step : load(steps.each + i); };
+  const auto y_at = [&](int i) { return activation<form>(load(x + i), q); };
+  VecF sum = {};
+  VecF y = y_at(0), next_y = y_at(kLanes);
+  VecF v = y / step_at(0), next_v = next_y / step_at(kLanes);
+  Code code = code_of<form>(v, q);
+  for (int i = 0; i < n; i += kLanes) {
+    const VecF last_y = y_at(i + 2 * kLanes), last_v = last_y / step_at(i + 2 * kLanes);
+    const Code next_code = code_of<form>(next_v, q);
+    const int left = n - i;
+    const bool whole = left >= kLanes;
+    VecF dy = {}, term = {};
     if (with_g) {
-      const float in = e.v != e.v ? e.v : inside(e.v, q) ? 1.f : 0.f;
-      const float v_inside = in == 0.f ? 0.f : e.v;  // an infinite v is outside, and 0 * inf would be a NaN
-      task[i] = g[i] * in;
-      to_step[i] = g[i] * (e.b - v_inside);
+      const VecF gs = load(g + i);
+      const Mask inside = equal(code.c, v);
+      term = gs * subtract_where(inside, code.b, v);  // an infinite v is outside: no 0 * inf
+      dy = gs * select(inside, all(1.f), code.b - code.b);  // 0 outside, a NaN for a NaN
     }
-    if (with_table) slot[i] = int32_t(e.c - q.qn), d[i] = e.d;
+    if (with_table) {
+      const VecF d = y - code.b * step_at(i);
+      const VecF pull = lookup(table, levels, to_slot(code.b - q.qn)) * d;
+      dy = with_g ? dy + pull : pull;
+      if (!with_g) term = pull;
+    }
+    v = next_v, next_v = last_v, y = next_y, next_y = last_y, code = next_code;
+    if (uniform)
+      sum += whole ? term : keep_first(term, left, VecF{});
+    else
+      store(terms.each + i, term);
+    if (!dx) continue;
+    if (form == Form::relu) {  // 0 even where the distance behind it is infinite
+      const VecF xs = load(x + i);
+      dy = select(above_or_nan(xs, VecF{}), select(not_above(xs, all(q.clip)), dy, VecF{}), VecF{});
+    }
+    if (whole)
+      store(dx + i, dy);
+    else
+      store_first(dx + i, dy, left);
   }
+  if (uniform) add_to(terms.sum, sum);
 }
 
-using DifferentiateChunk = void (*)(const float*, const float*, const Steps&, Quant, int, Partial&);
+using BackwardChunk = void (*)(const float*, const float*, const Steps&, const Input&, const float*, int, float*,
+                               StepTerms&);
 
-template <bool uniform, bool with_g, bool with_table>
-DifferentiateChunk differentiate_chunk_of(Form form) {
-  return form == Form::plain    ? differentiate_chunk<Form::plain, uniform, with_g, with_table>
-         : form == Form::binary ? differentiate_chunk<Form::binary, uniform, with_g, with_table>
-                                : differentiate_chunk<Form::relu, uniform, with_g, with_table>;
+template <Form form, bool uniform>
+BackwardChunk backward_chunk_of(bool with_g, bool with_table) {
+  return !with_table ? backward_chunk<form, uniform, true, false>
+         : with_g    ? backward_chunk<form, uniform, true, true>
+                     : backward_chunk<form, uniform, false, true>;
 }
 
 template <bool uniform>
-DifferentiateChunk differentiate_chunk_of(Form form, bool with_g, bool with_table) {
-  return !with_table ? differentiate_chunk_of<uniform, true, false>(form)
-         : with_g    ? differentiate_chunk_of<uniform, true, true>(form)
-                     : differentiate_chunk_of<uniform, false, true>(form);
-}
-
-// pull = table[slot] * d; the table has room for 16 entries at least.
-void pull_chunk(const float* table, int levels, int n, Partial& p) {
-  int i = 0;
-#if defined(__AVX512F__)
-  const __m512 low = _mm512_loadu_ps(table);
-  for (; i < n; i += 16) {
-    const __m512i k = _mm512_load_si512(p.slot + i);
-    const __m512 t = levels <= 16 ? _mm512_permutexvar_ps(k, low) : _mm512_i32gather_ps(k, table, 4);
-    _mm512_store_ps(p.pull + i, _mm512_mul_ps(t, _mm512_load_ps(p.d + i)));
-  }
-#elif defined(__AVX2__)
-  const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
-  for (; i < n; i += 8) {
-    const __m256i k = _mm256_load_si256(reinterpret_cast<const __m256i*>(p.slot + i));
-    __m256 t;
-    if (levels <= 16) {
-      const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(k, 28));  // bit 3 of the slot as the sign
-      t = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, k), _mm256_permutevar8x32_ps(high, k), upper);
-    } else {
-      t = _mm256_i32gather_ps(table, k, 4);
-    }
-    _mm256_store_ps(p.pull + i, _mm256_mul_ps(t, _mm256_load_ps(p.d + i)));
-  }
-#else
-  (void)levels;
-  for (; i < n; ++i) p.pull[i] = table[p.slot[i]] * p.d[i];
-#endif
-}
-
-template <bool relu, bool with_g, bool with_table>
-void combine_chunk(const float* x, float clip, int n, const Partial& p, float* __restrict dx) {
-  const float* __restrict task = p.task;
-  const float* __restrict pull = p.pull;
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    float dy = with_g && with_table ? task[i] + pull[i] : with_g ? task[i] : pull[i];
-    if (relu) {
-      const float passes = relu_mask(x[i], clip);
-      dy = passes == 0.f ? 0.f : dy * passes;  // 0 even where the distance behind it is infinite
-    }
-    dx[i] = dy;
-  }
-}
-
-using CombineChunk = void (*)(const float*, float, int, const Partial&, float*);
-
-template <bool relu>
-CombineChunk combine_chunk_of(bool with_g, bool with_table) {
-  return !with_table ? combine_chunk<relu, true, false>
-         : with_g    ? combine_chunk<relu, true, true>
-                     : combine_chunk<relu, false, true>;
+BackwardChunk backward_chunk_of(const Quant& q, bool with_g, bool with_table) {
+  const Form form = form_of(q);
+  return form == Form::plain    ? backward_chunk_of<Form::plain, uniform>(with_g, with_table)
+         : form == Form::binary ? backward_chunk_of<Form::binary, uniform>(with_g, with_table)
+                                : backward_chunk_of<Form::relu, uniform>(with_g, with_table);
 }
 
 // The sum of n floats; whole vectors in lanes, the rest after them.
@@ -295,16 +226,15 @@ double sum_of(const float* t, int n) {
   VecF lanes = {};
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) lanes += load(t + i);
-  double sum = 0;
-  for (int j = 0; j < kLanes; ++j) sum += lanes[j];
+  VecD wide = {};
+  add_to(wide, lanes);
+  double sum = sum_lanes(wide);
   for (; i < n; ++i) sum += t[i];
   return sum;
 }
 
-void add_step_sums(const float* t, const Layout& layout, const Steps& steps, int64_t first, int n, double* sums) {
-  if (steps.uniform) {
-    sums[steps.channel] += sum_of(t, n);
-  } else if (layout.inner == 1) {
+void add_step_sums(const float* t, const Layout& layout, int64_t first, int n, double* sums) {
+  if (layout.inner == 1) {
     for_each_row(layout, first, n, [&](int o, int m, int64_t c) {
       double* __restrict row = sums + c;
 #pragma omp simd
@@ -316,30 +246,29 @@ void add_step_sums(const float* t, const Layout& layout, const Steps& steps, int
 }
 
 void backward(const Input& in, Range range, const void* grad_xhat, const float* table, void* dx, double* step_sums) {
-  Partial p;
-  Steps steps = {};
-  std::memset(p.slot, 0, sizeof p.slot);  // what lies beyond the last element is looked up too
+  alignas(64) float x_buffer[kPadded], g_buffer[kPadded], dx_buffer[kPadded];
+  Steps steps;
+  StepTerms terms;
   if (step_sums) std::memset(step_sums, 0, sizeof(double) * in.layout.channels);
-  const Form form = form_of(in.quant);
-  const bool with_g = grad_xhat, with_table = table;
-  const DifferentiateChunk one_step = differentiate_chunk_of<true>(form, with_g, with_table);
-  const DifferentiateChunk a_step_each = differentiate_chunk_of<false>(form, with_g, with_table);
-  const CombineChunk combine =
-      form == Form::relu ? combine_chunk_of<true>(with_g, with_table) : combine_chunk_of<false>(with_g, with_table);
+  const BackwardChunk one_step = backward_chunk_of<true>(in.quant, grad_xhat, table);
+  const BackwardChunk a_step_each = backward_chunk_of<false>(in.quant, grad_xhat, table);
+  int64_t channel = 0;  // whose terms.sum is
   for (int64_t first = range.begin; first < range.end; first += kChunk) {
     const int n = int(first + kChunk < range.end ? kChunk : range.end - first);
     steps.set(in, first, n);
-    const float* x = load_chunk(in.dtype, in.x, first, n, p.x);
-    const float* g = with_g ? load_chunk(in.dtype, grad_xhat, first, n, p.g) : nullptr;
-    (steps.uniform ? one_step : a_step_each)(x, g, steps, in.quant, n, p);
-    if (with_table) pull_chunk(table, in.levels, n, p);
-    if (dx) {
-      float* out = result_chunk(in.dtype, dx, first, p.dx);
-      combine(x, in.quant.clip, n, p, out);
-      store_chunk(in.dtype, dx, first, n, out);
+    if (step_sums && steps.uniform && steps.channel != channel) {
+      step_sums[channel] += sum_lanes(terms.sum);
+      terms.sum = VecD{};
+      channel = steps.channel;
     }
-    if (step_sums) add_step_sums(with_g ? p.to_step : p.pull, in.layout, steps, first, n, step_sums);
+    const float* x = load_chunk(in, in.x, first, n, x_buffer);
+    const float* g = grad_xhat ? load_chunk(in, grad_xhat, first, n, g_buffer) : nullptr;
+    float* out = dx ? result_chunk(in.dtype, dx, first, dx_buffer) : nullptr;
+    (steps.uniform ? one_step : a_step_each)(x, g, steps, in, table, n, out, terms);
+    if (dx) store_chunk(in.dtype, dx, first, n, out);
+    if (step_sums && !steps.uniform) add_step_sums(terms.each, in.layout, first, n, step_sums);
   }
+  if (step_sums) step_sums[channel] += sum_lanes(terms.sum);
 }
 
 }  // namespace

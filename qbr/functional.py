@@ -126,26 +126,45 @@ def fake_quantize_with_bin_loss(
     return FakeQuantizedWithBinLoss(xhat, loss, _bins(table, x, alpha, spec))
 
 
-def foreach_fake_quantize(xs: Sequence[Tensor], alphas: Sequence, specs, **options) -> list[Tensor]:
-    """fake_quantize over lists; ``specs`` is one QuantSpec for all or a list."""
-    return [fake_quantize(*each, **options) for each in _zip(xs, alphas, specs)]
+def foreach_fake_quantize(
+    xs: Sequence[Tensor], alphas: Sequence, specs, *, relu: bool = False, clip: float | None = None,
+    backend: str = "auto",
+) -> list[Tensor]:  # fmt: skip
+    """fake_quantize over lists, in one call of the backend forward and one backward for all tensors of a device.
+
+    Args:
+        xs, alphas: as many of each; any mixture of shapes and dtypes.
+        specs: one QuantSpec for all, or a list.
+        relu, clip, backend: as in fake_quantize, for all.
+    """
+    return ops.foreach_lsq(*_checked(xs, alphas, specs), relu, clip, backend)
+
+
+def foreach_fake_quantize_with_bin_loss(
+    xs: Sequence[Tensor], alphas: Sequence, specs, *, relu: bool = False, clip: float | None = None,
+    backprop_to_alpha: bool | str | Sequence[bool | str] = False, backend: str = "auto",
+) -> list[FakeQuantizedWithBinLoss]:  # fmt: skip
+    """fake_quantize_with_bin_loss over lists; backprop_to_alpha may be a list, too."""
+    xs, alphas, specs = _checked(xs, alphas, specs)
+    if isinstance(backprop_to_alpha, (bool, str)):
+        backprop_to_alpha = [backprop_to_alpha] * len(xs)
+    results = ops.foreach_lsq_bin(xs, alphas, specs, relu, clip, backprop_to_alpha, backend)
+    return [
+        FakeQuantizedWithBinLoss(xhat, loss, _bins(table, x, alpha, spec))
+        for (xhat, loss, table), x, alpha, spec in zip(results, xs, alphas, specs)
+    ]
 
 
 def foreach_bin_loss(xs: Sequence[Tensor], alphas: Sequence, specs, **options) -> list[BinLoss]:
     """bin_loss over lists; ``specs`` is one QuantSpec for all or a list."""
-    return [bin_loss(*each, **options) for each in _zip(xs, alphas, specs)]
+    return [bin_loss(*each, **options) for each in zip(*_checked(xs, alphas, specs))]
 
 
-def foreach_fake_quantize_with_bin_loss(xs, alphas, specs, **options) -> list[FakeQuantizedWithBinLoss]:
-    """fake_quantize_with_bin_loss over lists; ``specs`` is one QuantSpec for all or a list."""
-    return [fake_quantize_with_bin_loss(*each, **options) for each in _zip(xs, alphas, specs)]
-
-
-def _zip(xs, alphas, specs):
+def _checked(xs, alphas, specs) -> tuple[list, list, list]:
     specs = [specs] * len(xs) if isinstance(specs, QuantSpec) else list(specs)
     if not len(xs) == len(alphas) == len(specs):
         raise ValueError(f"{len(xs)} tensors, {len(alphas)} alphas and {len(specs)} specs: expected as many of each")
-    return zip(xs, alphas, specs)
+    return list(xs), list(alphas), specs
 
 
 def _bins(table: Tensor, x: Tensor, alpha, spec: QuantSpec) -> Bins:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qbr import kernels
+from qbr.kernels import foreach
 from qbr.spec import QuantSpec
 
 _QUANT = "int qn, int qp, bool binary, int channel_axis, bool relu, float clip"
@@ -58,12 +59,14 @@ FAKES = {
     "lsq_bin_bwd": lambda grad_xhat, grad_loss, x, alpha, *rest: (torch.empty_like(x), torch.empty_like(alpha)),
 }
 
+FAKES |= foreach.loops(FAKES)
+
 _libraries = {name: torch.library.Library(f"qbr_{name}", "DEF") for name in kernels.MODULES}
 _ops: dict[tuple[str, str], torch._ops.OpOverload] = {}
 _implemented: set[str] = set()
 
 for _name, _library in _libraries.items():
-    for _op, _schema in SCHEMAS.items():
+    for _op, _schema in (SCHEMAS | foreach.SCHEMAS).items():
         _library.define(_op + _schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
         torch.library.register_fake(f"qbr_{_name}::{_op}", FAKES[_op], lib=_library)
         _ops[_name, _op] = getattr(getattr(torch.ops, f"qbr_{_name}"), _op).default
@@ -73,9 +76,11 @@ def implement(backend: str) -> None:
     """Register a loaded backend's Python functions as the kernels of its ops, once; compiled code did so itself."""
     if backend not in _implemented:
         module = kernels.module(backend)
-        for op in SCHEMAS:
-            if hasattr(module, op):
-                _libraries[backend].impl(op, getattr(module, op), "CompositeExplicitAutograd")
+        functions = {op: getattr(module, op) for op in SCHEMAS if hasattr(module, op)}
+        if functions:
+            functions |= foreach.loops(functions)
+        for op, function in functions.items():
+            _libraries[backend].impl(op, function, "CompositeExplicitAutograd")
         _implemented.add(backend)
 
 
@@ -151,6 +156,8 @@ def check_alpha(alpha, x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"alpha is on {alpha.device} and x on {x.device}: move alpha with alpha.to(x.device)")
     if not alpha.is_floating_point():
         raise TypeError(f"alpha is a {alpha.dtype} tensor: expected {dtype}")
+    if alpha.dtype == dtype and alpha.dim() == 1 and alpha.is_contiguous():
+        return alpha  # as modules keep it: three calls fewer, forward and backward
     return alpha.to(dtype).reshape(channels).contiguous()
 
 
@@ -205,6 +212,112 @@ class _LSQBin(torch.autograd.Function):
         if br_to_alpha != 0:
             dalpha = dalpha + dloss_dalpha * (grad_loss * br_to_alpha)
         return dx, dalpha, None, None, None, None
+
+
+class _ForeachLSQ(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, quant, grad_scales, *tensors):
+        xs, alphas = _halves(tensors)
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.call = backend, quant, grad_scales
+        return tuple(_ops[backend, "foreach_lsq_fwd"](xs, alphas, *quant))
+
+    @staticmethod
+    def backward(ctx, *grad_xhats):
+        xs, alphas = _halves(ctx.saved_tensors)
+        backend, (ranges, *relu), grad_scales = ctx.call
+        used = [i for i, grad in enumerate(grad_xhats) if grad is not None]
+        grads = [_laid_out_like(grad_xhats[i], xs[i]) for i in used]
+        xs, alphas, grad_scales = _at(used, xs, alphas, grad_scales)
+        dxs, dalphas = _ops[backend, "foreach_lsq_bwd"](grads, xs, alphas, _ranges(used, ranges), *relu, grad_scales)
+        return None, None, None, *_spread(used, dxs, len(grad_xhats)), *_spread(used, dalphas, len(grad_xhats))
+
+
+class _ForeachLSQBin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, quant, grad_scales, br_to_alphas, *tensors):
+        xs, alphas = _halves(tensors)
+        to_alpha = any(br_to_alphas)
+        xhats, losses, bins, dloss_dalphas = _ops[backend, "foreach_lsq_bin_fwd"](xs, alphas, *quant, to_alpha)
+        ctx.save_for_backward(*tensors, *bins, *dloss_dalphas)
+        ctx.set_materialize_grads(False)
+        ctx.call = backend, quant, grad_scales, br_to_alphas
+        ctx.mark_non_differentiable(*bins)
+        return *xhats, *losses, *bins
+
+    @staticmethod
+    def backward(ctx, *grads):
+        xs, alphas, bins, dloss_dalphas = _halves(ctx.saved_tensors, 4)
+        backend, (ranges, *relu), grad_scales, br_to_alphas = ctx.call
+        count = len(xs)
+        # A tensor that nobody used has no gradient, as one that was never quantized.
+        used = [i for i in range(count) if grads[i] is not None or grads[count + i] is not None]
+        grad_xhats = [torch.zeros_like(xs[i]) if grads[i] is None else _laid_out_like(grads[i], xs[i]) for i in used]
+        grad_losses = [alphas[i].new_zeros(()) if grads[count + i] is None else grads[count + i] for i in used]
+        xs, alphas, bins, grad_scales = _at(used, xs, alphas, bins, grad_scales)
+        dxs, dalphas = _ops[backend, "foreach_lsq_bin_bwd"](
+            grad_xhats, grad_losses, xs, alphas, bins, _ranges(used, ranges), *relu, grad_scales
+        )
+        for j, i in enumerate(used):
+            if br_to_alphas[i] != 0:
+                dalphas[j] = dalphas[j] + dloss_dalphas[i] * (grad_losses[j] * br_to_alphas[i])
+        return None, None, None, None, *_spread(used, dxs, count), *_spread(used, dalphas, count)
+
+
+def _halves(tensors, parts: int = 2) -> list[list[Tensor]]:
+    size = len(tensors) // parts
+    return [list(tensors[i * size : (i + 1) * size]) for i in range(parts)]
+
+
+def _at(used: list[int], *lists) -> list[list]:
+    return [[each[i] for i in used] for each in lists]
+
+
+def _ranges(used: list[int], ranges: list[int]) -> list[int]:
+    return [ranges[4 * i + j] for i in used for j in range(4)]
+
+
+def _spread(used: list[int], values, count: int) -> list:
+    spread = [None] * count
+    for i, value in zip(used, values):
+        spread[i] = value
+    return spread
+
+
+def foreach_lsq(xs, alphas, specs, relu, clip, backend) -> list[Tensor]:
+    results: list = [None] * len(xs)
+    for used, backend, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
+        xhats = _ForeachLSQ.apply(backend, quant, grad_scales, *xs_, *alphas_)
+        for i, xhat in zip(used, xhats):
+            results[i] = xhat
+    return results
+
+
+def foreach_lsq_bin(xs, alphas, specs, relu, clip, backprop_to_alphas, backend) -> list[tuple[Tensor, Tensor, Tensor]]:
+    results: list = [None] * len(xs)
+    for used, backend, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
+        factors = [
+            br_to_alpha_factor(backprop_to_alphas[i], x, alpha, specs[i]) for i, x, alpha in zip(used, xs_, alphas_)
+        ]
+        flat = _ForeachLSQBin.apply(backend, quant, grad_scales, factors, *xs_, *alphas_)
+        for i, *each in zip(used, *_halves(flat, 3)):
+            results[i] = tuple(each)
+    return results
+
+
+def _groups(xs, alphas, specs, relu, clip, backend):
+    """Checked arguments, list by list: tensors of one device and backend go together."""
+    groups: dict[tuple, list] = {}
+    for i, (x, alpha, spec) in enumerate(zip(xs, alphas, specs)):
+        x, alpha, plain = check(x, alpha, spec, relu, clip)
+        key = (x.device, _backend(backend, x.device.type, x.dtype), *plain[4:])
+        grad_scale = spec.lsq_grad_scale(x.numel() // max(alpha.numel(), 1))
+        groups.setdefault(key, []).append((i, x, alpha, plain[:4], grad_scale))
+    for (_, name, relu_, clip_), members in groups.items():
+        used, xs_, alphas_, ranges, grad_scales = zip(*members)
+        quant = [int(value) for each in ranges for value in each], relu_, clip_
+        yield list(used), name, quant, list(grad_scales), xs_, alphas_
 
 
 def lsq(x, alpha, spec, relu, clip, backend) -> Tensor:

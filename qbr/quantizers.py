@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from qbr import functional
+from qbr import functional, grouping
 from qbr.functional import BinLoss
 from qbr.spec import QuantSpec
 
@@ -47,6 +47,8 @@ class LSQQuantizer(nn.Module):
         init_state: buffer [1], float32: 0 before alpha was set from data, then 1.
         collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``.
         br_to_alpha: whether that loss has a gradient to alpha: False, True or "scaled". A frozen alpha has none.
+        alone: whether a weight is quantized by its own layer only, and not with the model's other weights
+            (qbr/grouping.py); set there where a forward turned out to need it.
 
     Raises:
         TypeError, ValueError: for a bad argument, or a state_dict whose alpha is not positive, not finite or of
@@ -75,6 +77,9 @@ class LSQQuantizer(nn.Module):
         # init_state's value on the host: reading the buffer in forward would wait for the device.
         self._initialised = False
         self._retained: list[BinLoss] = []
+        self.alone = False
+        self._ready: grouping.Ready | None = None
+        self._ready_used = False
         _register(self)
 
     @property
@@ -104,18 +109,29 @@ class LSQQuantizer(nn.Module):
         """xhat, in x's shape and dtype; of min(max(x, 0), clip) with ``relu``. Never waits for the device."""
         if self.training and not self._initialised:
             self.initialise(x, relu=relu, clip=clip, force=False)
-        if not (self.collecting and self.training and torch.is_grad_enabled()):
+        ready = grouping.take(self, x) if self._ready is not None else None
+        if ready is not None:
+            if ready.entry is not None:
+                self._retain(ready.entry)
+            return ready.xhat
+        if not self.collects():
             return functional.fake_quantize(x, self.alpha, self.spec, relu=relu, clip=clip)
         br_to_alpha = self.br_to_alpha if self.alpha.requires_grad else False
         xhat, loss, bins = functional.fake_quantize_with_bin_loss(
             x, self.alpha, self.spec, relu=relu, clip=clip, backprop_to_alpha=br_to_alpha
         )
-        entry = BinLoss(loss, bins)
+        self._retain(BinLoss(loss, bins))
+        return xhat
+
+    def collects(self) -> bool:
+        """Whether a forward here and now keeps its bin loss."""
+        return self.collecting and self.training and torch.is_grad_enabled()
+
+    def _retain(self, entry: BinLoss) -> None:
         if self.kind == "weight":
             self._retained = [entry]
         else:
             self._retained.append(entry)
-        return xhat
 
     @torch.no_grad()
     def initialise(self, x: Tensor, *, relu: bool = False, clip: float | None = None, force: bool = True) -> None:
@@ -207,7 +223,7 @@ class LSQQuantizer(nn.Module):
 
     def __getstate__(self):
         # Collected losses are part of a graph: neither deepcopy nor pickle takes them.
-        return {**self.__dict__, "_retained": []}
+        return {**self.__dict__, "_retained": [], "_ready": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbr import functional, metrics
+from qbr import functional, grouping, metrics
 from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
 from qbr.quantizers import check_bits, check_state_dict, quantizers
@@ -103,9 +103,12 @@ def _check_before_loading(model, state_dict, prefix, *_) -> None:
 
 
 def watch(model: nn.Module) -> None:
-    """Hook the root of a model, once: forget() before each forward, check_state_dict() before each load."""
+    """Hook the root of a model, once: before each forward forget() and all weights' quantization, before each load
+    check_state_dict()."""
     if forget not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(forget)
+        model.register_forward_pre_hook(grouping.quantize_together)
+        model.register_forward_hook(grouping.drop, always_call=True)
         model.register_load_state_dict_pre_hook(_check_before_loading)
 
 

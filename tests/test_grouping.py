@@ -1,0 +1,206 @@
+"""The weights of a model are quantized in one call per forward, and wherever that would be wrong each by its layer."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import qbr
+from qbr import functional, grouping
+from qbr.quantizers import quantizers
+
+
+def make(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 5)
+    )
+    qbr.prepare(model, qbr.QATConfig(weight_bits=2, act_bits=2))
+    model(images())  # sets the alphas
+    return model
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many weights each group had, and how many were quantized alone."""
+    seen = {"together": [], "alone": 0}
+    one, many = functional.fake_quantize_with_bin_loss, functional.foreach_fake_quantize_with_bin_loss
+
+    def count_one(x, alpha, spec, **options):
+        seen["alone"] += spec.signed
+        return one(x, alpha, spec, **options)
+
+    def count_many(xs, *rest, **options):
+        seen["together"].append(len(xs))
+        return many(xs, *rest, **options)
+
+    monkeypatch.setattr(functional, "fake_quantize_with_bin_loss", count_one)
+    monkeypatch.setattr(functional, "foreach_fake_quantize_with_bin_loss", count_many)
+    return seen
+
+
+def step(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Loss and gradients of one training step without the update."""
+    model.zero_grad()
+    out = model(images())
+    br = qbr.bin_loss(model)
+    assert len(br.layers) == 5
+    loss = out.square().mean() + br.weights + br.activations
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def alone(model: nn.Module) -> nn.Module:
+    for quantizer in quantizers(model).values():
+        quantizer.alone = True
+    return model
+
+
+def assert_same(got: dict, expected: dict) -> None:
+    assert got.keys() == expected.keys()
+    for name in got:
+        assert torch.equal(got[name], expected[name]), name
+
+
+def test_one_call_for_all_weights_gives_the_same_step(calls):
+    together = step(make())
+    assert calls == {"together": [3], "alone": 3}  # alone: the forward that set alpha
+    assert_same(together, step(alone(make())))
+    assert calls["alone"] == 9
+
+
+def test_evaluation_and_warm_up():
+    model, single = make(), alone(make())
+    for each in (model, single):
+        each.eval()
+    assert torch.equal(model(images()), single(images()))
+    for each in (model, single):
+        each.train()
+        for quantizer in quantizers(each).values():
+            quantizer.collecting = False
+    assert torch.equal(model(images()), single(images()))
+    assert all(quantizer._ready is None for quantizer in quantizers(model).values())
+
+
+def test_two_forwards_before_a_backward_and_a_second_step(calls):
+    results = []
+    for model in (make(), alone(make())):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            (model(images()).square().mean() + model(images() * 2).square().mean()).backward()
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    assert calls["together"] == [3] * 4
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_quantizes_layer_by_layer(reentrant):
+    def checkpointed(model, x):
+        return model[2:](checkpoint(model[:2], x.requires_grad_(), use_reentrant=reentrant))
+
+    class Whole(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x):
+            return checkpointed(self.body, x)
+
+    torch.manual_seed(0)
+    whole = Whole(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(),
+                                nn.Linear(6 * 16, 5)))  # fmt: skip
+    qbr.prepare(whole, qbr.QATConfig(weight_bits=2, act_bits=2))
+    whole(images())
+    for _ in range(2):
+        whole.zero_grad()
+        whole(images()).square().mean().backward()
+        assert whole.body[0].weight_quantizer.alone and not whole.body[2].weight_quantizer.alone
+    plain = alone(make())
+    plain(images()).square().mean().backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter.grad, whole.get_parameter(f"body.{name}").grad), name
+
+
+def test_a_layer_that_did_not_run_quantizes_alone_and_has_no_gradient():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.other, self.spare = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, spare=False):
+            return (self.spare if spare else self.other)(self.used(x))
+
+    model = qbr.prepare(Two(), qbr.QATConfig(act_bits=None))
+    x = torch.randn(3, 4)
+    model(x), model(x, spare=True)
+    model(x).sum().backward()
+    assert model.spare.weight.grad is None and model.spare.weight_quantizer.alpha.grad is None
+    assert model.spare.weight_quantizer.alone and not model.used.weight_quantizer.alone
+    model(x, spare=True).sum().backward()
+    assert model.spare.weight.grad is not None
+
+
+def test_a_weight_that_is_replaced_or_changed_meanwhile_is_not_taken_from_the_group():
+    model, single = make(), alone(make())
+    weights = {name: torch.randn_like(p) if "weight" in name else p for name, p in model.named_parameters()}
+    weights = {name: p.abs() if "alpha" in name else p for name, p in weights.items()}
+    got = torch.func.functional_call(model, weights, (images(),))
+    assert torch.equal(got, torch.func.functional_call(single, weights, (images(),)))
+
+    def double(module, _):
+        with torch.no_grad():
+            module.weight.mul_(2)
+
+    for each in (model, single):
+        each[2].register_forward_pre_hook(double)
+    assert torch.equal(model(images()), single(images()))
+    model[2]._forward_pre_hooks.clear()
+    model[0].weight = nn.Parameter(torch.ones_like(model[0].weight))
+    single[2]._forward_pre_hooks.clear()
+    single[0].weight = nn.Parameter(torch.ones_like(single[0].weight))
+    assert torch.equal(model(images()), single(images()))
+
+
+def test_an_exception_in_forward_leaves_nothing_behind():
+    model = make()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 9, 8, 8))
+    assert all(quantizer._ready is None for quantizer in quantizers(model).values())
+    assert_same(step(model), step(alone(make())))
+
+
+def test_copies_and_compiled_models():
+    model, copies = make(), []
+    out = model(images())
+    hook = model[2].register_forward_hook(lambda *_: copies.extend([copy.deepcopy(model), pickle.dumps(model[5])]))
+    assert torch.equal(model(images()), out)  # copied while results wait for their layers
+    hook.remove()
+    assert copies[0][5].weight_quantizer._ready is None and pickle.loads(copies[1]).weight_quantizer._ready is None
+    assert torch.equal(copy.deepcopy(model)(images()), out)
+    assert torch.equal(torch.compile(model, backend="aot_eager")(images()), out)
+
+
+def test_a_sharded_weight_is_left_to_its_layer():
+    model = make()
+    weight = model[0].weight
+    size = weight.untyped_storage().size()
+    kept = weight.detach().clone()
+
+    def gather(module, _):
+        weight.untyped_storage().resize_(size)
+        weight.data.copy_(kept)
+
+    weight.untyped_storage().resize_(0)
+    model[0].register_forward_pre_hook(gather)
+    assert not grouping._is_there(weight)
+    assert torch.equal(model(images()), alone(make())(images()))

@@ -73,10 +73,14 @@ def environment(device: str) -> dict:
 def save(path: Path, device: str, rows: list[dict]) -> None:
     """Write {environment, rows} as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
-    partial.replace(path)
+    write(path, json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
     print(f"wrote {os.path.relpath(path)}")
+
+
+def write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _read(path: str) -> str:

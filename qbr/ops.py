@@ -287,8 +287,8 @@ def _spread(used: list[int], values, count: int) -> list:
 
 def foreach_lsq(xs, alphas, specs, relu, clip, backend) -> list[Tensor]:
     results: list = [None] * len(xs)
-    for used, backend, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
-        xhats = _ForeachLSQ.apply(backend, quant, grad_scales, *xs_, *alphas_)
+    for used, name, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
+        xhats = _ForeachLSQ.apply(name, quant, grad_scales, *xs_, *alphas_)
         for i, xhat in zip(used, xhats):
             results[i] = xhat
     return results
@@ -296,11 +296,11 @@ def foreach_lsq(xs, alphas, specs, relu, clip, backend) -> list[Tensor]:
 
 def foreach_lsq_bin(xs, alphas, specs, relu, clip, backprop_to_alphas, backend) -> list[tuple[Tensor, Tensor, Tensor]]:
     results: list = [None] * len(xs)
-    for used, backend, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
+    for used, name, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
         factors = [
             br_to_alpha_factor(backprop_to_alphas[i], x, alpha, specs[i]) for i, x, alpha in zip(used, xs_, alphas_)
         ]
-        flat = _ForeachLSQBin.apply(backend, quant, grad_scales, factors, *xs_, *alphas_)
+        flat = _ForeachLSQBin.apply(name, quant, grad_scales, factors, *xs_, *alphas_)
         for i, *each in zip(used, *_halves(flat, 3)):
             results[i] = tuple(each)
     return results

@@ -50,7 +50,8 @@ def loops(one: Mapping[str, Callable]) -> dict[str, Callable]:
         lists = zip(grad_xhats, grad_losses, xs, alphas, bins, _quants(ranges), grad_scales)
         return _transposed([one["lsq_bin_bwd"](*each, *quant, relu, clip, s) for *each, quant, s in lists], 2)
 
-    return {f"foreach_{f.__name__}": f for f in (lsq_fwd, lsq_bwd, bin_loss_fwd, bin_loss_bwd, lsq_bin_fwd, lsq_bin_bwd)}
+    functions = lsq_fwd, lsq_bwd, bin_loss_fwd, bin_loss_bwd, lsq_bin_fwd, lsq_bin_bwd
+    return {f"foreach_{function.__name__}": function for function in functions}
 
 
 def _quants(ranges):

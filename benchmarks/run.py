@@ -1,0 +1,161 @@
+"""qbr's benchmarks: kernels against the bytes and against peers, lists of tensors, a training step, its memory.
+
+    python benchmarks/run.py [--device cpu|cuda] [--part kernels peers foreach step memory] [--quick]
+
+Everything is checked before it is timed; runs alternate within one process; medians and quartiles. Rows go to
+benchmarks/results/run-DEVICE.json and .csv, one file for all parts: a part that is run again replaces its own rows.
+--quick: a look in under two minutes, into run-DEVICE-quick.*.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("benchmarks", "experiments")]
+import foreach  # noqa: E402
+import measure  # noqa: E402
+import registry  # noqa: E402
+import steps  # noqa: E402
+
+import qbr  # noqa: E402
+from qbr import kernels  # noqa: E402
+
+
+def kernel_rows(device: str, quick: bool, repeats: int) -> list[dict]:
+    """Every backend's kernels in units of the limit; the reference under torch.compile at some sizes."""
+    rows = []
+    sizes = [16, 22] if quick else [16, 18, 20, 22, 24, 26]
+    cases = [
+        registry.Case(device, dtype, bits, size)
+        for dtype in registry.DTYPES
+        for size in sizes
+        for bits in ((2, 4) if quick else (2, 4, 8))
+    ]
+    for ways in ({"per_channel": True}, {"relu": True}):
+        middle = [22] if quick else [22, 24]
+        cases += [registry.Case(device, dtype, 2, size, **ways) for dtype in registry.DTYPES for size in middle]
+    for backend in backends(device):
+        for case in cases:
+            runs = registry.kernel_runs(case, backend)
+            if compiles(case, backend, device, quick):
+                runs |= registry.compiled_runs(case)
+            result = measure.alternate(runs, device, repeats if case.log2_size < 26 else max(3, repeats // 3))
+            rows.append(kernel_row(case, backend, result))
+            print_kernel_row(rows[-1])
+    return rows
+
+
+def compiles(case: registry.Case, backend: str, device: str, quick: bool) -> bool:
+    plain = not (case.per_channel or case.relu)
+    main = backend == ("native" if device == "cpu" else "triton")
+    sizes = [16] if quick else [16, 20, 24, 26] if device == "cuda" else [16, 20, 24]
+    return main and plain and case.dtype == "float32" and case.log2_size in sizes and not (quick and case.bits > 2)
+
+
+def kernel_row(case: registry.Case, backend: str, result: dict) -> dict:
+    s = {name: r["median_s"] for name, r in result.items()}
+    n_bytes = (1 << case.log2_size) * registry.DTYPES[case.dtype].itemsize
+    limit, both = s["limit fwd"] + s["limit bwd"], s["lsq_bin fwd"] + s["lsq_bin bwd"]
+    row = {
+        "part": "kernels", "device": case.device, "backend": backend, "dtype": case.dtype, "bits": case.bits,
+        "log2_size": case.log2_size, "per_channel": case.per_channel, "relu": case.relu,
+        "ratio_fwd": s["lsq_bin fwd"] / s["limit fwd"], "ratio_bwd": s["lsq_bin bwd"] / s["limit bwd"],
+        "ratio": both / limit, "lsq_ratio": (s["lsq fwd"] + s["lsq bwd"]) / limit,
+        "gb_per_s": 5 * n_bytes / both / 1e9, "limit_gb_per_s": 5 * n_bytes / limit / 1e9,
+    }  # fmt: skip
+    if "compiled fwd" in s:
+        row["times_compiled"] = (s["compiled fwd"] + s["compiled bwd"]) / both
+    return {**row, "times": result}
+
+
+def print_kernel_row(row: dict) -> None:
+    ways = (" per channel" if row["per_channel"] else "") + (" ReLU" if row["relu"] else "")
+    us = {name: r["median_s"] * 1e6 for name, r in row["times"].items()}
+    print(
+        f"{row['backend']:6} {row['dtype']:8} {row['bits']} bits 2^{row['log2_size']}{ways}:",
+        f"fwd {us['lsq_bin fwd']:.0f} us ({row['ratio_fwd']:.2f}x), bwd {us['lsq_bin bwd']:.0f} us",
+        f"({row['ratio_bwd']:.2f}x), both {row['ratio']:.2f}x, {row['gb_per_s']:.1f} of {row['limit_gb_per_s']:.1f} GB/s"
+        + (f", torch.compile {row['times_compiled']:.1f}x as long" if "times_compiled" in row else ""),
+        flush=True,
+    )
+
+
+def peer_rows(device: str, quick: bool, repeats: int) -> list[dict]:
+    """Forward and backward through autograd: qbr, the predecessor's formulas, and libraries that do LSQ alone."""
+    rows = []
+    for size in [16] if quick else [16, 20, 24]:
+        for bits in (2,) if quick else (2, 4, 8):
+            case = registry.Case(device, "float32", bits, size)
+            runs, missing = registry.autograd_runs(case)
+            result = measure.alternate(runs, device, repeats if size < 24 else max(3, repeats // 2))
+            row = {"part": "peers", "device": device, "dtype": case.dtype, "bits": bits, "log2_size": size}
+            for name, r in result.items():
+                own = result["qbr lsq_bin" if name.endswith("lsq_bin") else "qbr lsq"]["median_s"]
+                row[f"times {name}"] = r["median_s"] / own
+            rows.append({**row, "missing": missing, "times": result})
+            print(f"{case.name}: " + ", ".join(f"{n} {r['median_s'] * 1e6:.0f} us" for n, r in result.items()), missing)
+    return rows
+
+
+def backends(device: str) -> list[str]:
+    found = []
+    for name in ("native", "triton"):
+        try:
+            kernels.module(name).load(device)
+            found.append(name)
+        except qbr.BackendUnavailable as error:
+            print(f"{name} left out: {error}")
+    return found
+
+
+PARTS = {
+    "kernels": kernel_rows,
+    "peers": peer_rows,
+    "foreach": foreach.rows,
+    "step": steps.rows,
+    "memory": steps.memory_rows,
+}
+
+
+def save(path: Path, device: str, part: str, rows: list[dict]) -> None:
+    """Replace one part of the JSON file, and write its flat figures as CSV beside it."""
+    parts = json.loads(path.read_text()) if path.exists() else {}
+    parts[part] = {"environment": measure.environment(device), "rows": rows}
+    measure.write(path, json.dumps(parts, indent=1) + "\n")
+    flat = [
+        {**{k: v for k, v in row.items() if not isinstance(v, dict)}, "run": name, **r}
+        for each in parts.values()
+        for row in each["rows"]
+        for name, r in row["times"].items()
+    ]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--part", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--quick", action="store_true", help="few sizes, few repeats: under two minutes")
+    parser.add_argument("--output", type=Path, default=None, help="a .json file; default: benchmarks/results/")
+    args = parser.parse_args()
+    name = f"run-{args.device}{'-quick' if args.quick else ''}.json"
+    path = args.output or measure.ROOT / "benchmarks/results" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for part in args.part:
+        print(f"# {part}", flush=True)
+        save(path, args.device, part, PARTS[part](args.device, args.quick, 5 if args.quick else args.repeats))
+
+
+if __name__ == "__main__":
+    main()

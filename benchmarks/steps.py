@@ -1,0 +1,98 @@
+"""A training step of ResNet-18 at W2A2 with BR: its time and its peak memory, against float and the predecessor."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("benchmarks", "experiments")]
+import measure  # noqa: E402
+import predecessor  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from cifar10.models import MODELS  # noqa: E402
+
+import qbr  # noqa: E402
+
+
+def step_of(kind: str, base, images, labels):
+    """One training step, as a function: float, predecessor, lsq (no BR) or fused (qbr as prepare() makes it)."""
+    model = copy.deepcopy(base)
+    regularizer = {"predecessor": predecessor.model_bin_loss, "fused": lambda m: qbr.bin_loss(m)[:2]}.get(kind)
+    if kind == "predecessor":
+        predecessor.prepare(model, 2, 2)
+    elif kind != "float":
+        qbr.prepare(model, qbr.QATConfig(weight_bits=2, act_bits=2, collect_bin_loss=kind == "fused"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+            loss = F.cross_entropy(model(images), labels)
+        for part in regularizer(model) if regularizer else ():
+            loss = loss + part
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def inputs(device: str, batch: int):
+    torch.manual_seed(0)
+    base = MODELS["resnet18"](10).to(device)
+    images = torch.randn(batch, 3, 32, 32, device=device)
+    if device == "cuda":
+        base, images = (t.to(memory_format=torch.channels_last) for t in (base, images))
+    return base, images, torch.randint(10, (batch,), device=device)
+
+
+def rows(device: str, quick: bool, repeats: int) -> list[dict]:
+    found = []
+    for batch in ([4] if quick else [32]) if device == "cpu" else ([128] if quick else [128, 512]):
+        base, images, labels = inputs(device, batch)
+        steps = {kind: step_of(kind, base, images, labels) for kind in ("float", "lsq", "fused", "predecessor")}
+        losses = {kind: [step().item() for _ in range(2)] for kind, step in steps.items()}
+        torch.testing.assert_close(losses["fused"][0], losses["predecessor"][0], rtol=0.02, atol=0.02)
+        result = measure.alternate(steps, device, max(3, repeats // 2), warm_up=1)
+        unit = result["float"]["median_s"]
+        ratio = {kind: r["median_s"] / unit for kind, r in result.items()}
+        times = ", ".join(f"{kind} {ratio[kind]:.3f}x" for kind in ratio)
+        print(f"ResNet-18 step, batch {batch}: float {unit:.3f} s; {times}", flush=True)
+        found.append({
+            "part": "step", "device": device, "batch": batch, **{f"ratio {k}": v for k, v in ratio.items()},
+            "first_losses": losses, "times": result,
+        })  # fmt: skip
+    return found
+
+
+def memory_rows(device: str, quick: bool, repeats: int) -> list[dict]:
+    """Peak memory of three steps, each kind in a process of its own: resident on the CPU, allocated on CUDA."""
+    batch = (8 if quick else 32) if device == "cpu" else 128
+    peaks = {}
+    for kind in ("float", "lsq", "fused", "predecessor"):
+        command = [sys.executable, __file__, kind, device, str(batch)]
+        peaks[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    beyond = {kind: peak["peak_bytes"] - peaks["float"]["peak_bytes"] for kind, peak in peaks.items()}
+    share = beyond["fused"] / max(beyond["predecessor"], 1)
+    mb = {kind: round(peak["peak_bytes"] / 1e6) for kind, peak in peaks.items()}
+    print(f"peak memory, batch {batch}, MB: {mb}; beyond float {share:.2f} of the predecessor's", flush=True)
+    return [{"part": "memory", "device": device, "batch": batch, "share_of_predecessor": share, "times": peaks}]
+
+
+def _peak(kind: str, device: str, batch: int) -> dict:
+    step = step_of(kind, *inputs(device, batch))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for _ in range(3):
+        step()
+    if device == "cuda":
+        return {"peak_bytes": torch.cuda.max_memory_allocated()}
+    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "before_bytes": before}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_peak(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

@@ -33,14 +33,23 @@ def time_once(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def alternate(runs: dict[str, Callable[[], object]], device: str, repeats: int, warm_up: int = 2) -> dict[str, dict]:
-    """Time every run in turn, `repeats` rounds: {name: {median_s, low_s, high_s (quartiles), repeats}}."""
+def alternate(
+    runs: dict[str, Callable[[], object]], device: str, repeats: int, warm_up: int = 2, settle: bool = False
+) -> dict[str, dict]:
+    """Time every run in turn, `repeats` rounds: {name: {median_s, low_s, high_s (quartiles), repeats}}.
+
+    settle: before each timed call wait until the threads of the one before have gone to sleep, and call once untimed.
+    torch.compile's kernels have a thread pool of their own on the CPU; its threads spin for a while after each call.
+    """
     for run in runs.values():
         for _ in range(warm_up):
             run()
     times = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            if settle:
+                time.sleep(0.02)
+                run()
             times[name].append(time_once(run, device))
     summary = {}
     for name, values in times.items():

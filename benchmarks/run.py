@@ -1,6 +1,6 @@
 """qbr's benchmarks: kernels against the bytes and against peers, lists of tensors, a training step, its memory.
 
-    python benchmarks/run.py [--device cpu|cuda] [--part kernels peers foreach step memory] [--quick]
+    python benchmarks/run.py [--device cpu|cuda] [--part kernels compiled peers foreach step memory] [--quick]
 
 Everything is checked before it is timed; runs alternate within one process; medians and quartiles. Rows go to
 benchmarks/results/run-DEVICE.json and .csv, one file for all parts: a part that is run again replaces its own rows.
@@ -28,7 +28,7 @@ from qbr import kernels  # noqa: E402
 
 
 def kernel_rows(device: str, quick: bool, repeats: int) -> list[dict]:
-    """Every backend's kernels in units of the limit; the reference under torch.compile at some sizes."""
+    """Every backend's kernels in units of the limit."""
     rows = []
     sizes = [16, 22] if quick else [16, 18, 20, 22, 24, 26]
     cases = [
@@ -43,35 +43,40 @@ def kernel_rows(device: str, quick: bool, repeats: int) -> list[dict]:
     for backend in backends(device):
         for case in cases:
             runs = registry.kernel_runs(case, backend)
-            if compiles(case, backend, device, quick):
-                runs |= registry.compiled_runs(case)
             result = measure.alternate(runs, device, repeats if case.log2_size < 26 else max(3, repeats // 3))
             rows.append(kernel_row(case, backend, result))
             print_kernel_row(rows[-1])
     return rows
 
 
-def compiles(case: registry.Case, backend: str, device: str, quick: bool) -> bool:
-    plain = not (case.per_channel or case.relu)
-    main = backend == ("native" if device == "cpu" else "triton")
-    sizes = [16] if quick else [16, 20, 24, 26] if device == "cuda" else [16, 20, 24]
-    return main and plain and case.dtype == "float32" and case.log2_size in sizes and not (quick and case.bits > 2)
+def compiled_rows(device: str, quick: bool, repeats: int) -> list[dict]:
+    """The kernels that "auto" takes against torch.compile of the reference's closed forms."""
+    rows = []
+    for size in [16] if quick else [16, 20, 24]:
+        for bits in (2,) if quick else (2, 4, 8):
+            case = registry.Case(device, "float32", bits, size)
+            backend = kernels.resolve("auto", device, torch.float32)
+            own = {name: run for name, run in registry.kernel_runs(case, backend).items() if "lsq_bin" in name}
+            result = measure.alternate({**own, **registry.compiled_runs(case)}, device, repeats, settle=device == "cpu")
+            s = {name: r["median_s"] for name, r in result.items()}
+            times = (s["compiled fwd"] + s["compiled bwd"]) / (s["lsq_bin fwd"] + s["lsq_bin bwd"])
+            print(f"{case.name}: torch.compile takes {times:.1f}x as long", flush=True)
+            facts = {"backend": backend, "dtype": case.dtype, "bits": bits, "log2_size": size}
+            rows.append({"part": "compiled", "device": device, **facts, "times_compiled": times, "times": result})
+    return rows
 
 
 def kernel_row(case: registry.Case, backend: str, result: dict) -> dict:
     s = {name: r["median_s"] for name, r in result.items()}
     n_bytes = (1 << case.log2_size) * registry.DTYPES[case.dtype].itemsize
     limit, both = s["limit fwd"] + s["limit bwd"], s["lsq_bin fwd"] + s["lsq_bin bwd"]
-    row = {
+    return {
         "part": "kernels", "device": case.device, "backend": backend, "dtype": case.dtype, "bits": case.bits,
         "log2_size": case.log2_size, "per_channel": case.per_channel, "relu": case.relu,
         "ratio_fwd": s["lsq_bin fwd"] / s["limit fwd"], "ratio_bwd": s["lsq_bin bwd"] / s["limit bwd"],
         "ratio": both / limit, "lsq_ratio": (s["lsq fwd"] + s["lsq bwd"]) / limit,
-        "gb_per_s": 5 * n_bytes / both / 1e9, "limit_gb_per_s": 5 * n_bytes / limit / 1e9,
+        "gb_per_s": 5 * n_bytes / both / 1e9, "limit_gb_per_s": 5 * n_bytes / limit / 1e9, "times": result,
     }  # fmt: skip
-    if "compiled fwd" in s:
-        row["times_compiled"] = (s["compiled fwd"] + s["compiled bwd"]) / both
-    return {**row, "times": result}
 
 
 def print_kernel_row(row: dict) -> None:
@@ -80,8 +85,8 @@ def print_kernel_row(row: dict) -> None:
     print(
         f"{row['backend']:6} {row['dtype']:8} {row['bits']} bits 2^{row['log2_size']}{ways}:",
         f"fwd {us['lsq_bin fwd']:.0f} us ({row['ratio_fwd']:.2f}x), bwd {us['lsq_bin bwd']:.0f} us",
-        f"({row['ratio_bwd']:.2f}x), both {row['ratio']:.2f}x, {row['gb_per_s']:.1f} of {row['limit_gb_per_s']:.1f} GB/s"
-        + (f", torch.compile {row['times_compiled']:.1f}x as long" if "times_compiled" in row else ""),
+        f"({row['ratio_bwd']:.2f}x), both {row['ratio']:.2f}x,",
+        f"{row['gb_per_s']:.1f} of {row['limit_gb_per_s']:.1f} GB/s",
         flush=True,
     )
 
@@ -116,6 +121,7 @@ def backends(device: str) -> list[str]:
 
 PARTS = {
     "kernels": kernel_rows,
+    "compiled": compiled_rows,
     "peers": peer_rows,
     "foreach": foreach.rows,
     "step": steps.rows,

@@ -7,12 +7,34 @@
 namespace qbr::cpu {
 namespace {
 
-// Up to 8 levels live in registers, one masked sum each; more in a table that every element adds to.
-enum class Collect { none, four, eight, table };
+// Up to 8 levels live in registers, one masked sum each; as many again are added up in a second pass; beyond 16 there
+// is a table that every element adds to.
+enum class Collect { none, four, eight, sixteen, table };
 
 inline Collect collect_for(int levels) {
-  return levels <= 4 ? Collect::four : levels <= 8 ? Collect::eight : Collect::table;
+  return levels <= 4 ? Collect::four : levels <= 8 ? Collect::eight : levels <= 16 ? Collect::sixteen : Collect::table;
 }
+
+// The sums of kLevels levels from `first` on, in lanes.
+template <int kLevels>
+struct LevelSums {
+  VecF s[kLevels] = {}, q[kLevels] = {};
+  VecI n[kLevels] = {};
+
+  // code: a NaN is in the lowest bin, which is nan_bin's first.
+  template <bool nan_bin>
+  inline __attribute__((always_inline)) void add(VecF code, VecF d, float first) {
+    const VecF square = d * d;
+#pragma GCC unroll 8
+    for (int k = 0; k < kLevels; ++k) {
+      const VecF level = all(first + float(k));
+      const Mask in_bin = nan_bin && k == 0 ? equal_or_nan(code, level) : equal(code, level);
+      count_where(n[k], in_bin);
+      add_where(s[k], in_bin, d);
+      add_where(q[k], in_bin, square);
+    }
+  }
+};
 
 typedef float Four __attribute__((vector_size(16)));   // d, d^2, 1, unused; their sums S, Q, n
 typedef double Quad __attribute__((vector_size(32)));  // the same
@@ -90,11 +112,18 @@ class BinSums {
     in_table_ = 0;
   }
 
+  // A chunk's codes and distances, for a pass over the levels that did not find room in the first.
+  alignas(64) float codes[kChunk + kLanes], distances[kChunk + kLanes];
+
   // A chunk's sums by lane; float sums become double ones here.
-  void add_level(int k, VecI n, VecF s, VecF q) {
-    counts_[k] += n;
-    add_to(sums_[k], s);
-    add_to(squares_[k], q);
+  template <int kLevels>
+  inline __attribute__((always_inline)) void add_levels(const LevelSums<kLevels>& sums, int first) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kLevels; ++k) {
+      counts_[first + k] += sums.n[k];
+      add_to(sums_[first + k], sums.s[k]);
+      add_to(squares_[first + k], sums.q[k]);
+    }
   }
 
   void add_distances(VecF sum, VecI near) {
@@ -123,8 +152,8 @@ class BinSums {
   VecI way_ = {};
   VecD distance_ = {};
   VecI near_ = {};
-  VecD sums_[8] = {}, squares_[8] = {};
-  VecI counts_[8] = {};
+  VecD sums_[16] = {}, squares_[16] = {};
+  VecI counts_[16] = {};
   alignas(64) Four table_[512];  // [ways, levels]
   alignas(64) Quad totals_[kMaxLevels];
 };

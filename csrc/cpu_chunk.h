@@ -34,6 +34,15 @@ struct BF16 {
     uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // nearest, ties to even
     return uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
   }
+#if defined(__AVX512F__)
+  static __m512 load(__m256i h) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16); }
+  static __m256i store(__m512 f) {
+    const __m512i u = (__m512i)f, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+  }
+#endif
 };
 
 struct F16 {
@@ -54,7 +63,32 @@ struct F16 {
     h = a > 0x7f800000 ? 0x7e00 : h;
     return uint16_t(h | (u >> 16 & 0x8000));
   }
+#if defined(__AVX512F__)
+  static __m512 load(__m256i h) { return _mm512_cvtph_ps(h); }
+  static __m256i store(__m512 f) { return _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#endif
 };
+
+// n values of Half as floats and back; the last few, and all without AVX-512, one by one.
+template <class Half>
+void load_halves(const uint16_t* __restrict h, int n, float* __restrict f) {
+  int i = 0;
+#if defined(__AVX512F__)
+  for (; i + kLanes <= n; i += kLanes) _mm512_storeu_ps(f + i, Half::load(_mm256_loadu_si256((const __m256i*)(h + i))));
+#endif
+#pragma omp simd
+  for (int j = i; j < n; ++j) f[j] = Half::load(h[j]);
+}
+
+template <class Half>
+void store_halves(const float* __restrict f, int n, uint16_t* __restrict h) {
+  int i = 0;
+#if defined(__AVX512F__)
+  for (; i + kLanes <= n; i += kLanes) _mm256_storeu_si256((__m256i*)(h + i), Half::store(_mm512_loadu_ps(f + i)));
+#endif
+#pragma omp simd
+  for (int j = i; j < n; ++j) h[j] = Half::store(f[j]);
+}
 
 // n elements from `first` on as floats, readable up to the end of the vector kAhead beyond them: where they lie if those
 // are elements too, else in `buffer`, with zeros behind them.
@@ -65,13 +99,7 @@ const float* load_chunk(const Input& in, const void* data, int64_t first, int n,
     std::memcpy(buffer, lying, sizeof(float) * n);
   } else {
     const uint16_t* __restrict h = static_cast<const uint16_t*>(data) + first;
-    if (in.dtype == DType::bf16) {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) buffer[i] = BF16::load(h[i]);
-    } else {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) buffer[i] = F16::load(h[i]);
-    }
+    in.dtype == DType::bf16 ? load_halves<BF16>(h, n, buffer) : load_halves<F16>(h, n, buffer);
   }
   std::memset(buffer + n, 0, sizeof(float) * (kLanes + kAhead));
   return buffer;
@@ -85,13 +113,7 @@ float* result_chunk(DType dtype, void* data, int64_t first, float* buffer) {
 void store_chunk(DType dtype, void* data, int64_t first, int n, const float* __restrict buffer) {
   if (dtype == DType::f32) return;
   uint16_t* __restrict h = static_cast<uint16_t*>(data) + first;
-  if (dtype == DType::bf16) {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) h[i] = BF16::store(buffer[i]);
-  } else {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) h[i] = F16::store(buffer[i]);
-  }
+  dtype == DType::bf16 ? store_halves<BF16>(buffer, n, h) : store_halves<F16>(buffer, n, h);
 }
 
 // ---- steps ---------------------------------------------------------------------------------------------------------

@@ -50,10 +50,11 @@ void forward_chunk(const float* x, const Steps& steps, const Quant& quant, int n
   const VecF one_step = all(steps.step);
   const auto step_at = [&](int i) { return uniform ? one_step : load(steps.each + i); };
   const auto y_at = [&](int i) { return activation<form>(load(x + i), q); };
-  constexpr int kLevels = collect == Collect::four ? 4 : collect == Collect::eight ? 8 : 1;
+  constexpr int kLevels = collect == Collect::four ? 4 : collect == Collect::eight || collect == Collect::sixteen ? 8 : 1;
   constexpr float kNoCode = 1e9f;
-  VecF s[kLevels] = {}, squares[kLevels] = {}, distance = {};
-  VecI counts[kLevels] = {}, near = {};
+  LevelSums<kLevels> levels;
+  VecF distance = {};
+  VecI near = {};
   VecF y = y_at(0), next_y = y_at(kLanes);
   VecF b = code_of<form>(y / step_at(0), q).b, next_v = next_y / step_at(kLanes);
   for (int i = 0; i < n; i += kLanes) {
@@ -81,15 +82,8 @@ void forward_chunk(const float* x, const Steps& steps, const Quant& quant, int n
       sums->addends[i / kLanes % 2].set(d, sums->entry(to_slot(code - q.qn)));
       if (i) sums->scatter(sums->addends[1 - i / kLanes % 2], kLanes);
     } else {
-      const VecF square = d * d;
-#pragma GCC unroll 8
-      for (int k = 0; k < kLevels; ++k) {
-        const VecF level = all(q.qn + float(k));
-        const Mask in_bin = k == 0 ? equal_or_nan(code, level) : equal(code, level);
-        count_where(counts[k], in_bin);
-        add_where(s[k], in_bin, d);
-        add_where(squares[k], in_bin, square);
-      }
+      levels.template add<true>(code, d, q.qn);
+      if (collect == Collect::sixteen) store(sums->codes + i, code), store(sums->distances + i, d);
     }
   }
   if (collect == Collect::none) return;
@@ -98,8 +92,14 @@ void forward_chunk(const float* x, const Steps& steps, const Quant& quant, int n
     const int last = (n - 1) / kLanes;
     sums->scatter(sums->addends[last % 2], n - last * kLanes);
   } else {
-#pragma GCC unroll 8
-    for (int k = 0; k < kLevels; ++k) sums->add_level(k, counts[k], s[k], squares[k]);
+    sums->add_levels(levels, 0);
+  }
+  if (collect == Collect::sixteen) {
+    LevelSums<8> upper;
+    for (int i = 0; i < n; i += kLanes) {
+      upper.template add<false>(load(sums->codes + i), load(sums->distances + i), q.qn + 8.f);
+    }
+    sums->add_levels(upper, 8);
   }
 }
 
@@ -115,6 +115,9 @@ ForwardChunk forward_chunk_of(Collect collect, bool with_xhat) {
     case Collect::eight:
       return with_xhat ? forward_chunk<form, uniform, Collect::eight, true>
                        : forward_chunk<form, uniform, Collect::eight, false>;
+    case Collect::sixteen:
+      return with_xhat ? forward_chunk<form, uniform, Collect::sixteen, true>
+                       : forward_chunk<form, uniform, Collect::sixteen, false>;
     default:
       return with_xhat ? forward_chunk<form, uniform, Collect::table, true>
                        : forward_chunk<form, uniform, Collect::table, false>;

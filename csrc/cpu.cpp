@@ -3,10 +3,13 @@
 // and for a tensor alone or in a list.
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <memory>
+#include <string_view>
 #include <vector>
 
 #include <torch/csrc/stable/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include "cpu_loops.h"
@@ -18,14 +21,19 @@ namespace {
 constexpr int64_t kMinTask = 16 * kChunk;
 constexpr int64_t kMaxTasks = 256;
 
+// The best that this machine has, or what QBR_CPU_ISA names: baseline, avx2 or avx512 (to compare or to debug them).
 const Loops& choose_loops() {
+  const char* const named = std::getenv("QBR_CPU_ISA");
+  const std::string_view wanted = named ? named : "";
 #ifdef QBR_X86_LOOPS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return loops_avx512;
-  if (__builtin_cpu_supports("avx2")) return loops_avx2;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && (wanted.empty() || wanted == "avx512")) return loops_avx512;
+  if (__builtin_cpu_supports("avx2") && (wanted.empty() || wanted == "avx2")) return loops_avx2;
 #endif
+  STD_TORCH_CHECK(wanted.empty() || wanted == "baseline", "QBR_CPU_ISA=", wanted,
+                  ": expected baseline, avx2 or avx512, as far as this machine has it; unset it for the best");
   return loops_baseline;
 }
 
@@ -59,6 +67,7 @@ class Tasks {
   // work(item, range, row) for every task. A thread that is done takes the next task, wherever it belongs.
   template <class Work>
   void run(const Work& work) {
+    loops();  // an error in choosing them is to be told here, not from inside a thread
     struct Context {
       const Tasks* tasks;
       const Work* work;

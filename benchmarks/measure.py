@@ -36,7 +36,10 @@ def time_once(run: Callable[[], object], device: str) -> float:
 def alternate(
     runs: dict[str, Callable[[], object]], device: str, repeats: int, warm_up: int = 2, settle: bool = False
 ) -> dict[str, dict]:
-    """Time every run in turn, `repeats` rounds: {name: {median_s, low_s, high_s (quartiles), repeats}}.
+    """Time every run in turn, `repeats` rounds: {name: {median_s, low_s, high_s (quartiles), repeats, ratio}}.
+
+    ratio: the median over the rounds of this run's time to the first run's in the same round; a machine that slows
+    down for a while slows both.
 
     settle: before each timed call wait until the threads of the one before have gone to sleep, and call once untimed.
     torch.compile's kernels have a thread pool of their own on the CPU; its threads spin for a while after each call.
@@ -54,7 +57,8 @@ def alternate(
     summary = {}
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-        summary[name] = {"median_s": median, "low_s": low, "high_s": high, "repeats": len(values)}
+        ratio = statistics.median(value / first for value, first in zip(values, next(iter(times.values()))))
+        summary[name] = {"median_s": median, "low_s": low, "high_s": high, "repeats": len(values), "ratio": ratio}
     return summary
 
 

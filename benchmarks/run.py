@@ -50,7 +50,7 @@ def kernel_rows(device: str, quick: bool, repeats: int) -> list[dict]:
 
 
 def compiled_rows(device: str, quick: bool, repeats: int) -> list[dict]:
-    """The kernels that "auto" takes against torch.compile of the reference's closed forms."""
+    """The kernels that "auto" takes against the same formulas under torch.compile."""
     rows = []
     for size in [16] if quick else [16, 20, 24]:
         for bits in (2,) if quick else (2, 4, 8):

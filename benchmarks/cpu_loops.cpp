@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -30,6 +31,12 @@ double nanoseconds(const Run& run, int64_t numel) {
   return times[20] / numel * 16 * 1e9;
 }
 
+uint16_t upper_half(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  return uint16_t(bits >> 16);
+}
+
 void measure(int log2_size) {
   const int64_t numel = int64_t(1) << log2_size;
   std::mt19937 random(1);
@@ -38,10 +45,12 @@ void measure(int log2_size) {
   std::vector<uint16_t> x16(numel), g16(numel);
   for (int64_t i = 0; i < numel; ++i) {
     x[i] = normal(random), g[i] = normal(random);
-    x16[i] = uint16_t(reinterpret_cast<uint32_t&>(x[i]) >> 16), g16[i] = uint16_t(reinterpret_cast<uint32_t&>(g[i]) >> 16);
+    x16[i] = upper_half(x[i]), g16[i] = upper_half(g[i]);
   }
   for (const DType dtype : {DType::f32, DType::bf16}) {
-    const void *const xs = dtype == DType::f32 ? (void*)x.data() : x16.data(), *const gs = dtype == DType::f32 ? (void*)g.data() : g16.data();
+    const bool wide = dtype == DType::f32;
+    const void* const xs = wide ? static_cast<const void*>(x.data()) : x16.data();
+    const void* const gs = wide ? static_cast<const void*>(g.data()) : g16.data();
     for (const int bits : {2, 3, 4, 8}) {
       const float qp = float((1 << (bits - 1)) - 1), alpha = 1.6f / std::sqrt(qp);
       const cpu::Input in{dtype, xs, &alpha, {numel, 1, numel}, {-qp - 1, qp, false, false, INFINITY}, 1 << bits};
@@ -52,7 +61,7 @@ void measure(int log2_size) {
       const auto forward = [&](double* to) { ISA.forward(in, {0, numel}, y.data(), to); };
       const auto backward = [&](const float* pull) { ISA.backward(in, {0, numel}, gs, pull, y.data(), &sum); };
       std::printf("2^%d %s %d bits: lsq fwd %.1f, bwd %.1f; lsq_bin fwd %.1f, bwd %.1f\n", log2_size,
-                  dtype == DType::f32 ? "float32 " : "bfloat16", bits, nanoseconds([&] { forward(nullptr); }, numel),
+                  wide ? "float32 " : "bfloat16", bits, nanoseconds([&] { forward(nullptr); }, numel),
                   nanoseconds([&] { backward(nullptr); }, numel), nanoseconds([&] { forward(bins.data()); }, numel),
                   nanoseconds([&] { backward(table); }, numel));
     }

@@ -75,8 +75,8 @@ def kernel_runs(case: Case, backend: str) -> dict[str, Callable]:
 
 def compiled_runs(case: Case) -> dict[str, Callable]:
     """LSQ + BR under torch.compile, forward and backward, in the forms that suit it best: closed-form gradients, float32
-    sums, a mask for each level up to 16 of them and one scatter beyond. (The reference itself, with its float64 sums,
-    takes several times as long.)"""
+    sums, a mask for each level up to 16 of them and one scatter beyond. And the reference itself, with its float64
+    sums, as it stands."""
     x, alpha, grad = case.tensors()
     spec, one = case.spec, torch.ones((), device=case.device)
     scale = 0.01
@@ -113,9 +113,15 @@ def compiled_runs(case: Case) -> dict[str, Callable]:
     assert torch.equal(xhat, expected[0]), f"{case.name}: codes differ from the reference's"
     for got, wanted in ((loss, expected[1]), (dx, expected_dx), (dalpha, expected_dalpha)):
         torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-3)
+    reference_fwd = torch.compile(reference.lsq_bin_fwd, dynamic=False)
+    reference_bwd = torch.compile(reference.lsq_bin_bwd, dynamic=False)
+    bins = reference_fwd(x, alpha, *plain, False)[2]
+    reference_bwd(grad, one, x, alpha, bins, *plain, scale)
     return {
         "compiled fwd": lambda: forward(x, alpha),
         "compiled bwd": lambda: backward(grad, one, x, alpha, counts),
+        "compiled reference fwd": lambda: reference_fwd(x, alpha, *plain, False),
+        "compiled reference bwd": lambda: reference_bwd(grad, one, x, alpha, bins, *plain, scale),
     }
 
 

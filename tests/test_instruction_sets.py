@@ -50,9 +50,10 @@ def test_same_bits():
     from test_parity import load
 
     load("native", "cpu")
-    flags = set(next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split())
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = set(next(line for line in lines if line.startswith("flags")).split())
     present = [isa for isa in ISAS if NEEDS.get(isa, set()) <= flags]
-    code = "from test_parity import load; load('native', 'cpu'); import test_instruction_sets as t; print(t.digest())"
+    code = "import test_instruction_sets; print(test_instruction_sets.digest())"
     digests = {}
     for isa in present:
         done = run_with(isa, code)

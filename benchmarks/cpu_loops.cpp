@@ -58,8 +58,8 @@ void measure(int log2_size) {
       alignas(64) float table[256];
       for (int k = 0; k < 256; ++k) table[k] = 0.001f * float(k);
       double sum;
-      const auto forward = [&](double* to) { ISA.forward(in, {0, numel}, y.data(), to); };
-      const auto backward = [&](const float* pull) { ISA.backward(in, {0, numel}, gs, pull, y.data(), &sum); };
+      const auto forward = [&](double* to) { cpu::ISA.forward(in, {0, numel}, y.data(), to); };
+      const auto backward = [&](const float* pull) { cpu::ISA.backward(in, {0, numel}, gs, pull, y.data(), &sum); };
       std::printf("2^%d %s %d bits: lsq fwd %.1f, bwd %.1f; lsq_bin fwd %.1f, bwd %.1f\n", log2_size,
                   wide ? "float32 " : "bfloat16", bits, nanoseconds([&] { forward(nullptr); }, numel),
                   nanoseconds([&] { backward(nullptr); }, numel), nanoseconds([&] { forward(bins.data()); }, numel),

@@ -34,15 +34,15 @@ def time_once(run: Callable[[], object], device: str) -> float:
 
 
 def alternate(
-    runs: dict[str, Callable[[], object]], device: str, repeats: int, warm_up: int = 2, settle: bool = False
+    runs: dict[str, Callable[[], object]], device: str, repeats: int, warm_up: int = 2, block: int = 1
 ) -> dict[str, dict]:
     """Time every run in turn, `repeats` rounds: {name: {median_s, low_s, high_s (quartiles), repeats, ratio}}.
 
     ratio: the median over the rounds of this run's time to the first run's in the same round; a machine that slows
     down for a while slows both.
 
-    settle: before each timed call wait until the threads of the one before have gone to sleep, and call once untimed.
-    torch.compile's kernels have a thread pool of their own on the CPU; its threads spin for a while after each call.
+    block: time so many calls of a run in a row, after as many untimed ones. torch.compile's kernels have a thread pool
+    of their own on the CPU; its threads disturb whatever comes directly after them.
     """
     for run in runs.values():
         for _ in range(warm_up):
@@ -50,10 +50,10 @@ def alternate(
     times = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            if settle:
-                time.sleep(0.02)
-                run()
-            times[name].append(time_once(run, device))
+            if block > 1:
+                for _ in range(block):
+                    run()
+            times[name].extend(time_once(run, device) for _ in range(block))
     summary = {}
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3

@@ -41,21 +41,29 @@ def bandwidth(axes, parts: dict, dtype: str) -> None:
         axes.plot(*zip(*points), "x", color=COLORS[bits], label=f"torch.compile, {bits} bits")
     axes.set(xlabel="elements, 2^n", ylabel="GB/s, forward + backward", title=f"LSQ + BR, {dtype}", yscale="log")
     axes.set_xticks(sizes)
-    axes.legend(fontsize=7)
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=6)
+    axes.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False)
     axes.grid(alpha=0.3, which="both")
 
 
-def bars(axes, values: dict[str, float], title: str, unit: str) -> None:
+def bars(axes, values: dict[str, float], title: str, unit: str, log: bool = False) -> None:
     names = list(values)
     drawn = axes.barh(names, list(values.values()), color=["#9bb7d4" if n != "fused" else COLORS[2] for n in names])
     axes.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
     axes.set(title=title, xlabel=unit)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(values.values()) * 1.18)
+    if log:
+        axes.set_xscale("log")
+        axes.set_xlim(0.5, max(values.values()) * 2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xlim(0, max(values.values()) * 1.18)
 
 
 def draw(parts: dict, target: Path) -> None:
-    figure, ((left, right), (below_left, below_right)) = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    figure, ((left, right), (below_left, below_right)) = plt.subplots(2, 2, figsize=(11, 9), constrained_layout=True)
     bandwidth(left, parts, "float32")
     bandwidth(right, parts, "bfloat16")
     if "step" in parts:
@@ -66,8 +74,7 @@ def draw(parts: dict, target: Path) -> None:
         row = next(r for r in parts["peers"]["rows"] if r["bits"] == 2 and r["log2_size"] <= 20)
         unit = row["times"]["qbr lsq"]["median_s"]
         seconds = {name: r["median_s"] / unit for name, r in row["times"].items()}
-        bars(below_right, seconds, f"2^{row['log2_size']} float32, 2 bits, through autograd", "times qbr's LSQ")
-        below_right.set_xscale("log")
+        bars(below_right, seconds, f"2^{row['log2_size']} float32, 2 bits, through autograd", "times qbr's LSQ", log=True)
     where = parts["kernels"]["environment"]
     machine = f"{where['hardware']}, {where['threads']} threads"
     figure.suptitle(f"{machine}, torch {where['torch']}, commit {where['commit']}")

@@ -74,9 +74,9 @@ def kernel_runs(case: Case, backend: str) -> dict[str, Callable]:
 
 
 def compiled_runs(case: Case) -> dict[str, Callable]:
-    """LSQ + BR under torch.compile, forward and backward, in the forms that suit it best: closed-form gradients, float32
-    sums, a mask for each level up to 16 of them and one scatter beyond. And the reference itself, with its float64
-    sums, as it stands."""
+    """LSQ + BR under torch.compile, forward and backward, in the forms that suit it best: closed-form gradients,
+    float32 sums, a mask for each level up to 16 of them and one scatter beyond. And the reference itself, with its
+    float64 sums, as it stands."""
     x, alpha, grad = case.tensors()
     spec, one = case.spec, torch.ones((), device=case.device)
     scale = 0.01

@@ -27,7 +27,7 @@ import qbr  # noqa: E402
 from qbr import kernels  # noqa: E402
 
 
-def kernel_rows(device: str, quick: bool, repeats: int) -> list[dict]:
+def kernel_rows(device: str, quick: bool, repeats: int, only: int | None = None) -> list[dict]:
     """Every backend's kernels in units of the limit."""
     rows = []
     sizes = [16, 22] if quick else [16, 18, 20, 22, 24, 26]
@@ -41,7 +41,7 @@ def kernel_rows(device: str, quick: bool, repeats: int) -> list[dict]:
         middle = [22] if quick else [22, 24]
         cases += [registry.Case(device, dtype, 2, size, **ways) for dtype in registry.DTYPES for size in middle]
     for backend in backends(device):
-        for case in cases:
+        for case in (case for case in cases if only in (None, case.log2_size)):
             runs = registry.kernel_runs(case, backend)
             result = measure.alternate(runs, device, repeats if case.log2_size < 26 else max(3, repeats // 3))
             rows.append(kernel_row(case, backend, result))
@@ -57,7 +57,7 @@ def compiled_rows(device: str, quick: bool, repeats: int) -> list[dict]:
             case = registry.Case(device, "float32", bits, size)
             backend = kernels.resolve("auto", device, torch.float32)
             own = {name: run for name, run in registry.kernel_runs(case, backend).items() if "lsq_bin" in name}
-            result = measure.alternate({**own, **registry.compiled_runs(case)}, device, repeats, settle=device == "cpu")
+            result = measure.alternate({**own, **registry.compiled_runs(case)}, device, max(3, repeats // 3), block=5)
             s = {name: r["median_s"] for name, r in result.items()}
             own = s["lsq_bin fwd"] + s["lsq_bin bwd"]
             tuned, plain = ((s[f"{kind} fwd"] + s[f"{kind} bwd"]) / own for kind in ("compiled", "compiled reference"))
@@ -153,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--part", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--log2-size", type=int, default=None, help="kernels: this size alone (with --output)")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--quick", action="store_true", help="few sizes, few repeats: under two minutes")
     parser.add_argument("--output", type=Path, default=None, help="a .json file; default: benchmarks/results/")
@@ -162,7 +163,8 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in args.part:
         print(f"# {part}", flush=True)
-        save(path, args.device, part, PARTS[part](args.device, args.quick, 5 if args.quick else args.repeats))
+        only = (args.log2_size,) if part == "kernels" else ()
+        save(path, args.device, part, PARTS[part](args.device, args.quick, 5 if args.quick else args.repeats, *only))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
         "build": [[PY, "-c", "import torch, qbr; print(torch.__version__); print(qbr.backends())"]],
         "parity": [[PY, *parity, str(out / "parity.xml"), "tests", *mark]],
         "memory": memory,
-        "kernels": [[PY, "benchmarks/kernels.py", *bench, "--output", str(out / "kernels.json")]],
+        "benchmarks": [
+            [PY, "benchmarks/run.py", *bench, "--part", part, "--output", str(out / "run.json")]
+            for part in ("kernels", "compiled", "peers", "foreach", "step", "memory")
+        ],
         "drop_in": [
             [
                 PY,

@@ -173,7 +173,7 @@ inline __m512 permuted(const float* table, __m512i k) {
 // table[slot]; the table has room for a power of two of entries, 16 at least, and is aligned to 64 bytes.
 inline VecF lookup(const float* table, int levels, VecI slot) {
 #if defined(__AVX512F__)
-  // Permutations: where gathers carry a fix in microcode, they take several times as long.
+  // Permutations: a gather takes nearly twice as long for 256 entries (benchmarks/NOTES.md).
   const __m512i k = (__m512i)slot.part[0];
   if (levels <= 16) return vec(_mm512_permutexvar_ps(k, _mm512_load_ps(table)));
   if (levels <= 64) return vec(permuted<64>(table, k));

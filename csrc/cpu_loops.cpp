@@ -44,7 +44,7 @@ static_assert(kAhead == 2 * kLanes);
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-template <Form form, bool uniform, Collect collect, bool with_xhat>
+template <Form form, bool uniform, Collect collect>
 void forward_chunk(const float* x, const Steps& steps, const Quant& quant, int n, float* xhat, BinSums* sums) {
   const Quant q = quant;  // a copy: what is written below cannot be one of its floats
   const VecF one_step = all(steps.step);
@@ -65,12 +65,10 @@ void forward_chunk(const float* x, const Steps& steps, const Quant& quant, int n
     const VecF step = step_at(i), bs = b * step;
     VecF d = y - bs, code = b;
     y = next_y, next_y = last_y, b = next_b, next_v = last_v;
-    if (with_xhat) {
-      if (whole)
-        store(xhat + i, bs);
-      else
-        store_first(xhat + i, bs, left);
-    }
+    if (whole)
+      store(xhat + i, bs);
+    else
+      store_first(xhat + i, bs, left);
     if (collect == Collect::none) continue;
     if (!whole) code = keep_first(code, left, all(kNoCode)), d = keep_first(d, left, VecF{});
     VecF size = absolute(d);
@@ -106,44 +104,42 @@ void forward_chunk(const float* x, const Steps& steps, const Quant& quant, int n
 using ForwardChunk = void (*)(const float*, const Steps&, const Quant&, int, float*, BinSums*);
 
 template <Form form, bool uniform>
-ForwardChunk forward_chunk_of(Collect collect, bool with_xhat) {
-  switch (collect) {
-    case Collect::none: return forward_chunk<form, uniform, Collect::none, true>;
-    case Collect::four:
-      return with_xhat ? forward_chunk<form, uniform, Collect::four, true>
-                       : forward_chunk<form, uniform, Collect::four, false>;
-    case Collect::eight:
-      return with_xhat ? forward_chunk<form, uniform, Collect::eight, true>
-                       : forward_chunk<form, uniform, Collect::eight, false>;
-    case Collect::sixteen:
-      return with_xhat ? forward_chunk<form, uniform, Collect::sixteen, true>
-                       : forward_chunk<form, uniform, Collect::sixteen, false>;
-    default:
-      return with_xhat ? forward_chunk<form, uniform, Collect::table, true>
-                       : forward_chunk<form, uniform, Collect::table, false>;
+ForwardChunk forward_chunk_of(Collect collect) {
+  if constexpr (form == Form::binary) {  // three slots
+    return collect == Collect::none ? forward_chunk<form, uniform, Collect::none>
+                                    : forward_chunk<form, uniform, Collect::four>;
+  } else {
+    switch (collect) {
+      case Collect::none: return forward_chunk<form, uniform, Collect::none>;
+      case Collect::four: return forward_chunk<form, uniform, Collect::four>;
+      case Collect::eight: return forward_chunk<form, uniform, Collect::eight>;
+      case Collect::sixteen: return forward_chunk<form, uniform, Collect::sixteen>;
+      default: return forward_chunk<form, uniform, Collect::table>;
+    }
   }
 }
 
 template <bool uniform>
-ForwardChunk forward_chunk_of(const Quant& q, Collect collect, bool with_xhat) {
+ForwardChunk forward_chunk_of(const Quant& q, Collect collect) {
   const Form form = form_of(q);
-  return form == Form::plain    ? forward_chunk_of<Form::plain, uniform>(collect, with_xhat)
-         : form == Form::binary ? forward_chunk_of<Form::binary, uniform>(collect, with_xhat)
-                                : forward_chunk_of<Form::relu, uniform>(collect, with_xhat);
+  return form == Form::plain    ? forward_chunk_of<Form::plain, uniform>(collect)
+         : form == Form::binary ? forward_chunk_of<Form::binary, uniform>(collect)
+                                : forward_chunk_of<Form::relu, uniform>(collect);
 }
 
 void forward(const Input& in, Range range, void* xhat, double* bins) {
   alignas(64) float x_buffer[kPadded], xhat_buffer[kPadded];
   Steps steps;
   const Collect collect = bins ? collect_for(in.levels) : Collect::none;
-  const ForwardChunk one_step = forward_chunk_of<true>(in.quant, collect, xhat);
-  const ForwardChunk a_step_each = forward_chunk_of<false>(in.quant, collect, xhat);
+  const ForwardChunk one_step = forward_chunk_of<true>(in.quant, collect);
+  const ForwardChunk a_step_each = forward_chunk_of<false>(in.quant, collect);
   BinSums sums(in.levels);
   for (int64_t first = range.begin; first < range.end; first += kChunk) {
     const int n = int(first + kChunk < range.end ? kChunk : range.end - first);
     steps.set(in, first, n);
     const float* x = load_chunk(in, in.x, first, n, x_buffer);
-    float* y = xhat ? result_chunk(in.dtype, xhat, first, xhat_buffer) : nullptr;
+    // Where nobody wants xhat it stays in the buffer: a store costs less than a second copy of every loop.
+    float* y = xhat ? result_chunk(in.dtype, xhat, first, xhat_buffer) : xhat_buffer;
     (steps.uniform ? one_step : a_step_each)(x, steps, in.quant, n, y, &sums);
     if (xhat) store_chunk(in.dtype, xhat, first, n, y);
   }

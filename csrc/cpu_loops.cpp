@@ -70,7 +70,10 @@ void forward_chunk(const float* x, const Steps& steps, const Quant& quant, int n
     else
       store_first(xhat + i, bs, left);
     if (collect == Collect::none) continue;
-    if (!whole) code = keep_first(code, left, all(kNoCode)), d = keep_first(d, left, VecF{});
+    if (!whole) {
+      code = keep_first(code, left, all(collect == Collect::table ? q.qn : kNoCode));
+      d = keep_first(d, left, VecF{});
+    }
     VecF size = absolute(d);
     distance += size;
     if (!whole) size = keep_first(size, left, all(INFINITY));

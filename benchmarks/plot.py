@@ -74,7 +74,8 @@ def draw(parts: dict, target: Path) -> None:
         row = next(r for r in parts["peers"]["rows"] if r["bits"] == 2 and r["log2_size"] <= 20)
         unit = row["times"]["qbr lsq"]["median_s"]
         seconds = {name: r["median_s"] / unit for name, r in row["times"].items()}
-        bars(below_right, seconds, f"2^{row['log2_size']} float32, 2 bits, through autograd", "times qbr's LSQ", log=True)
+        title = f"2^{row['log2_size']} float32, 2 bits, through autograd"
+        bars(below_right, seconds, title, "times qbr's LSQ", log=True)
     where = parts["kernels"]["environment"]
     machine = f"{where['hardware']}, {where['threads']} threads"
     figure.suptitle(f"{machine}, torch {where['torch']}, commit {where['commit']}")

@@ -15,7 +15,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kMaxLevels = 256;         // qbr.spec.MAX_LEVELS
-constexpr int64_t kMaxCode = 1 << 22;       // round_half_even's range
+constexpr int64_t kMaxCode = 1 << 22;       // what rounding by adding 1.5 * 2^23 is right for
 
 int32_t dtype_of(const Tensor& t) {
   int32_t dtype;

@@ -6,6 +6,8 @@
 //   columns  one step per channel, short rows: x seen as [outer, channels * inner], a thread goes down one column
 // so every thread meets one step per tile, and every sum over a channel is a sum of whole units or thread columns.
 #pragma once
+#include <cmath>
+
 #include "kernels.h"
 
 namespace qbr {

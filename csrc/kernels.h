@@ -10,9 +10,14 @@
 #include <cstdint>
 #include <vector>
 
-#include "lsq_bin_math.h"
-
 namespace qbr {
+
+// The integer range and the fused ReLU of one call; clip is +inf for none.
+struct Quant {
+  float qn, qp;
+  bool binary, relu;
+  float clip;
+};
 
 enum class DType { f32, bf16, f16 };
 

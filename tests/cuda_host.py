@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-SOURCES = ["cuda.cu", *sorted(p.name for p in CSRC.glob("cuda_*")), "kernels.h", "lsq_bin_math.h"]
+SOURCES = ["cuda.cu", *sorted(p.name for p in CSRC.glob("cuda_*")), "kernels.h"]
 
 # What nvcc's host code calls, recording launches, and plain C names for the functions of kernels.h.
 RUNTIME = r"""

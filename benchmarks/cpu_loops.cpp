@@ -1,6 +1,6 @@
 // Nanoseconds that the CPU loops take for 16 elements, on one thread and without torch's calls, tasks and allocations.
 //
-//     python -c "from qbr.kernels import build; print(build.find_torch().include)"      # the include folder, INC
+//     python -c "from qbr.kernels import build; print(build.find_torch().root)"      # INC is include/ in there
 //     for isa in avx512 avx2 baseline: see the flags _LOOPS in qbr/kernels/build.py
 //     g++ -std=c++20 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp-simd -Wno-psabi -I INC
 //         FLAGS -DQBR_ISA=loops_ISA -c csrc/cpu_loops.cpp -o loops.o

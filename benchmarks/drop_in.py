@@ -8,17 +8,15 @@ Every result is checked against the reference formulas before it is timed. Rows 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("benchmarks", "experiments")]
 import measure  # noqa: E402
 import predecessor  # noqa: E402
-from cifar10.models import MODELS  # noqa: E402
+import steps  # noqa: E402
 
 import qbr  # noqa: E402
 
@@ -83,57 +81,13 @@ def check(forwards, step, x, alpha) -> None:
 
 def step_rows(device: str, batch: int, repeats: int) -> list[dict]:
     """One ResNet-18 training step at W2A2: float, the predecessor's formulas, qbr as drop-in, qbr prepared (fused)."""
-    torch.manual_seed(0)
-    images = torch.randn(batch, 3, 32, 32, device=device)
-    labels = torch.randint(10, (batch,), device=device)
-    base = MODELS["resnet18"](10).to(device)
-
-    def trained(model, regularizer):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-
-        def step():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(images), labels)
-            for part in regularizer(model):
-                loss = loss + part
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return step
-
-    def drop_in_regularizer(model):
-        if not hooks:
-            hooks["manager"] = qbr.ActivationHookManager(model, exclude_first_last=False)
-            model(images)
-        weights = {n: m.weight for n, m in model.named_modules() if hasattr(m, "weight_quantizer")}
-        alphas = {n: m.weight_quantizer.alpha for n, m in model.named_modules() if hasattr(m, "weight_quantizer")}
-        acts = hooks["manager"].get_pre_quant_activations()
-        steps = {n: m.quantizer.alpha for n, m in model.named_modules() if isinstance(m, qbr.QuantizedClippedReLU)}
-        w = qbr.BinRegularizer(num_bits=2).compute_total_loss(weights, alphas)[0]
-        return w, qbr.BinRegularizer(num_bits=2, signed=False).compute_total_loss(acts, steps)[0]
-
-    def fused_regularizer(model):
-        parts = qbr.bin_loss(model)
-        return parts.weights, parts.activations
-
-    hooks: dict = {}
-    config = qbr.QATConfig(weight_bits=2, act_bits=2)
-    eager = predecessor.prepare(copy.deepcopy(base), 2, 2)
-    drop_in = qbr.prepare(copy.deepcopy(base), config)
-    fused = qbr.prepare(copy.deepcopy(base), config)
-    qbr.AlphaControl(warmup_epochs=0).attach(fused).begin_epoch(1)
-    steps = {
-        "float": trained(copy.deepcopy(base), lambda model: ()),
-        "predecessor": trained(eager, predecessor.model_bin_loss),
-        "drop-in": trained(drop_in, drop_in_regularizer),
-        "fused": trained(fused, fused_regularizer),
-    }
-    losses = {name: [step().item() for _ in range(2)] for name, step in steps.items() if name != "float"}
+    base, images, labels = steps.inputs(device, batch)
+    runs = {kind: steps.step_of(kind, base, images, labels) for kind in ("float", "predecessor", "drop-in", "fused")}
+    losses = {name: [step().item() for _ in range(2)] for name, step in runs.items() if name != "float"}
     print("losses of the first steps:", losses)
     for name in ("drop-in", "fused"):
         torch.testing.assert_close(losses[name][0], losses["predecessor"][0], rtol=0.02, atol=0.02)
-    result = measure.alternate(steps, device, repeats)
+    result = measure.alternate(runs, device, repeats)
     print_row(f"ResNet-18 step, batch {batch}", result, limit="float")
     return [{"what": "step", "model": "resnet18", "batch": batch, "device": device, "first_losses": losses, **result}]
 

@@ -19,9 +19,25 @@ import qbr  # noqa: E402
 
 
 def step_of(kind: str, base, images, labels):
-    """One training step, as a function: float, predecessor, lsq (no BR) or fused (qbr as prepare() makes it)."""
+    """One training step, as a function: float, predecessor, lsq (no BR), fused (qbr as prepare() makes it) or drop-in
+    (the predecessor's interface: a regularizer that the caller hands weights and activations)."""
     model = copy.deepcopy(base)
-    regularizer = {"predecessor": predecessor.model_bin_loss, "fused": lambda m: qbr.bin_loss(m)[:2]}.get(kind)
+    hooks: dict = {}
+
+    def drop_in_regularizer(model):
+        if not hooks:
+            hooks["manager"] = qbr.ActivationHookManager(model, exclude_first_last=False)
+            model(images)
+        layers = {n: m for n, m in model.named_modules() if hasattr(m, "weight_quantizer")}
+        weights = {n: m.weight for n, m in layers.items()}
+        alphas = {n: m.weight_quantizer.alpha for n, m in layers.items()}
+        acts = hooks["manager"].get_pre_quant_activations()
+        steps = {n: m.quantizer.alpha for n, m in model.named_modules() if isinstance(m, qbr.QuantizedClippedReLU)}
+        w = qbr.BinRegularizer(num_bits=2).compute_total_loss(weights, alphas)[0]
+        return w, qbr.BinRegularizer(num_bits=2, signed=False).compute_total_loss(acts, steps)[0]
+
+    regularizers = {"predecessor": predecessor.model_bin_loss, "fused": lambda m: qbr.bin_loss(m)[:2]}
+    regularizer = (regularizers | {"drop-in": drop_in_regularizer}).get(kind)
     if kind == "predecessor":
         predecessor.prepare(model, 2, 2)
     elif kind != "float":

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "cpu_bins.h"
 #include "cpu_chunk.h"
@@ -136,17 +137,18 @@ void forward(const Input& in, Range range, void* xhat, double* bins) {
   const Collect collect = bins ? collect_for(in.levels) : Collect::none;
   const ForwardChunk one_step = forward_chunk_of<true>(in.quant, collect);
   const ForwardChunk a_step_each = forward_chunk_of<false>(in.quant, collect);
-  BinSums sums(in.levels);
+  std::optional<BinSums> sums;  // up to 20 KB to clear: not for LSQ alone
+  if (bins) sums.emplace(in.levels);
   for (int64_t first = range.begin; first < range.end; first += kChunk) {
     const int n = int(first + kChunk < range.end ? kChunk : range.end - first);
     steps.set(in, first, n);
     const float* x = load_chunk(in, in.x, first, n, x_buffer);
     // Where nobody wants xhat it stays in the buffer: a store costs less than a second copy of every loop.
     float* y = xhat ? result_chunk(in.dtype, xhat, first, xhat_buffer) : xhat_buffer;
-    (steps.uniform ? one_step : a_step_each)(x, steps, in.quant, n, y, &sums);
+    (steps.uniform ? one_step : a_step_each)(x, steps, in.quant, n, y, sums ? &*sums : nullptr);
     if (xhat) store_chunk(in.dtype, xhat, first, n, y);
   }
-  if (bins) sums.write(bins);
+  if (bins) sums->write(bins);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------

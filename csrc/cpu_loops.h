@@ -6,7 +6,7 @@
 
 namespace qbr::cpu {
 
-// Elements that are worked on at a time: seven float buffers of this length stay in a first-level cache.
+// Elements that are worked on at a time: what the loops read and write of them stays in a first-level cache.
 constexpr int64_t kChunk = 1024;
 constexpr int kMaxLevels = 256;
 

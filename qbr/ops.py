@@ -312,7 +312,7 @@ def _groups(xs, alphas, specs, relu, clip, backend):
     for i, (x, alpha, spec) in enumerate(zip(xs, alphas, specs)):
         x, alpha, plain = check(x, alpha, spec, relu, clip)
         key = (x.device, _backend(backend, x.device.type, x.dtype), *plain[4:])
-        grad_scale = spec.lsq_grad_scale(x.numel() // max(alpha.numel(), 1))
+        grad_scale = _grad_scale(x, alpha, spec)
         groups.setdefault(key, []).append((i, x, alpha, plain[:4], grad_scale))
     for (_, name, relu_, clip_), members in groups.items():
         used, xs_, alphas_, ranges, grad_scales = zip(*members)
@@ -320,10 +320,14 @@ def _groups(xs, alphas, specs, relu, clip, backend):
         yield list(used), name, quant, list(grad_scales), xs_, alphas_
 
 
+def _grad_scale(x: Tensor, alpha: Tensor, spec: QuantSpec) -> float:
+    return spec.lsq_grad_scale(x.numel() // max(alpha.numel(), 1))
+
+
 def lsq(x, alpha, spec, relu, clip, backend) -> Tensor:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    return _LSQ.apply(x, alpha, backend, plain, spec.lsq_grad_scale(x.numel() // max(alpha.numel(), 1)))
+    return _LSQ.apply(x, alpha, backend, plain, _grad_scale(x, alpha, spec))
 
 
 def bin_loss(x, alpha, spec, relu, clip, backprop_to_alpha, backend) -> tuple[Tensor, Tensor]:
@@ -335,14 +339,14 @@ def bin_loss(x, alpha, spec, relu, clip, backprop_to_alpha, backend) -> tuple[Te
 def lsq_bin(x, alpha, spec, relu, clip, backprop_to_alpha, backend) -> tuple[Tensor, Tensor, Tensor]:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    grad_scale = spec.lsq_grad_scale(x.numel() // max(alpha.numel(), 1))
+    grad_scale = _grad_scale(x, alpha, spec)
     return _LSQBin.apply(x, alpha, backend, plain, grad_scale, br_to_alpha_factor(backprop_to_alpha, x, alpha, spec))
 
 
 def br_to_alpha_factor(backprop_to_alpha: bool | str, x: Tensor, alpha: Tensor, spec: QuantSpec) -> float:
     """What multiplies BR's gradient of alpha: 0 (off), 1 (True) or LSQ's gradient scale ("scaled")."""
     if backprop_to_alpha == "scaled":
-        return spec.lsq_grad_scale(x.numel() // max(alpha.numel(), 1))
+        return _grad_scale(x, alpha, spec)
     if not isinstance(backprop_to_alpha, bool):
         raise ValueError(f"backprop_to_alpha={backprop_to_alpha!r}: expected False, True or 'scaled'")
     return float(backprop_to_alpha)

@@ -26,7 +26,7 @@ from qbr.kernels import aot  # noqa: E402  imports triton
 # What each kernel writes in full, so that its memory may start uninitialised.
 OUTPUTS = {
     "_lsq_fwd_kernel": {"xhat"},
-    "_lsq_bin_fwd_kernel": {"xhat", "partials", "s_ends"},
+    "_lsq_bin_fwd_kernel": {"xhat", "partials", "words", "s_ends"},
     "_lsq_bin_bwd_kernel": {"dx", "dalpha", "table"},
     "_sum_rows_kernel": {"out"},
     "_bins_kernel": {"loss", "bins", "dloss_dalpha"},
@@ -152,7 +152,11 @@ def test_bfloat16_behind_a_misaligned_offset(bits):
 @pytest.mark.parametrize(
     "size, axis, layout, bits",
     [
+        pytest.param((3, 2, 2), 1, "contiguous", 4, id="fewer-elements-than-threads-4bit"),
+        pytest.param((5, 3), 1, "contiguous", 8, id="fewer-elements-than-threads-8bit", marks=pytest.mark.slow),
         pytest.param((24, 3, 3, 3), 0, "contiguous", 2, id="rows-2bit", marks=pytest.mark.slow),
+        pytest.param((24, 3, 3, 3), 0, "contiguous", 4, id="rows-4bit", marks=pytest.mark.slow),
+        pytest.param((40, 20), 1, "contiguous", 3, id="columns-3bit", marks=pytest.mark.slow),
         pytest.param((3, 5, 40), 1, "contiguous", 8, id="rows-8bit", marks=pytest.mark.slow),
         pytest.param((40, 20), 1, "contiguous", 2, id="columns-2bit", marks=pytest.mark.slow),
         pytest.param((2, 20, 5, 5), 1, "channels_last", 8, id="columns-8bit", marks=pytest.mark.slow),
@@ -166,7 +170,23 @@ def test_one_step_per_channel(size, axis, layout, bits):
     assert "_dloss_dalpha_kernel" in device.reports
 
 
-@pytest.mark.parametrize("bits", [2, 8])
+def test_the_short_division_gives_the_codes_of_the_long_one():
+    """On both sides of every tie and end of the range, by steps of every size for which it is taken, and beyond."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.exp2(torch.empty(48).uniform_(-59, 59, generator=generator)).float()
+    steps = torch.cat([steps, torch.tensor([2.0**-60, 2.0**60, 2.0**-61, 2.0**61, 1e-38, 1e38])])
+    spec = QuantSpec(4, channel_axis=0)
+    ties = (torch.arange(-20, 20) / 2)[None, :] * steps[:, None]
+    around = [ties, torch.nextafter(ties, ties + ties.abs()), torch.nextafter(ties, ties - ties.abs())]
+    random = torch.randn(steps.numel(), 200, generator=generator) * 4 * steps[:, None]
+    x = torch.cat([*around, random, torch.full((steps.numel(), 1), math.inf)], 1).contiguous()
+    with Device():
+        xhat = triton_backend.lsq_fwd(x, steps, *plain(spec, 0))
+    expected = reference.lsq_fwd(x, steps, *plain(spec, 0))  # NaN where the ties of the largest steps overflow
+    assert torch.equal(xhat.nan_to_num(99.0), expected.nan_to_num(99.0))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("alpha", [0.0, -0.1, math.nan, math.inf])
 def test_hostile_values_stay_inside_their_buffers(bits, alpha):
     spec = QuantSpec(bits)
@@ -180,7 +200,7 @@ def test_hostile_values_stay_inside_their_buffers(bits, alpha):
     assert bins[: spec.num_slots].sum() == x.numel() and loss.isnan()
 
 
-@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_same_bits_in_any_order_of_blocks_and_threads(bits):
     spec = QuantSpec(bits)
     x, alpha, results = values(9001, spec, 0.1), torch.tensor([0.1]), []

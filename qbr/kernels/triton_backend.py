@@ -23,13 +23,15 @@ NUM_WARPS = 4
 VECTOR_BYTES = 16
 # Enough programs for eight blocks of 128 threads on each multiprocessor, twice over where registers allow them.
 PROGRAMS_PER_SM = 16
-# Masked sums keep 3 registers a level: up to 181 of a thread's 255 at 16 levels (sm_90).
-MASKED_LEVELS = 16
+# Masked sums take 4 instructions a level and 3 registers; cells 19 instructions at any number of levels, and 12 bytes
+# of shared memory a level and thread: 26 KB a block at 16 levels.
+MASKED_LEVELS = 4
+CELL_LEVELS = 16
 # A program sums about this many elements, at most twice: float32 counts stay exact, fixed-point sums in their words.
 ELEMENTS_PER_PROGRAM = 1 << 18
-# Each program of the fixed-point sums has a table of its own to clear and to add up: fewer programs, more warps.
-FIXED_PROGRAMS_PER_SM = 2
-FIXED_NUM_WARPS = 8
+# A program of fixed-point words leaves 6 KB for the second stage to add up: fewer programs, more warps.
+WORDS_PROGRAMS_PER_SM = 2
+WORDS_NUM_WARPS = 8
 # Backward selects among up to this many factors in registers, and gathers from a cached table beyond.
 SELECT_LEVELS = 4
 # A row of channels that lie side by side: 128 of them fill whole cache lines in every dtype.
@@ -105,7 +107,12 @@ def _power_of_two(n: int) -> int:
 
 
 def plan(numel: int, channels: int, inner: int, vec: int, tile: int, programs: int) -> Plan:
-    """Divide numel > 0 elements into tiles of `tile`, a power of two, for about `programs` programs."""
+    """Divide numel > 0 elements into tiles of `tile`, a power of two, for about `programs` programs.
+
+    A tile has tile / vec elements at least, one for each thread: Triton repeats what smaller ones hold, and each copy
+    would be added to the bins.
+    """
+    threads = tile // vec
     if channels == 1:
         outer, inner, layout = numel, 1, 0
         t0, t1, blocks = tile // vec, vec, 1
@@ -113,13 +120,13 @@ def plan(numel: int, channels: int, inner: int, vec: int, tile: int, programs: i
     elif inner > 1:
         outer, layout = numel // (channels * inner), 1
         t1 = min(tile, _power_of_two(inner))
-        t0 = min(tile // t1, max(_power_of_two(channels), vec))
+        t0 = min(tile // t1, max(_power_of_two(channels), vec, threads // t1))
         blocks = -(-channels // t0)
         tiles = outer * -(-inner // t1)
     else:
         outer, layout = numel // channels, 2
         t1 = min(tile, COLUMNS, _power_of_two(channels))
-        t0 = min(tile // t1, max(_power_of_two(outer), vec))
+        t0 = min(tile // t1, max(_power_of_two(outer), vec, threads // t1))
         blocks = -(-channels // t1)
         tiles = -(-outer // t0)
     tile = t0 * t1
@@ -201,6 +208,13 @@ def lsq_bin_bwd(grad_xhat, grad_loss, x, alpha, bins, qn, qp, binary, channel_ax
     return _bwd(grad_xhat, grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, relu, clip, grad_scale)
 
 
+def _bin_method(levels: int) -> int:
+    """How the forward adds bins up: 0 MASKED, 1 CELLS, 2 WORDS of triton_bins.py."""
+    if levels > CELL_LEVELS:
+        return 2
+    return 0 if levels <= MASKED_LEVELS or _kernels().interpreted else 1
+
+
 def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_to_alpha):
     """loss, bins, dloss_dalpha; writes xhat unless that is None."""
     levels = qp - qn + 1
@@ -208,26 +222,28 @@ def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_
         return alpha.new_zeros(()), alpha.new_zeros(3 * levels + 2, dtype=torch.float64), (
             torch.zeros_like(alpha) if backprop_to_alpha else alpha.new_empty(0)
         )  # fmt: skip
-    fixed = levels > MASKED_LEVELS
-    per_sm, num_warps = (FIXED_PROGRAMS_PER_SM, FIXED_NUM_WARPS) if fixed else (PROGRAMS_PER_SM, NUM_WARPS)
+    method = _bin_method(levels)
+    per_sm, num_warps = (WORDS_PROGRAMS_PER_SM, WORDS_NUM_WARPS) if method == 2 else (PROGRAMS_PER_SM, NUM_WARPS)
     p = _plan_of(x, alpha, channel_axis, per_sm, num_warps)
     lp = max(_power_of_two(levels), 2)
+    kernels = _kernels()
     loss = alpha.new_empty(())
     bins = alpha.new_empty(3 * levels + 2, dtype=torch.float64)
     dloss_dalpha = alpha.new_empty(alpha.shape if backprop_to_alpha else (0,))
-    partials = alpha.new_empty(p.programs, 8 if fixed else 4 * lp)
-    words = alpha.new_zeros((p.programs, 3, levels), dtype=torch.int64) if fixed else None
+    partials = alpha.new_empty(p.programs, 8 if method == 2 else 4 * lp)
+    words = alpha.new_empty((p.programs, 3, levels), dtype=torch.int64) if method == 2 else None
+    if words is not None and kernels.interpreted:
+        words.zero_()
     s_words = s_ends = None
     if backprop_to_alpha and p.channels > 1:
         s_words = alpha.new_zeros((levels, p.channels), dtype=torch.int64)
         s_ends = alpha.new_empty(p.splits, 2, p.channels)
     one_step = dloss_dalpha if backprop_to_alpha and p.channels == 1 else None
-    kernels = _kernels()
     with _on_device_of(x):
         kernels.lsq_bin_fwd[(p.programs,)](
             x, alpha, xhat, partials, words, s_words, s_ends, p.outer, p.channels, p.inner, p.splits,
             p.blocks * p.splits, clip, QN=qn, QP=qp, BINARY=binary, RELU=relu, VEC=p.vec, LP=lp,
-            **_tile_options(p, num_warps),
+            METHOD=method, THREADS=32 * num_warps, **_tile_options(p, num_warps),
         )  # fmt: skip
         kernels.bins[(1,)](
             partials, words, alpha, loss, bins, one_step, p.programs, p.channels,

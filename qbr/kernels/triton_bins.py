@@ -1,15 +1,35 @@
 """Triton kernel: the forward that adds bins up, with xhat (lsq_bin) or without it (bin_loss).
 
-Up to a few levels a program keeps n, S and Q of every bin in registers and masks each element into them. Beyond,
-it adds integers in fixed point to a table in memory, which gives the same bits in any order; S and Q of the two end
-bins, whose distances have no bound, stay in float registers. triton_finalize.py adds the programs' rows up.
-Registers hold lane sums: [T0, T1] as [LANES, VEC], the VEC elements that one thread loaded together added up first.
+Three methods, by the number of levels (triton_backend.py has the bounds):
+    MASKED  n, S and Q of every bin in registers, each element masked into them
+    CELLS   a float table in shared memory, every thread alone in its column (not in Triton's interpreter)
+    WORDS   integer atomics in shared memory on fixed-point distances, which give the same bits in any order; S and Q
+            of the two end bins, whose distances have no bound, stay in float registers
+triton_finalize.py adds the programs' rows up. Registers hold lane sums: [T0, T1] as [LANES, VEC], the VEC elements
+that one thread loaded together added up first.
 """
 
 import triton
 import triton.language as tl
 
-from qbr.kernels.triton_kernels import FLAT, ROWS, _load, _n_tiles, _quantize, _steps, _store, _store_per_channel, _tile
+from qbr.kernels.triton_kernels import (
+    FLAT,
+    INTERPRETED,
+    ROWS,
+    _divisor,
+    _load,
+    _n_tiles,
+    _quantize,
+    _steps,
+    _store,
+    _store_per_channel,
+    _tile,
+)
+from qbr.kernels.triton_shared import _add_to_cells, _add_to_words, _clear, _memory, _read_float, _read_word
+
+MASKED = tl.constexpr(0)
+CELLS = tl.constexpr(1)
+WORDS = tl.constexpr(2)
 
 # The code of a position beyond the tensor: in no bin.
 NO_CODE = tl.constexpr(1e9)
@@ -32,6 +52,57 @@ def _zero_sums(COUNT: tl.constexpr, LANES: tl.constexpr):
     for _ in tl.static_range(COUNT):
         sums = sums + (tl.zeros([LANES], tl.float32),)
     return sums
+
+
+# A predicated add is one instruction; Triton's select and add are two. Operands: three sums in and out, code, d, d * d
+# and the bin's code. Unordered for the lowest bin: a NaN is not above it, so it counts there.
+_ADD_TO_BIN = tl.constexpr("""{
+    .reg .pred p;
+    setp.eq.f32 p, $6, $9;
+    @p add.f32 $0, $0, 0f3F800000;
+    @p add.f32 $1, $1, $7;
+    @p add.f32 $2, $2, $8;
+}""")
+_ADD_TO_LOWEST_BIN = tl.constexpr(_ADD_TO_BIN.value.replace("setp.eq", "setp.leu"))
+
+@triton.jit
+def _columns(b_t, LANES: tl.constexpr, VEC: tl.constexpr):
+    """A tile as VEC vectors [LANES], one for each of the elements that a thread has loaded together."""
+    columns = (tl.reshape(b_t, [LANES, VEC]),)
+    for i in tl.static_range(4):
+        if VEC >> i > 1:
+            halves = ()
+            for j in tl.static_range(1 << i):
+                b_even, b_odd = tl.split(tl.reshape(columns[j], [LANES, VEC >> (i + 1), 2]))
+                halves = halves + (b_even, b_odd)
+            columns = halves
+    vectors = ()
+    for i in tl.static_range(VEC):
+        vectors = vectors + (tl.reshape(columns[i], [LANES]),)
+    return vectors
+
+
+@triton.jit
+def _add_bins_predicated(sums, b_b, b_d, QN: tl.constexpr, LEVELS: tl.constexpr, BINARY: tl.constexpr,
+                         LANES: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+    """_add_bins in compiled code."""
+    codes = _columns(b_b, LANES, VEC)
+    distances = _columns(b_d, LANES, VEC)
+    for i in tl.static_range(VEC):
+        b_square = distances[i] * distances[i]
+        new = ()
+        for k in tl.static_range(LEVELS):
+            if BINARY and k == 1:
+                new = new + (sums[3], sums[4], sums[5])
+            else:
+                new = new + tl.inline_asm_elementwise(
+                    _ADD_TO_LOWEST_BIN if k == 0 else _ADD_TO_BIN,
+                    "=f,=f,=f,0,1,2,f,f,f,f",
+                    [sums[3 * k], sums[3 * k + 1], sums[3 * k + 2], codes[i], distances[i], b_square, QN + k + 0.0],
+                    (tl.float32, tl.float32, tl.float32), True, 1,
+                )  # fmt: skip
+        sums = new + (sums[3 * LEVELS], sums[3 * LEVELS + 1])
+    return sums[: 3 * LEVELS]
 
 
 @triton.jit
@@ -64,28 +135,29 @@ def _to_fixed(b_t, one):
 
 
 @triton.jit
-def _add_bins_fixed(sums, words, inverse_unit, b_b, b_d, m_x, QN: tl.constexpr, QP: tl.constexpr,
-                    LANES: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Add a tile to the program's words [3, L] by integer atomics, and to S and Q of the two end bins in float.
+def _add_bins_fixed(sums, address, inverse_unit, b_b, b_d, m_x, QN: tl.constexpr, QP: tl.constexpr,
+                    LANES: tl.constexpr, VEC: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
+    """Add a tile to the words [3, L] in shared memory, and to S and Q of the two end bins in float.
 
     Distances are bounded inside the range alone; the end bins' words hold counts only.
     """
     m_low = ~(b_b > QN)
     m_high = b_b == QP
     m_inner = ~(m_low | m_high)
-    if MASKED:
-        m_inner = m_inner & m_x
-    p_word = words + tl.where(b_b == b_b, b_b - QN, 0.0).to(tl.int32)
+    b_slot = tl.where(m_low, 0.0, b_b - QN)
     b_t = b_d * inverse_unit
     b_word = tl.where(m_inner, _to_fixed(b_t, S_ONE), 0) + COUNT_ONE
-    if MASKED:
-        tl.atomic_add(p_word, b_word, mask=m_x, sem="relaxed")
-    else:
-        tl.atomic_add(p_word, b_word, sem="relaxed")
     b_q = b_t * b_t
     m_fine = b_q < FINE
-    p_q = p_word + tl.where(m_fine, 2 * (QP - QN + 1), QP - QN + 1)
-    tl.atomic_add(p_q, _to_fixed(b_q, tl.where(m_fine, Q_FINE_ONE, Q_ONE)), mask=m_inner, sem="relaxed")
+    b_square = tl.where(m_inner, _to_fixed(b_q, tl.where(m_fine, Q_FINE_ONE, Q_ONE)), 0)
+    if PARTIAL:
+        m_inner = m_inner & m_x
+        b_slot = tl.where(m_x, b_slot, 0.0)
+        b_word = tl.where(m_x, b_word, 0)
+        b_square = tl.where(m_x, b_square, 0)
+    o_w = b_slot.to(tl.int32)
+    _add_to_words(address, o_w, b_word)
+    _add_to_words(address, o_w + tl.where(m_fine, 2 * (QP - QN + 1), QP - QN + 1), b_square)
     b_low = tl.where(m_low, b_d, 0.0)
     b_high = tl.where(m_high, b_d, 0.0)
     return (
@@ -125,28 +197,38 @@ def _add_alpha_sums(b_ends, s_words, b_b, b_d, b_step, m_x, i_c, C, QN: tl.const
 
 
 @triton.jit
-def _bin_tile(x, xhat, sums, words, inverse_unit, b_ends, s_words, i_t, i_c, b_step, clip, outer, C, inner,
+def _bin_tile(x, xhat, sums, address, inverse_unit, b_ends, s_words, i_t, i_c, b_step, divisor, clip, outer, C, inner,
               QN: tl.constexpr, QP: tl.constexpr, BINARY: tl.constexpr, RELU: tl.constexpr, LAYOUT: tl.constexpr,
-              T0: tl.constexpr, T1: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+              T0: tl.constexpr, T1: tl.constexpr, VEC: tl.constexpr, METHOD: tl.constexpr, THREADS: tl.constexpr,
+              PARTIAL: tl.constexpr):  # fmt: skip
     """One tile: xhat, and all sums. sums ends with sum |d| and the count of |d| < 0.01 alpha."""
+    LEVELS: tl.constexpr = QP - QN + 1
     LANES: tl.constexpr = T0 * T1 // VEC
     o_x, m_x = _tile(i_t, i_c, outer, C, inner, LAYOUT, T0, T1)
-    b_x = _load(x, o_x, m_x, MASKED)
-    b_y, _, b_b, b_xhat = _quantize(b_x, b_step, clip, QN, QP, BINARY, RELU)
+    b_x = _load(x, o_x, m_x, PARTIAL)
+    b_y, _, b_b, b_xhat = _quantize(b_x, b_step, divisor, clip, QN, QP, BINARY, RELU)
     if xhat is not None:
-        _store(xhat, o_x, b_xhat, m_x, MASKED)
+        _store(xhat, o_x, b_xhat, m_x, PARTIAL)
     b_d = b_y - b_xhat
-    b_near = tl.where(tl.abs(b_d) < 0.01 * b_step, 1.0, 0.0)
-    if MASKED:
+    b_limit = 0.01 * b_step + tl.zeros_like(b_d)
+    if PARTIAL:
         b_b = tl.where(m_x, b_b, NO_CODE)
         b_d = tl.where(m_x, b_d, 0.0)
-        b_near = tl.where(m_x, b_near, 0.0)
+        b_limit = tl.where(m_x, b_limit, 0.0)
     if s_words is not None:
         b_ends = _add_alpha_sums(b_ends, s_words, b_b, b_d, b_step, m_x, i_c, C, QN, QP, LAYOUT, T0, T1)
-    if words is not None:
-        new = _add_bins_fixed(sums, words, inverse_unit, b_b, b_d, m_x, QN, QP, LANES, VEC, MASKED)
+    if METHOD == MASKED:
+        if INTERPRETED:
+            new = _add_bins(sums, b_b, b_d, QN, LEVELS, BINARY, LANES, VEC)
+        else:
+            new = _add_bins_predicated(sums, b_b, b_d, QN, LEVELS, BINARY, LANES, VEC)
+    elif METHOD == CELLS:
+        new = ()
+        b_slot = tl.minimum(tl.where(b_b > QN, b_b - QN, 0.0), LEVELS + 0.0)
+        _add_to_cells(address, b_slot.to(tl.int32), b_d, THREADS)
     else:
-        new = _add_bins(sums, b_b, b_d, QN, QP - QN + 1, BINARY, LANES, VEC)
+        new = _add_bins_fixed(sums, address, inverse_unit, b_b, b_d, m_x, QN, QP, LANES, VEC, PARTIAL)
+    b_near = tl.where(tl.abs(b_d) < b_limit, 1.0, 0.0)
     return new + (
         sums[len(new)] + tl.sum(tl.reshape(tl.abs(b_d), [LANES, VEC]), 1),
         sums[len(new) + 1] + tl.sum(tl.reshape(b_near, [LANES, VEC]), 1),
@@ -158,8 +240,8 @@ def _lsq_bin_fwd_kernel(
     x,  # [outer, C, inner]
     alpha,  # [C]
     xhat,  # as x; None for bin_loss_fwd
-    partials,  # [programs, 4, LP]: n | S | Q | sum |d|, near; with words [programs, 8]: both ends' S, Q | the same
-    words,  # zeros [programs, 3, L] int64: (count, S) | Q | fine Q, in fixed point; None for few levels
+    partials,  # [programs, 4, LP]: n | S | Q | sum |d|, near; with WORDS [programs, 8]: both ends' S, Q | the same
+    words,  # [programs, 3, L] int64: (count, S) | Q | fine Q, in fixed point; None but with WORDS
     s_words,  # zeros [L, C] int64: S_(k,c) in fixed point; None without its gradient or with one step
     s_ends,  # [n_splits, 2, C]: S_(k,c) of the lowest and the highest code; None as s_words
     outer,
@@ -177,45 +259,78 @@ def _lsq_bin_fwd_kernel(
     T1: tl.constexpr,
     VEC: tl.constexpr,
     LP: tl.constexpr,
+    METHOD: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     LEVELS: tl.constexpr = QP - QN + 1
     LANES: tl.constexpr = T0 * T1 // VEC
     i_p = tl.program_id(0)
     n_tiles = _n_tiles(outer, inner, LAYOUT, T0, T1)
     inverse_unit = None
-    p_words = None
-    if words is not None:
-        inverse_unit = 1.0 / _unit(alpha, C)
-        p_words = words + tl.cast(i_p, tl.int64) * (3 * LEVELS)
-        sums = _zero_sums(6, LANES)
-    else:
+    address = None
+    if METHOD == MASKED:
         sums = _zero_sums(3 * LEVELS + 2, LANES)
+    elif METHOD == CELLS:
+        sums = _zero_sums(2, LANES)
+        address = _memory(12 * THREADS * (LEVELS + 1))
+        _clear(address, 12 * THREADS * (LEVELS + 1), THREADS)
+    else:
+        sums = _zero_sums(6, LANES)
+        inverse_unit = 1.0 / _unit(alpha, C)
+        if INTERPRETED:
+            address = words + tl.cast(i_p, tl.int64) * (3 * LEVELS)
+        else:
+            address = _memory(24 * LEVELS)
+            _clear(address, 24 * LEVELS, THREADS)
     # An item is one block of channels and one share of its tiles.
     for i_item in range(i_p, n_items, tl.num_programs(0)):
         i_c = i_item // n_splits
         i_s = i_item % n_splits
         b_step = _steps(alpha, i_c, C, LAYOUT, T0, T1)
+        divisor = _divisor(b_step, QN, QP, BINARY, RELU)
         b_ends = (tl.zeros([T0, T1], tl.float32), tl.zeros([T0, T1], tl.float32))  # unused, and gone, without s_words
         for i_t in range(i_s, n_tiles, n_splits):
-            sums, b_ends = _bin_tile(x, xhat, sums, p_words, inverse_unit, b_ends, s_words, i_t, i_c, b_step, clip,
-                                     outer, C, inner, QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC,
-                                     LAYOUT != FLAT)  # fmt: skip
+            sums, b_ends = _bin_tile(x, xhat, sums, address, inverse_unit, b_ends, s_words, i_t, i_c, b_step, divisor,
+                                     clip, outer, C, inner, QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC, METHOD,
+                                     THREADS, LAYOUT != FLAT)  # fmt: skip
         if LAYOUT == FLAT:
             if i_s == n_tiles % n_splits:
-                sums, b_ends = _bin_tile(x, xhat, sums, p_words, inverse_unit, b_ends, s_words, n_tiles, i_c, b_step,
-                                         clip, outer, C, inner, QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC,
-                                         True)  # fmt: skip
+                sums, b_ends = _bin_tile(x, xhat, sums, address, inverse_unit, b_ends, s_words, n_tiles, i_c, b_step,
+                                         divisor, clip, outer, C, inner, QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC,
+                                         METHOD, THREADS, True)  # fmt: skip
         if s_words is not None:
             _store_per_channel(s_ends, b_ends[0], 2 * i_s, i_c, C, LAYOUT, T0, T1)
             _store_per_channel(s_ends, b_ends[1], 2 * i_s + 1, i_c, C, LAYOUT, T0, T1)
-    if words is not None:
-        p_row = partials + tl.cast(i_p, tl.int64) * 8
-        _store_row(p_row, sums, 0, 1, 6, 8)
-    else:
+    _store_sums(partials, words, sums, address, i_p, LEVELS, LP, METHOD, THREADS)
+
+
+@triton.jit
+def _store_sums(partials, words, sums, address, i_p, LEVELS: tl.constexpr, LP: tl.constexpr, METHOD: tl.constexpr,
+                THREADS: tl.constexpr):  # fmt: skip
+    """Store a program's rows of partials and words."""
+    if METHOD == MASKED:
         p_row = partials + tl.cast(i_p, tl.int64) * (4 * LP)
         for j in tl.static_range(3):
             _store_row(p_row + j * LP, sums, j, 3, LEVELS, LP)
         _store_row(p_row + 3 * LP, sums, 3 * LEVELS, 1, 2, LP)
+    elif METHOD == CELLS:
+        tl.debug_barrier()
+        p_row = partials + tl.cast(i_p, tl.int64) * (4 * LP)
+        o_k = tl.arange(0, LP)
+        o_t = tl.arange(0, THREADS)
+        for j in tl.static_range(3):
+            # Of the cells S, Q and n, n is stored first.
+            o_cell = (tl.minimum(o_k, LEVELS) * 3 + (j + 2) % 3)[:, None] * THREADS + o_t[None, :]  # [LP, THREADS]
+            b_row = tl.sum(_read_float(address + 4 * o_cell), 1)
+            tl.store(p_row + j * LP + o_k, tl.where(o_k < LEVELS, b_row, 0.0))
+        _store_row(p_row + 3 * LP, sums, 0, 1, 2, LP)
+    else:
+        _store_row(partials + tl.cast(i_p, tl.int64) * 8, sums, 0, 1, 6, 8)
+        if not INTERPRETED:
+            tl.debug_barrier()
+            o_w = tl.arange(0, 4 * LP)
+            b_words = _read_word(address + 8 * tl.minimum(o_w, 3 * LEVELS - 1))
+            tl.store(words + tl.cast(i_p, tl.int64) * (3 * LEVELS) + o_w, b_words, mask=o_w < 3 * LEVELS)
 
 
 @triton.jit

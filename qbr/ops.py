@@ -78,7 +78,7 @@ def implement(backend: str) -> None:
         module = kernels.module(backend)
         functions = {op: getattr(module, op) for op in SCHEMAS if hasattr(module, op)}
         if functions:
-            functions |= foreach.loops(functions)
+            functions |= foreach.loops(functions) | kernels.list_functions(backend)
         for op, function in functions.items():
             _libraries[backend].impl(op, function, "CompositeExplicitAutograd")
         _implemented.add(backend)

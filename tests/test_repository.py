@@ -18,6 +18,7 @@ LAYERS = [
     ["qbr.kernels.build"],
     ["qbr.kernels.reference", "qbr.kernels.native", "qbr.kernels.triton_kernels", "qbr.kernels.triton_backend"],
     ["qbr.kernels.foreach"],
+    ["qbr.kernels.triton_lists"],
     ["qbr.kernels"],
     ["qbr.ops"],
     ["qbr.functional"],

@@ -31,6 +31,12 @@ OUTPUTS = {
     "_sum_rows_kernel": {"out"},
     "_bins_kernel": {"loss", "bins", "dloss_dalpha"},
     "_dloss_dalpha_kernel": {"dloss_dalpha"},
+    "_lsq_fwd_list_kernel": {"xhats"},
+    "_lsq_bin_fwd_list_kernel": {"xhats", "partials", "words", "s_ends"},
+    "_lsq_bin_bwd_list_kernel": {"dxs", "dalphas", "table"},
+    "_sum_rows_list_kernel": {"outs"},
+    "_bins_list_kernel": {"losses", "bins", "dloss_dalphas"},
+    "_dloss_dalpha_list_kernel": {"dloss_dalphas"},
 }
 
 
@@ -38,12 +44,12 @@ class Device:
     """Runs launches in ptxrun and keeps their reports by kernel name."""
 
     def __init__(self, arch=80, seed=None):
-        self.arch, self.seed, self.reports = arch, seed, {}
+        self.arch, self.seed, self.reports, self.launches = arch, seed, {}, 0
 
     def run(self, launch: aot.Launch) -> None:
         name = launch.kernel.__name__
         outputs, args = [], []
-        for key, value in launch.arguments.items():
+        for key, value in ((k, each) for k, v in launch.arguments.items() for each in (v if type(v) is tuple else (v,))):
             if not isinstance(value, torch.Tensor):
                 args.append(value)
                 continue
@@ -56,7 +62,8 @@ class Device:
             args.append(ptxrun.Buffer(flat, value.storage_offset() * value.element_size(), key))
         kernel = ptxrun.from_triton(aot.compile(launch, self.arch))
         options = {} if self.seed is None else {"seed": self.seed}
-        self.reports[name] = kernel.launch(launch.grid[0], args, n=launch.arguments.get("outer"), **options)
+        self.launches += 1
+        self.reports[name] = kernel.launch(launch.grid, args, n=launch.arguments.get("outer"), **options)
         for key, fresh, flat in outputs:
             assert fresh.unwritten() == 0, f"{name} left {fresh.unwritten()} bytes of {key} unwritten"
             flat[...] = fresh

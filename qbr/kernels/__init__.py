@@ -18,6 +18,7 @@ MODULES = {
     "native": "qbr.kernels.native",
     "triton": "qbr.kernels.triton_backend",
 }
+LIST_MODULES = {"triton": "qbr.kernels.triton_lists"}  # Python backends with functions of their own for lists
 AUTO_ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
 
 _preferred: ContextVar[str] = ContextVar("qbr_backend", default="auto")
@@ -30,6 +31,12 @@ class BackendUnavailable(RuntimeError):
 
 def module(name: str):
     return importlib.import_module(MODULES[name])
+
+
+def list_functions(name: str) -> dict:
+    """A Python backend's own functions over lists, {"foreach_lsq_fwd": ...}; none for most."""
+    found = vars(importlib.import_module(LIST_MODULES[name])) if name in LIST_MODULES else {}
+    return {op: function for op, function in found.items() if op.startswith("foreach_")}
 
 
 @contextmanager

@@ -32,10 +32,15 @@ class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]  # what a compiled kernel still takes
-    types: dict[str, str]
+    types: dict[str, Any]  # of a tuple of pointers: a tuple
     constants: dict[str, Any]
-    aligned: tuple[str, ...]  # multiples of 16, which is what makes loads 16 bytes wide
+    aligned: tuple  # names, or (name, index) in a tuple: multiples of 16, which is what makes loads 16 bytes wide
     options: dict[str, Any]
+
+
+def _is_aligned(x: torch.Tensor) -> bool:
+    """A fresh allocation on a GPU is aligned, whatever the CPU's is: only the offset tells."""
+    return x.storage_offset() * x.element_size() % 16 == 0
 
 
 def _launch(kernel, grid, args, kwargs) -> Launch:
@@ -44,6 +49,10 @@ def _launch(kernel, grid, args, kwargs) -> Launch:
     arguments, types, constants, aligned = {}, {}, {}, []
     for p in kernel.params:
         value = values[p.name]
+        if isinstance(value, tuple):
+            arguments[p.name], types[p.name] = value, tuple(POINTERS[each.dtype] for each in value)
+            aligned += [(p.name, i) for i, each in enumerate(value) if _is_aligned(each)]
+            continue
         is_int = isinstance(value, int) and not isinstance(value, bool)
         if p.is_constexpr or value is None or (is_int and value == 1 and not p.do_not_specialize):
             types[p.name], constants[p.name] = "constexpr", value
@@ -51,8 +60,7 @@ def _launch(kernel, grid, args, kwargs) -> Launch:
         arguments[p.name] = value
         if isinstance(value, torch.Tensor):
             types[p.name] = POINTERS[value.dtype]
-            # A fresh allocation on a GPU is aligned, whatever the CPU's is: only the offset tells.
-            divisible = value.storage_offset() * value.element_size() % 16 == 0
+            divisible = _is_aligned(value)
         elif is_int:
             types[p.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0 and not p.do_not_specialize
@@ -97,7 +105,10 @@ def compile(launch: Launch, arch: int = 90):
         fn=launch.kernel,
         signature=launch.types,
         constexprs={(index[name],): value for name, value in launch.constants.items()},
-        attrs={(index[name],): [["tt.divisibility", 16]] for name in launch.aligned},
+        attrs={
+            (index[name], *rest): [["tt.divisibility", 16]]
+            for name, *rest in ((each,) if isinstance(each, str) else each for each in launch.aligned)
+        },
     )
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 

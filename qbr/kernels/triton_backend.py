@@ -1,5 +1,6 @@
 """The Triton backend: launchers of the kernels in triton_kernels.py, triton_bins.py and triton_finalize.py.
 
+Lists of tensors have launchers of their own, in triton_lists.py.
 Every tuning constant stands here. Nothing synchronises with the device, and how work is divided depends on sizes,
 dtype and device alone: the same input gives the same bits.
 """
@@ -27,6 +28,7 @@ PROGRAMS_PER_SM = 16
 # of shared memory a level and thread: 26 KB a block at 16 levels.
 MASKED_LEVELS = 4
 CELL_LEVELS = 16
+MASKED, CELLS, WORDS = range(3)  # triton_bins.py's methods
 # A program sums about this many elements, at most twice: float32 counts stay exact, fixed-point sums in their words.
 ELEMENTS_PER_PROGRAM = 1 << 18
 # A program of fixed-point words leaves 6 KB for the second stage to add up: fewer programs, more warps.
@@ -67,6 +69,12 @@ class _Kernels(NamedTuple):
     sum_rows: object
     bins: object
     dloss_dalpha: object
+    lsq_fwd_list: object
+    lsq_bin_fwd_list: object
+    lsq_bin_bwd_list: object
+    sum_rows_list: object
+    bins_list: object
+    dloss_dalpha_list: object
     interpreted: bool
 
 
@@ -74,7 +82,7 @@ class _Kernels(NamedTuple):
 def _kernels() -> _Kernels:
     from triton.runtime.jit import JITFunction
 
-    from qbr.kernels import triton_bins, triton_finalize, triton_kernels
+    from qbr.kernels import triton_bins, triton_finalize, triton_kernels, triton_list_kernels
 
     kernels = (
         triton_kernels._lsq_fwd_kernel,
@@ -83,6 +91,12 @@ def _kernels() -> _Kernels:
         triton_finalize._sum_rows_kernel,
         triton_finalize._bins_kernel,
         triton_finalize._dloss_dalpha_kernel,
+        triton_list_kernels._lsq_fwd_list_kernel,
+        triton_list_kernels._lsq_bin_fwd_list_kernel,
+        triton_list_kernels._lsq_bin_bwd_list_kernel,
+        triton_list_kernels._sum_rows_list_kernel,
+        triton_list_kernels._bins_list_kernel,
+        triton_list_kernels._dloss_dalpha_list_kernel,
     )
     return _Kernels(*kernels, interpreted=not isinstance(kernels[0], JITFunction))
 
@@ -209,10 +223,14 @@ def lsq_bin_bwd(grad_xhat, grad_loss, x, alpha, bins, qn, qp, binary, channel_ax
 
 
 def _bin_method(levels: int) -> int:
-    """How the forward adds bins up: 0 MASKED, 1 CELLS, 2 WORDS of triton_bins.py."""
     if levels > CELL_LEVELS:
-        return 2
-    return 0 if levels <= MASKED_LEVELS or _kernels().interpreted else 1
+        return WORDS
+    return MASKED if levels <= MASKED_LEVELS or _kernels().interpreted else CELLS
+
+
+def _columns(channels: int) -> int:
+    """Channels that one program of a second stage adds up."""
+    return 1 if channels == 1 else COLUMNS
 
 
 def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_to_alpha):
@@ -223,15 +241,15 @@ def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_
             torch.zeros_like(alpha) if backprop_to_alpha else alpha.new_empty(0)
         )  # fmt: skip
     method = _bin_method(levels)
-    per_sm, num_warps = (WORDS_PROGRAMS_PER_SM, WORDS_NUM_WARPS) if method == 2 else (PROGRAMS_PER_SM, NUM_WARPS)
+    per_sm, num_warps = (WORDS_PROGRAMS_PER_SM, WORDS_NUM_WARPS) if method == WORDS else (PROGRAMS_PER_SM, NUM_WARPS)
     p = _plan_of(x, alpha, channel_axis, per_sm, num_warps)
     lp = max(_power_of_two(levels), 2)
     kernels = _kernels()
     loss = alpha.new_empty(())
     bins = alpha.new_empty(3 * levels + 2, dtype=torch.float64)
     dloss_dalpha = alpha.new_empty(alpha.shape if backprop_to_alpha else (0,))
-    partials = alpha.new_empty(p.programs, 8 if method == 2 else 4 * lp)
-    words = alpha.new_empty((p.programs, 3, levels), dtype=torch.int64) if method == 2 else None
+    partials = alpha.new_empty(p.programs, 8 if method == WORDS else 4 * lp)
+    words = alpha.new_empty((p.programs, 3, levels), dtype=torch.int64) if method == WORDS else None
     if words is not None and kernels.interpreted:
         words.zero_()
     s_words = s_ends = None
@@ -250,9 +268,8 @@ def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_
             QN=qn, LEVELS=levels, LP=lp, BR=FINAL_TILE * num_warps // NUM_WARPS // lp, **_options(num_warps),
         )  # fmt: skip
         if s_words is not None:
-            bc = min(COLUMNS, _power_of_two(p.channels))
-            kernels.dloss_dalpha[(-(-p.channels // bc),)](
-                bins, alpha, s_words, s_ends, dloss_dalpha, p.channels, p.splits, QN=qn, LEVELS=levels, BC=bc,
+            kernels.dloss_dalpha[(-(-p.channels // COLUMNS),)](
+                bins, alpha, s_words, s_ends, dloss_dalpha, p.channels, p.splits, QN=qn, LEVELS=levels, BC=COLUMNS,
                 **_options(),
             )  # fmt: skip
     return loss, bins, dloss_dalpha
@@ -278,7 +295,7 @@ def _bwd(grad_xhat, grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, rel
             QN=qn, QP=qp, BINARY=binary, RELU=relu, SELECT=select, LP=lp, **_tile_options(p),
         )  # fmt: skip
         if dalpha is not None:
-            bc = min(COLUMNS, _power_of_two(p.channels))
+            bc = _columns(p.channels)
             kernels.sum_rows[(-(-p.channels // bc),)](
                 partials, dalpha, p.splits, p.channels, grad_scale, BR=FINAL_TILE // bc, BC=bc, **_options(),
             )  # fmt: skip

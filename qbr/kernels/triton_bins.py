@@ -235,6 +235,53 @@ def _bin_tile(x, xhat, sums, address, inverse_unit, b_ends, s_words, i_t, i_c, b
     ), b_ends
 
 
+@triton.jit
+def _lsq_bin_fwd(x, alpha, xhat, partials, words, s_words, s_ends, outer, C, inner, n_splits, n_items, clip, i_p,
+                 n_programs, i_row, QN: tl.constexpr, QP: tl.constexpr, BINARY: tl.constexpr, RELU: tl.constexpr,
+                 LAYOUT: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, VEC: tl.constexpr, LP: tl.constexpr,
+                 METHOD: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+    """Program i_p of a tensor's n_programs, which leaves row i_row of partials and words."""
+    LEVELS: tl.constexpr = QP - QN + 1
+    LANES: tl.constexpr = T0 * T1 // VEC
+    n_tiles = _n_tiles(outer, inner, LAYOUT, T0, T1)
+    inverse_unit = None
+    address = None
+    if METHOD == MASKED:
+        sums = _zero_sums(3 * LEVELS + 2, LANES)
+    elif METHOD == CELLS:
+        sums = _zero_sums(2, LANES)
+        address = _memory(12 * THREADS * (LEVELS + 1))
+        _clear(address, 12 * THREADS * (LEVELS + 1), THREADS)
+    else:
+        sums = _zero_sums(6, LANES)
+        inverse_unit = 1.0 / _unit(alpha, C)
+        if INTERPRETED:
+            address = words + tl.cast(i_row, tl.int64) * (3 * LEVELS)
+        else:
+            address = _memory(24 * LEVELS)
+            _clear(address, 24 * LEVELS, THREADS)
+    # An item is one block of channels and one share of its tiles.
+    for i_item in range(i_p, n_items, n_programs):
+        i_c = i_item // n_splits
+        i_s = i_item % n_splits
+        b_step = _steps(alpha, i_c, C, LAYOUT, T0, T1)
+        divisor = _divisor(b_step, QN, QP, BINARY, RELU)
+        b_ends = (tl.zeros([T0, T1], tl.float32), tl.zeros([T0, T1], tl.float32))  # unused, and gone, without s_words
+        for i_t in range(i_s, n_tiles, n_splits):
+            sums, b_ends = _bin_tile(x, xhat, sums, address, inverse_unit, b_ends, s_words, i_t, i_c, b_step, divisor,
+                                     clip, outer, C, inner, QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC, METHOD,
+                                     THREADS, LAYOUT != FLAT)  # fmt: skip
+        if LAYOUT == FLAT:
+            if i_s == n_tiles % n_splits:
+                sums, b_ends = _bin_tile(x, xhat, sums, address, inverse_unit, b_ends, s_words, n_tiles, i_c, b_step,
+                                         divisor, clip, outer, C, inner, QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC,
+                                         METHOD, THREADS, True)  # fmt: skip
+        if s_words is not None:
+            _store_per_channel(s_ends, b_ends[0], 2 * i_s, i_c, C, LAYOUT, T0, T1)
+            _store_per_channel(s_ends, b_ends[1], 2 * i_s + 1, i_c, C, LAYOUT, T0, T1)
+    _store_sums(partials, words, sums, address, i_row, LEVELS, LP, METHOD, THREADS)
+
+
 @triton.jit(do_not_specialize=["outer", "n_splits", "n_items"])
 def _lsq_bin_fwd_kernel(
     x,  # [outer, C, inner]
@@ -262,60 +309,23 @@ def _lsq_bin_fwd_kernel(
     METHOD: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    LEVELS: tl.constexpr = QP - QN + 1
-    LANES: tl.constexpr = T0 * T1 // VEC
     i_p = tl.program_id(0)
-    n_tiles = _n_tiles(outer, inner, LAYOUT, T0, T1)
-    inverse_unit = None
-    address = None
-    if METHOD == MASKED:
-        sums = _zero_sums(3 * LEVELS + 2, LANES)
-    elif METHOD == CELLS:
-        sums = _zero_sums(2, LANES)
-        address = _memory(12 * THREADS * (LEVELS + 1))
-        _clear(address, 12 * THREADS * (LEVELS + 1), THREADS)
-    else:
-        sums = _zero_sums(6, LANES)
-        inverse_unit = 1.0 / _unit(alpha, C)
-        if INTERPRETED:
-            address = words + tl.cast(i_p, tl.int64) * (3 * LEVELS)
-        else:
-            address = _memory(24 * LEVELS)
-            _clear(address, 24 * LEVELS, THREADS)
-    # An item is one block of channels and one share of its tiles.
-    for i_item in range(i_p, n_items, tl.num_programs(0)):
-        i_c = i_item // n_splits
-        i_s = i_item % n_splits
-        b_step = _steps(alpha, i_c, C, LAYOUT, T0, T1)
-        divisor = _divisor(b_step, QN, QP, BINARY, RELU)
-        b_ends = (tl.zeros([T0, T1], tl.float32), tl.zeros([T0, T1], tl.float32))  # unused, and gone, without s_words
-        for i_t in range(i_s, n_tiles, n_splits):
-            sums, b_ends = _bin_tile(x, xhat, sums, address, inverse_unit, b_ends, s_words, i_t, i_c, b_step, divisor,
-                                     clip, outer, C, inner, QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC, METHOD,
-                                     THREADS, LAYOUT != FLAT)  # fmt: skip
-        if LAYOUT == FLAT:
-            if i_s == n_tiles % n_splits:
-                sums, b_ends = _bin_tile(x, xhat, sums, address, inverse_unit, b_ends, s_words, n_tiles, i_c, b_step,
-                                         divisor, clip, outer, C, inner, QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC,
-                                         METHOD, THREADS, True)  # fmt: skip
-        if s_words is not None:
-            _store_per_channel(s_ends, b_ends[0], 2 * i_s, i_c, C, LAYOUT, T0, T1)
-            _store_per_channel(s_ends, b_ends[1], 2 * i_s + 1, i_c, C, LAYOUT, T0, T1)
-    _store_sums(partials, words, sums, address, i_p, LEVELS, LP, METHOD, THREADS)
+    _lsq_bin_fwd(x, alpha, xhat, partials, words, s_words, s_ends, outer, C, inner, n_splits, n_items, clip, i_p,
+                 tl.num_programs(0), i_p, QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC, LP, METHOD, THREADS)  # fmt: skip
 
 
 @triton.jit
-def _store_sums(partials, words, sums, address, i_p, LEVELS: tl.constexpr, LP: tl.constexpr, METHOD: tl.constexpr,
+def _store_sums(partials, words, sums, address, i_row, LEVELS: tl.constexpr, LP: tl.constexpr, METHOD: tl.constexpr,
                 THREADS: tl.constexpr):  # fmt: skip
     """Store a program's rows of partials and words."""
     if METHOD == MASKED:
-        p_row = partials + tl.cast(i_p, tl.int64) * (4 * LP)
+        p_row = partials + tl.cast(i_row, tl.int64) * (4 * LP)
         for j in tl.static_range(3):
             _store_row(p_row + j * LP, sums, j, 3, LEVELS, LP)
         _store_row(p_row + 3 * LP, sums, 3 * LEVELS, 1, 2, LP)
     elif METHOD == CELLS:
         tl.debug_barrier()
-        p_row = partials + tl.cast(i_p, tl.int64) * (4 * LP)
+        p_row = partials + tl.cast(i_row, tl.int64) * (4 * LP)
         o_k = tl.arange(0, LP)
         o_t = tl.arange(0, THREADS)
         for j in tl.static_range(3):
@@ -325,12 +335,12 @@ def _store_sums(partials, words, sums, address, i_p, LEVELS: tl.constexpr, LP: t
             tl.store(p_row + j * LP + o_k, tl.where(o_k < LEVELS, b_row, 0.0))
         _store_row(p_row + 3 * LP, sums, 0, 1, 2, LP)
     else:
-        _store_row(partials + tl.cast(i_p, tl.int64) * 8, sums, 0, 1, 6, 8)
+        _store_row(partials + tl.cast(i_row, tl.int64) * 8, sums, 0, 1, 6, 8)
         if not INTERPRETED:
             tl.debug_barrier()
             o_w = tl.arange(0, 4 * LP)
             b_words = _read_word(address + 8 * tl.minimum(o_w, 3 * LEVELS - 1))
-            tl.store(words + tl.cast(i_p, tl.int64) * (3 * LEVELS) + o_w, b_words, mask=o_w < 3 * LEVELS)
+            tl.store(words + tl.cast(i_row, tl.int64) * (3 * LEVELS) + o_w, b_words, mask=o_w < 3 * LEVELS)
 
 
 @triton.jit

@@ -7,6 +7,19 @@ from qbr.kernels.triton_bins import COUNT_SHIFT, Q_FINE_ONE, Q_ONE, S_ONE, _unit
 
 
 @triton.jit
+def _sum_rows(partials, out, rows, C, scale, i_c, BR: tl.constexpr, BC: tl.constexpr):
+    """Block i_c of the channels."""
+    o_c = i_c * BC + tl.arange(0, BC)  # [BC]
+    b_sum = tl.zeros([BR, BC], tl.float64)
+    for i_r in range(0, rows, BR):
+        o_r = i_r + tl.arange(0, BR)  # [BR]
+        m_p = (o_r < rows)[:, None] & (o_c < C)[None, :]
+        p_p = partials + o_r.to(tl.int64)[:, None] * C + o_c[None, :]
+        b_sum += tl.load(p_p, mask=m_p, other=0.0).to(tl.float64)  # [BR, BC]
+    tl.store(out + o_c, (tl.sum(b_sum, 0) * scale).to(tl.float32), mask=o_c < C)
+
+
+@triton.jit
 def _sum_rows_kernel(
     partials,  # [rows, C] float32
     out,  # [C] float32: scale * sum over rows
@@ -16,14 +29,7 @@ def _sum_rows_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)  # [BC]
-    b_sum = tl.zeros([BR, BC], tl.float64)
-    for i_r in range(0, rows, BR):
-        o_r = i_r + tl.arange(0, BR)  # [BR]
-        m_p = (o_r < rows)[:, None] & (o_c < C)[None, :]
-        p_p = partials + o_r.to(tl.int64)[:, None] * C + o_c[None, :]
-        b_sum += tl.load(p_p, mask=m_p, other=0.0).to(tl.float64)  # [BR, BC]
-    tl.store(out + o_c, (tl.sum(b_sum, 0) * scale).to(tl.float32), mask=o_c < C)
+    _sum_rows(partials, out, rows, C, scale, tl.program_id(0), BR, BC)
 
 
 @triton.jit
@@ -92,20 +98,8 @@ def _bin_sums_fixed(partials, words, alpha, rows, C, QN: tl.constexpr, LEVELS: t
 
 
 @triton.jit
-def _bins_kernel(
-    partials,  # [rows, 4, LP] float32; with words [rows, 8]
-    words,  # [rows, 3, L] int64, or None
-    alpha,  # [C]
-    loss,  # []
-    bins,  # [3 L + 2] float64
-    dloss_dalpha,  # [1], or None
-    rows,
-    C,
-    QN: tl.constexpr,
-    LEVELS: tl.constexpr,
-    LP: tl.constexpr,
-    BR: tl.constexpr,
-):
+def _bins(partials, words, alpha, loss, bins, dloss_dalpha, rows, C, QN: tl.constexpr, LEVELS: tl.constexpr,
+          LP: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     """One program: the table of bins, L_BR = sum of Q_k / n_k, and for one step -2 * sum of k * S_k / n_k."""
     o_k = tl.arange(0, LP)
     m_k = o_k < LEVELS
@@ -127,20 +121,28 @@ def _bins_kernel(
 
 
 @triton.jit
-def _dloss_dalpha_kernel(
-    bins,  # [3 L + 2] float64
+def _bins_kernel(
+    partials,  # [rows, 4, LP] float32; with words [rows, 8]
+    words,  # [rows, 3, L] int64, or None
     alpha,  # [C]
-    s_words,  # [L, C] int64: S_(k,c) inside the range, in units of alpha_c
-    s_ends,  # [n_splits, 2, C]: S_(k,c) of the lowest and the highest code
-    dloss_dalpha,  # [C]
+    loss,  # []
+    bins,  # [3 L + 2] float64
+    dloss_dalpha,  # [1], or None
+    rows,
     C,
-    n_splits,
     QN: tl.constexpr,
     LEVELS: tl.constexpr,
-    BC: tl.constexpr,
+    LP: tl.constexpr,
+    BR: tl.constexpr,
 ):
-    """-2 * sum over k of k * S_(k,c) / n_k, for a block of channels."""
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)  # [BC]
+    _bins(partials, words, alpha, loss, bins, dloss_dalpha, rows, C, QN, LEVELS, LP, BR)
+
+
+@triton.jit
+def _dloss_dalpha(bins, alpha, s_words, s_ends, dloss_dalpha, C, n_splits, i_c, QN: tl.constexpr,
+                  LEVELS: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """-2 * sum over k of k * S_(k,c) / n_k, for block i_c of the channels."""
+    o_c = i_c * BC + tl.arange(0, BC)  # [BC]
     m_c = o_c < C
     b_sum = tl.zeros([BC], tl.float64)
     for k in range(1, LEVELS - 1):
@@ -157,3 +159,19 @@ def _dloss_dalpha_kernel(
     b_sum += QN / tl.maximum(tl.load(bins), 1.0) * b_low
     b_sum += (QN + LEVELS - 1) / tl.maximum(tl.load(bins + LEVELS - 1), 1.0) * b_high
     tl.store(dloss_dalpha + o_c, (-2.0 * b_sum).to(tl.float32), mask=m_c)
+
+
+@triton.jit
+def _dloss_dalpha_kernel(
+    bins,  # [3 L + 2] float64
+    alpha,  # [C]
+    s_words,  # [L, C] int64: S_(k,c) inside the range, in units of alpha_c
+    s_ends,  # [n_splits, 2, C]: S_(k,c) of the lowest and the highest code
+    dloss_dalpha,  # [C]
+    C,
+    n_splits,
+    QN: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BC: tl.constexpr,
+):
+    _dloss_dalpha(bins, alpha, s_words, s_ends, dloss_dalpha, C, n_splits, tl.program_id(0), QN, LEVELS, BC)

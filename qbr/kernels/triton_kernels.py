@@ -197,6 +197,25 @@ def _lsq_fwd_tile(x, xhat, i_t, i_c, b_step, divisor, clip, outer, C, inner, QN:
     _store(xhat, o_x, b_xhat, m_x, MASKED)
 
 
+@triton.jit
+def _lsq_fwd(x, alpha, xhat, outer, C, inner, n_splits, clip, i_p, QN: tl.constexpr, QP: tl.constexpr,
+             BINARY: tl.constexpr, RELU: tl.constexpr, LAYOUT: tl.constexpr, T0: tl.constexpr,
+             T1: tl.constexpr):  # fmt: skip
+    """Program i_p of a tensor's."""
+    i_c = i_p // n_splits
+    i_s = i_p % n_splits
+    b_step = _steps(alpha, i_c, C, LAYOUT, T0, T1)
+    divisor = _divisor(b_step, QN, QP, BINARY, RELU)
+    n_tiles = _n_tiles(outer, inner, LAYOUT, T0, T1)
+    for i_t in range(i_s, n_tiles, n_splits):
+        _lsq_fwd_tile(x, xhat, i_t, i_c, b_step, divisor, clip, outer, C, inner,
+                      QN, QP, BINARY, RELU, LAYOUT, T0, T1, LAYOUT != FLAT)  # fmt: skip
+    if LAYOUT == FLAT:
+        if i_s == n_tiles % n_splits:
+            _lsq_fwd_tile(x, xhat, n_tiles, i_c, b_step, divisor, clip, outer, C, inner,
+                          QN, QP, BINARY, RELU, LAYOUT, T0, T1, True)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["outer", "n_splits"])
 def _lsq_fwd_kernel(
     x,  # [outer, C, inner]
@@ -215,23 +234,12 @@ def _lsq_fwd_kernel(
     T0: tl.constexpr,
     T1: tl.constexpr,
 ):
-    i_c = tl.program_id(0) // n_splits
-    i_s = tl.program_id(0) % n_splits
-    b_step = _steps(alpha, i_c, C, LAYOUT, T0, T1)
-    divisor = _divisor(b_step, QN, QP, BINARY, RELU)
-    n_tiles = _n_tiles(outer, inner, LAYOUT, T0, T1)
-    for i_t in range(i_s, n_tiles, n_splits):
-        _lsq_fwd_tile(x, xhat, i_t, i_c, b_step, divisor, clip, outer, C, inner,
-                      QN, QP, BINARY, RELU, LAYOUT, T0, T1, LAYOUT != FLAT)  # fmt: skip
-    if LAYOUT == FLAT:
-        if i_s == n_tiles % n_splits:
-            _lsq_fwd_tile(x, xhat, n_tiles, i_c, b_step, divisor, clip, outer, C, inner,
-                          QN, QP, BINARY, RELU, LAYOUT, T0, T1, True)  # fmt: skip
+    _lsq_fwd(x, alpha, xhat, outer, C, inner, n_splits, clip, tl.program_id(0), QN, QP, BINARY, RELU, LAYOUT, T0, T1)
 
 
 @triton.jit
-def _bin_table(grad_loss, bins, table, LEVELS: tl.constexpr, LP: tl.constexpr, SELECT: tl.constexpr):
-    """float32(2 * grad_loss / n_k): scalars in a tuple (SELECT), or the program's own row of table [programs, LP]."""
+def _bin_table(grad_loss, bins, p_row, LEVELS: tl.constexpr, LP: tl.constexpr, SELECT: tl.constexpr):
+    """float32(2 * grad_loss / n_k): scalars in a tuple (SELECT), or the program's own row [LP] of scratch memory."""
     b_g = 2.0 * tl.load(grad_loss).to(tl.float64)
     if SELECT:
         scales = ()
@@ -240,7 +248,6 @@ def _bin_table(grad_loss, bins, table, LEVELS: tl.constexpr, LP: tl.constexpr, S
         return scales
     else:
         o_k = tl.arange(0, LP)
-        p_row = table + tl.program_id(0) * LP
         b_n = tl.load(bins + o_k, mask=o_k < LEVELS, other=1.0)  # [LP]
         tl.store(p_row + o_k, (b_g / tl.maximum(b_n, 1.0)).to(tl.float32))
         # Threads of this program read what its other threads wrote.
@@ -280,6 +287,32 @@ def _bwd_tile(g, x, dx, b_dalpha, scales, i_t, i_c, b_step, divisor, clip, outer
     return b_dalpha
 
 
+@triton.jit
+def _lsq_bin_bwd(g, grad_loss, x, alpha, bins, table, dx, dalpha, outer, C, inner, n_splits, clip, i_p, i_row,
+                 QN: tl.constexpr, QP: tl.constexpr, BINARY: tl.constexpr, RELU: tl.constexpr, LAYOUT: tl.constexpr,
+                 T0: tl.constexpr, T1: tl.constexpr, SELECT: tl.constexpr, LP: tl.constexpr):  # fmt: skip
+    """Program i_p of a tensor's, with row i_row of the scratch table."""
+    i_c = i_p // n_splits
+    i_s = i_p % n_splits
+    b_step = _steps(alpha, i_c, C, LAYOUT, T0, T1)
+    divisor = _divisor(b_step, QN, QP, BINARY, RELU)
+    n_tiles = _n_tiles(outer, inner, LAYOUT, T0, T1)
+    scales = None
+    if grad_loss is not None:
+        p_row = None if SELECT else table + i_row * LP
+        scales = _bin_table(grad_loss, bins, p_row, QP - QN + 1, LP, SELECT)
+    b_dalpha = tl.zeros([T0, T1], tl.float32)
+    for i_t in range(i_s, n_tiles, n_splits):
+        b_dalpha = _bwd_tile(g, x, dx, b_dalpha, scales, i_t, i_c, b_step, divisor, clip, outer, C, inner,
+                             QN, QP, BINARY, RELU, LAYOUT, T0, T1, LAYOUT != FLAT, SELECT)  # fmt: skip
+    if LAYOUT == FLAT:
+        if i_s == n_tiles % n_splits:
+            b_dalpha = _bwd_tile(g, x, dx, b_dalpha, scales, n_tiles, i_c, b_step, divisor, clip, outer, C, inner,
+                                 QN, QP, BINARY, RELU, LAYOUT, T0, T1, True, SELECT)  # fmt: skip
+    if dalpha is not None:
+        _store_per_channel(dalpha, b_dalpha, i_s, i_c, C, LAYOUT, T0, T1)
+
+
 @triton.jit(do_not_specialize=["outer", "n_splits"])
 def _lsq_bin_bwd_kernel(
     g,  # gradient of xhat, as x; None for bin_loss_bwd
@@ -305,24 +338,9 @@ def _lsq_bin_bwd_kernel(
     SELECT: tl.constexpr,
     LP: tl.constexpr,
 ):
-    i_c = tl.program_id(0) // n_splits
-    i_s = tl.program_id(0) % n_splits
-    b_step = _steps(alpha, i_c, C, LAYOUT, T0, T1)
-    divisor = _divisor(b_step, QN, QP, BINARY, RELU)
-    n_tiles = _n_tiles(outer, inner, LAYOUT, T0, T1)
-    scales = None
-    if grad_loss is not None:
-        scales = _bin_table(grad_loss, bins, table, QP - QN + 1, LP, SELECT)
-    b_dalpha = tl.zeros([T0, T1], tl.float32)
-    for i_t in range(i_s, n_tiles, n_splits):
-        b_dalpha = _bwd_tile(g, x, dx, b_dalpha, scales, i_t, i_c, b_step, divisor, clip, outer, C, inner,
-                             QN, QP, BINARY, RELU, LAYOUT, T0, T1, LAYOUT != FLAT, SELECT)  # fmt: skip
-    if LAYOUT == FLAT:
-        if i_s == n_tiles % n_splits:
-            b_dalpha = _bwd_tile(g, x, dx, b_dalpha, scales, n_tiles, i_c, b_step, divisor, clip, outer, C, inner,
-                                 QN, QP, BINARY, RELU, LAYOUT, T0, T1, True, SELECT)  # fmt: skip
-    if dalpha is not None:
-        _store_per_channel(dalpha, b_dalpha, i_s, i_c, C, LAYOUT, T0, T1)
+    i_p = tl.program_id(0)
+    _lsq_bin_bwd(g, grad_loss, x, alpha, bins, table, dx, dalpha, outer, C, inner, n_splits, clip, i_p, i_p,
+                 QN, QP, BINARY, RELU, LAYOUT, T0, T1, SELECT, LP)  # fmt: skip
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from qbr.kernels import BackendUnavailable, backends, use_backend
 from qbr.layers import QuantizedClippedReLU, QuantizedConv2d, QuantizedLinear
 from qbr.prepare import QATConfig, prepare
 from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer
-from qbr.regularizer import BinRegularizer, bin_loss
+from qbr.regularizer import BinRegularizer, bin_loss, set_regularizer
 from qbr.spec import QuantSpec
 
 __version__ = "0.1.0"
@@ -31,5 +31,6 @@ __all__ = [
     "parameter_groups",
     "prepare",
     "round_pass",
+    "set_regularizer",
     "use_backend",
 ]

@@ -61,7 +61,10 @@ def _quantize(members: list, collects: bool) -> None:
     specs = [quantizer.spec for quantizer, _ in members]
     if collects:
         to_alpha = [quantizer.br_to_alpha if quantizer.alpha.requires_grad else False for quantizer, _ in members]
-        results = functional.foreach_fake_quantize_with_bin_loss(weights, alphas, specs, backprop_to_alpha=to_alpha)
+        regularizers = [quantizer.regularizer for quantizer, _ in members]
+        results = functional.foreach_fake_quantize_with_bin_loss(
+            weights, alphas, specs, backprop_to_alpha=to_alpha, regularizer=regularizers
+        )
         made = [(each.xhat, BinLoss(each.loss, each.bins)) for each in results]
     else:
         made = [(xhat, None) for xhat in functional.foreach_fake_quantize(weights, alphas, specs)]

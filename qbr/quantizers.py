@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from qbr import functional, grouping
 from qbr.functional import BinLoss
-from qbr.spec import QuantSpec
+from qbr.spec import QuantSpec, ToAlpha
 
 KINDS = ("weight", "activation")
 LARGEST_SHRINK = 10.0  # one optimizer step leaves at least alpha / 10 ...
@@ -46,7 +46,9 @@ class LSQQuantizer(nn.Module):
         alpha: Parameter [1] or [C], float32 whatever dtype the model is cast to. Positive: see ``guard_step``.
         init_state: buffer [1], float32: 0 before alpha was set from data, then 1.
         collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``.
-        br_to_alpha: whether that loss has a gradient to alpha: False, True or "scaled". A frozen alpha has none.
+        br_to_alpha: how much of that loss's gradient reaches alpha: False, True, a fraction from 0 to 1, "scaled" or
+            (fraction, "scaled"), as in functional.bin_loss. A frozen alpha has none.
+        regularizer: which loss that is: "br" or "dampening".
         alone: whether a weight is quantized by its own layer only, and not with the model's other weights
             (qbr/grouping.py); set there where a forward turned out to need it.
 
@@ -71,7 +73,8 @@ class LSQQuantizer(nn.Module):
         self.kind = kind
         self.initial_alpha = float(initial_alpha)
         self.collecting = False
-        self.br_to_alpha: bool | str = False
+        self.br_to_alpha: ToAlpha = False
+        self.regularizer = "br"
         self.alpha = nn.Parameter(torch.full((channels,), self.initial_alpha, dtype=torch.float32, device=device))
         self.register_buffer("init_state", torch.zeros(1, dtype=torch.float32, device=device))
         # init_state's value on the host: reading the buffer in forward would wait for the device.
@@ -118,7 +121,7 @@ class LSQQuantizer(nn.Module):
             return functional.fake_quantize(x, self.alpha, self.spec, relu=relu, clip=clip)
         br_to_alpha = self.br_to_alpha if self.alpha.requires_grad else False
         xhat, loss, bins = functional.fake_quantize_with_bin_loss(
-            x, self.alpha, self.spec, relu=relu, clip=clip, backprop_to_alpha=br_to_alpha
+            x, self.alpha, self.spec, relu=relu, clip=clip, backprop_to_alpha=br_to_alpha, regularizer=self.regularizer
         )
         self._retain(BinLoss(loss, bins))
         return xhat
@@ -273,6 +276,14 @@ def check_clip(clip: float | None, argument: str) -> None:
 def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
     """The quantizers of a model by module name, in the order of named_modules()."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LSQQuantizer)}
+
+
+def require_quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
+    """quantizers(model), or a ValueError if there are none."""
+    found = quantizers(model)
+    if not found:
+        raise ValueError(f"model ({type(model).__name__}) has no quantizers: call qbr.prepare(model, config) first")
+    return found
 
 
 def check_state_dict(model: nn.Module, state_dict, prefix: str = "") -> None:

@@ -28,33 +28,33 @@ def loops(one: Mapping[str, Callable]) -> dict[str, Callable]:
     """The list ops over the functions of one tensor, ``{"lsq_fwd": ...}``."""
 
     def lsq_fwd(xs, alphas, ranges, relu, clip):
-        return [one["lsq_fwd"](*each, *quant, relu, clip) for *each, quant in zip(xs, alphas, _quants(ranges))]
+        return [one["lsq_fwd"](*each, *quant, relu, clip) for *each, quant in zip(xs, alphas, quants(ranges))]
 
     def lsq_bwd(grad_xhats, xs, alphas, ranges, relu, clip, grad_scales):
-        lists = zip(grad_xhats, xs, alphas, _quants(ranges), grad_scales)
+        lists = zip(grad_xhats, xs, alphas, quants(ranges), grad_scales)
         return _transposed([one["lsq_bwd"](*each, *quant, relu, clip, s) for *each, quant, s in lists], 2)
 
     def bin_loss_fwd(xs, alphas, ranges, relu, clip, to_alpha):
-        lists = zip(xs, alphas, _quants(ranges))
+        lists = zip(xs, alphas, quants(ranges))
         return _transposed([one["bin_loss_fwd"](*each, *quant, relu, clip, to_alpha) for *each, quant in lists], 3)
 
     def bin_loss_bwd(grad_losses, xs, alphas, bins, ranges, relu, clip):
-        lists = zip(grad_losses, xs, alphas, bins, _quants(ranges))
+        lists = zip(grad_losses, xs, alphas, bins, quants(ranges))
         return [one["bin_loss_bwd"](*each, *quant, relu, clip) for *each, quant in lists]
 
     def lsq_bin_fwd(xs, alphas, ranges, relu, clip, to_alpha):
-        lists = zip(xs, alphas, _quants(ranges))
+        lists = zip(xs, alphas, quants(ranges))
         return _transposed([one["lsq_bin_fwd"](*each, *quant, relu, clip, to_alpha) for *each, quant in lists], 4)
 
     def lsq_bin_bwd(grad_xhats, grad_losses, xs, alphas, bins, ranges, relu, clip, grad_scales):
-        lists = zip(grad_xhats, grad_losses, xs, alphas, bins, _quants(ranges), grad_scales)
+        lists = zip(grad_xhats, grad_losses, xs, alphas, bins, quants(ranges), grad_scales)
         return _transposed([one["lsq_bin_bwd"](*each, *quant, relu, clip, s) for *each, quant, s in lists], 2)
 
     functions = lsq_fwd, lsq_bwd, bin_loss_fwd, bin_loss_bwd, lsq_bin_fwd, lsq_bin_bwd
     return {f"foreach_{function.__name__}": function for function in functions}
 
 
-def _quants(ranges):
+def quants(ranges):
     """(qn, qp, binary, channel_axis) of each tensor."""
     for qn, qp, binary, channel_axis in zip(*[iter(ranges)] * 4):
         yield qn, qp, bool(binary), channel_axis

@@ -1,8 +1,9 @@
 """qbr: quantization-aware training with learned step sizes (LSQ) and bin regularization (BR), fused."""
 
-from qbr import functional
+from qbr import functional, schedules
 from qbr.alpha_control import AlphaControl, parameter_groups
 from qbr.compat import ActivationHookManager, grad_scale, round_pass
+from qbr.freezing import Freeze
 from qbr.kernels import BackendUnavailable, backends, use_backend
 from qbr.layers import QuantizedClippedReLU, QuantizedConv2d, QuantizedLinear
 from qbr.prepare import QATConfig, prepare
@@ -16,6 +17,7 @@ __all__ = [
     "AlphaControl",
     "BackendUnavailable",
     "BinRegularizer",
+    "Freeze",
     "LSQQuantizer",
     "LSQ_ActivationQuantizer",
     "LSQ_WeightQuantizer",
@@ -31,6 +33,7 @@ __all__ = [
     "parameter_groups",
     "prepare",
     "round_pass",
+    "schedules",
     "set_regularizer",
     "use_backend",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qbr import functional, grouping, metrics
 from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
-from qbr.quantizers import check_bits, check_state_dict, quantizers, require_quantizers
+from qbr.quantizers import LSQQuantizer, check_bits, check_state_dict, quantizers, require_quantizers
 from qbr.spec import QuantSpec, ToAlpha, check_regularizer
 
 _OWNED = ("weight_quantizer", "quantizer")  # a quantizer with one of these names is reported as its layer
@@ -57,7 +57,7 @@ def bin_loss(model: nn.Module) -> ModelBinLoss:
     losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
     for name, quantizer in found.items():
         for call, entry in enumerate(quantizer.take_retained(), start=1):
-            layers[_call_name(_layer_name(name), call)] = entry
+            layers[_call_name(layer_name(name), call)] = entry
             losses[quantizer.kind].append(entry.loss)
     device = next(iter(found.values())).alpha.device
     return ModelBinLoss(
@@ -85,7 +85,18 @@ def set_regularizer(model: nn.Module, *, weights: str | None = None, activations
         quantizer.regularizer = chosen[quantizer.kind] or quantizer.regularizer
 
 
-def _layer_name(name: str) -> str:
+def quantized_weights(model: nn.Module) -> dict[str, tuple[LSQQuantizer, Tensor]]:
+    """{layer name: (quantizer, weight)} of the layers that quantize their weight."""
+    found = {}
+    for name, quantizer in quantizers(model).items():
+        owner, _, last = name.rpartition(".")
+        weight = getattr(model.get_submodule(owner), "weight", None)
+        if last == "weight_quantizer" and isinstance(weight, Tensor):
+            found[layer_name(name)] = (quantizer, weight)
+    return found
+
+
+def layer_name(name: str) -> str:
     """What a quantizer is reported as: its layer, without the prefix that torch.compile's wrapper adds."""
     layer, _, last = name.replace("_orig_mod.", "").rpartition(".")
     return layer if last in _OWNED else f"{layer}.{last}" if layer else last

@@ -26,6 +26,7 @@ LAYERS = [
     ["qbr.quantizers"],
     ["qbr.layers"],
     ["qbr.regularizer"],
+    ["qbr.schedules", "qbr.freezing"],
     ["qbr.alpha_control"],
     ["qbr.prepare"],
     ["qbr.compat"],

@@ -24,7 +24,8 @@ class LayerSummary(NamedTuple):
         numel: how many values the figures to the right are of.
         bins_used, levels: how many codes occur, and how many there are.
         clipped: share of the values beyond the range, v < qn or v > qp, whose gradient LSQ stops.
-        distance: mean |v - code| over all values, in units of alpha: 0.25 for a uniform spread, 0 on the levels.
+        distance: mean distance to the levels over all values, in units of alpha (of their mean with a step per
+            channel): 0.25 for a uniform spread, 0 on the levels.
     """
 
     layer: str
@@ -131,8 +132,8 @@ def _activations(model: nn.Module, inputs, found: dict[str, LSQQuantizer]) -> di
             module.training = mode
         for quantizer, retained in waiting.items():
             quantizer._retained = retained
-        for module, (module._input, module._kept) in last.items():
-            pass
+        for module, (was_input, was_kept) in last.items():
+            module._input, module._kept = was_input, was_kept
     return {name: _pooled(calls) for name, calls in met.items()}
 
 

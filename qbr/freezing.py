@@ -153,9 +153,9 @@ class Record:
 @torch.no_grad()
 def mean_distance(model: nn.Module) -> Tensor:
     """Mean |w - b * alpha| / alpha over all quantized weights of model: a scalar tensor, from one pass over them."""
-    found = quantized_weights(model).values()
-    steps = [quantizer.alpha for quantizer, _ in found]
-    tables = functional.foreach_bin_loss([weight for _, weight in found], steps, [q.spec for q, _ in found])
+    found = quantized_weights(model)
+    steps = [quantizer.alpha for quantizer in found]
+    tables = functional.foreach_bin_loss(list(found.values()), steps, [quantizer.spec for quantizer in found])
     distances = [each.bins.table[-2] / alpha.mean() for each, alpha in zip(tables, steps)]
     return (torch.stack(distances).sum() / max(sum(each.bins.numel for each in tables), 1)).to(torch.float32)
 

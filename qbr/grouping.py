@@ -60,7 +60,7 @@ def _quantize(members: list, with_bins: bool) -> None:
     alphas = [quantizer.alpha for quantizer, _ in members]
     specs = [quantizer.spec for quantizer, _ in members]
     if with_bins:
-        to_alpha = [quantizer.br_reaches_alpha() for quantizer, _ in members]
+        to_alpha = [quantizer.bin_loss_to_alpha() for quantizer, _ in members]
         regularizers = [quantizer.regularizer for quantizer, _ in members]
         results = functional.foreach_fake_quantize_with_bin_loss(
             weights, alphas, specs, backprop_to_alpha=to_alpha, regularizer=regularizers

@@ -11,8 +11,8 @@ from qbr import functional, metrics
 from qbr.functional import Bins
 from qbr.layers import QuantizedClippedReLU
 from qbr.metrics import BinMetrics
-from qbr.quantizers import LSQQuantizer, require_quantizers
-from qbr.regularizer import layer_name, quantized_weights
+from qbr.quantizers import LSQQuantizer
+from qbr.regularizer import by_layer, quantized_weights
 
 
 class LayerSummary(NamedTuple):
@@ -83,17 +83,22 @@ def summary(model: nn.Module, *inputs) -> Summary:
     Raises:
         ValueError: for a model without quantizers.
     """
-    found = {layer_name(name): quantizer for name, quantizer in require_quantizers(model).items()}
+    found = by_layer(model)
     weights = quantized_weights(model)
-    names = [name for name in found if name in weights]
-    tables = functional.foreach_bin_loss(*zip(*[(weights[n][1], found[n].alpha, found[n].spec) for n in names])) if (
-        names) else []  # fmt: skip
-    values = {name: _Values(each.bins, _clipped(weights[name][1], found[name])) for name, each in zip(names, tables)}
+    names = {quantizer: name for name, quantizer in found.items()}
+    values = {names[quantizer]: value for quantizer, value in zip(weights, _weights(weights))}
+    activations = {name: quantizer for name, quantizer in found.items() if quantizer not in weights}
     if inputs:
-        values |= _activations(model, inputs, {name: q for name, q in found.items() if name not in weights})
+        values |= _activations(model, inputs, activations)
     else:
-        values |= {name: kept for name, q in found.items() if name not in weights and (kept := _kept(q)) is not None}
+        values |= {name: kept for name, q in activations.items() if (kept := _kept(q)) is not None}
     return Summary(_rows(found, values))
+
+
+def _weights(weights: dict[LSQQuantizer, Tensor]) -> list[_Values]:
+    steps, specs = [q.alpha for q in weights], [q.spec for q in weights]
+    results = functional.foreach_bin_loss(list(weights.values()), steps, specs)
+    return [_Values(each.bins, _clipped(w, q)) for each, (q, w) in zip(results, weights.items())]
 
 
 def _clipped(x: Tensor, quantizer: LSQQuantizer, clip: float | None = None) -> Tensor:
@@ -124,7 +129,8 @@ def _activations(model: nn.Module, inputs, found: dict[str, LSQQuantizer]) -> di
     hooks = [q.register_forward_pre_hook(look(name), with_kwargs=True) for name, q in found.items()]
     try:
         model.eval()
-        model(*inputs)
+        with torch.compiler.set_stance("force_eager"):  # what is compiled would be compiled again for the hooks
+            model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -18,7 +18,8 @@ class BinMetrics(NamedTuple):
     """The figures of one tensor, plain numbers.
 
     Attributes:
-        loss, mse, var: L_BR and its two parts, mse + var = loss to rounding, in units of x squared.
+        loss, mse, var: L_BR and its two parts, mse + var = loss to rounding, in units of x squared; also where
+            dampening is what is trained.
         quantization_mse: mean of d^2 over all elements, d the distance to an element's level.
         mean_distance: mean |d|.
         effectiveness: 100 * (1 - mean |d| / (alpha / 2)), between 0 and 100; a uniform spread reads 50.

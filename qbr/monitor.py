@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from qbr import metrics
 from qbr.functional import Bins
-from qbr.quantizers import LSQQuantizer, require_quantizers
-from qbr.regularizer import layer_name, quantized_weights
+from qbr.quantizers import LSQQuantizer
+from qbr.regularizer import by_layer, quantized_weights
 
 OSCILLATING = 0.005  # a weight that oscillates more often than this counts as oscillating (Nagel et al., section 2.3)
 _UP, _DOWN = 1, 2  # how a code turned; 0 where it did not
@@ -80,7 +80,7 @@ class Monitor:
     """
 
     def __init__(self, model: nn.Module, *, oscillations: bool = True, frequency: float | None = None) -> None:
-        found = require_quantizers(model)
+        found = by_layer(model)
         if any(quantizer.observer is not None for quantizer in found.values()):
             raise ValueError("model is watched by a Monitor already: use that one, or close() it first")
         if frequency is not None and not (oscillations and 0 < frequency < 1):
@@ -89,9 +89,8 @@ class Monitor:
         weights = quantized_weights(model) if oscillations else {}
         self._observers: dict[str, Observer] = {}
         for name, quantizer in found.items():
-            _, weight = weights.get(layer_name(name), (None, None))
-            codes = None if weight is None else CodeChanges(weight, quantizer, frequency)
-            quantizer.observer = self._observers[layer_name(name)] = Observer(quantizer, codes)
+            codes = CodeChanges(weights[quantizer], quantizer, frequency) if quantizer in weights else None
+            quantizer.observer = self._observers[name] = Observer(quantizer, codes)
 
     def read(self, *, reset: bool = False) -> dict[str, LayerFigures]:
         """Each layer's figures, in one transfer from the device.

@@ -119,7 +119,7 @@ class LSQQuantizer(nn.Module):
             xhat, entry = ready.xhat, ready.entry
         elif self.makes_bins():
             xhat, loss, bins = functional.fake_quantize_with_bin_loss(
-                x, self.alpha, self.spec, relu=relu, clip=clip, backprop_to_alpha=self.br_reaches_alpha(),
+                x, self.alpha, self.spec, relu=relu, clip=clip, backprop_to_alpha=self.bin_loss_to_alpha(),
                 regularizer=self.regularizer,
             )  # fmt: skip
             entry = BinLoss(loss, bins)
@@ -140,7 +140,7 @@ class LSQQuantizer(nn.Module):
         """Whether a forward here and now has bin sums, for its loss or for an observer."""
         return (self.collecting or self.observer is not None) and self.training and torch.is_grad_enabled()
 
-    def br_reaches_alpha(self) -> ToAlpha:
+    def bin_loss_to_alpha(self) -> ToAlpha:
         """br_to_alpha, of an alpha that is not frozen."""
         return self.br_to_alpha if self.alpha.requires_grad else False
 

@@ -57,7 +57,7 @@ def bin_loss(model: nn.Module) -> ModelBinLoss:
     losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
     for name, quantizer in found.items():
         for call, entry in enumerate(quantizer.take_retained(), start=1):
-            layers[_call_name(layer_name(name), call)] = entry
+            layers[_call_name(_layer_name(name), call)] = entry
             losses[quantizer.kind].append(entry.loss)
     device = next(iter(found.values())).alpha.device
     return ModelBinLoss(
@@ -85,18 +85,31 @@ def set_regularizer(model: nn.Module, *, weights: str | None = None, activations
         quantizer.regularizer = chosen[quantizer.kind] or quantizer.regularizer
 
 
-def quantized_weights(model: nn.Module) -> dict[str, tuple[LSQQuantizer, Tensor]]:
-    """{layer name: (quantizer, weight)} of the layers that quantize their weight."""
-    found = {}
-    for name, quantizer in quantizers(model).items():
-        owner, _, last = name.rpartition(".")
-        weight = getattr(model.get_submodule(owner), "weight", None)
-        if last == "weight_quantizer" and isinstance(weight, Tensor):
-            found[layer_name(name)] = (quantizer, weight)
+def by_layer(model: nn.Module) -> dict[str, LSQQuantizer]:
+    """The quantizers of a model by the names that bin_loss(model) reports.
+
+    Raises:
+        ValueError: for a model without quantizers.
+    """
+    found: dict[str, LSQQuantizer] = {}
+    for name, quantizer in require_quantizers(model).items():
+        layer = _layer_name(name)
+        found[name if layer in found else layer] = quantizer
     return found
 
 
-def layer_name(name: str) -> str:
+def quantized_weights(model: nn.Module) -> dict[LSQQuantizer, Tensor]:
+    """{quantizer: its weight}: that of ``weight`` is ``weight_quantizer``, and so on for other names of weights."""
+    found = {}
+    for name, quantizer in quantizers(model).items():
+        owner, _, last = name.rpartition(".")
+        weight = getattr(model.get_submodule(owner), last.removesuffix("_quantizer"), None)
+        if last.endswith("weight_quantizer") and isinstance(weight, Tensor):
+            found[quantizer] = weight
+    return found
+
+
+def _layer_name(name: str) -> str:
     """What a quantizer is reported as: its layer, without the prefix that torch.compile's wrapper adds."""
     layer, _, last = name.replace("_orig_mod.", "").rpartition(".")
     return layer if last in _OWNED else f"{layer}.{last}" if layer else last

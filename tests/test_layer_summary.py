@@ -133,6 +133,14 @@ def test_nothing_of_the_model_changes_and_the_device_is_read_once():
     assert [module.training for module in model.modules()] == modes
 
 
+def test_a_compiled_model_is_looked_at_in_eager_mode():
+    model = _model()
+    model(_x())
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert str(qbr.summary(compiled, _x())) == str(qbr.summary(model, _x()))
+
+
 def test_the_table():
     model = _model()
     text = str(qbr.summary(model))

@@ -186,6 +186,27 @@ def test_what_is_not_training_is_not_seen():
     assert rows["0"].steps == 0 and rows["0"].changed is None and rows["0"].loss > 0
 
 
+def test_a_step_that_leaves_no_trace_in_versions_is_seen():
+    class Silent(torch.optim.SGD):
+        """Steps as sharded parameters do: the version counters stay."""
+
+        def step(self):
+            params = tuple(p for group in self.param_groups for p in group["params"])
+            with torch.autograd._unsafe_preserve_version_counter(params):
+                super().step()
+
+    model = _model()
+    model(_x())
+    qbr.AlphaControl(True, True).attach(model)  # or the step guard would change the versions of alphas
+    monitor = Monitor(model)
+    optimizer = Silent(model.parameters(), lr=0.5)
+    for i in range(4):
+        optimizer.zero_grad()
+        model(_x(i)).square().mean().backward()
+        optimizer.step()
+    assert [row.steps for row in monitor.read().values()] == [3, None, 3, None, 3]
+
+
 def test_checkpointed_layers_are_seen_once():
     model = _model(weight_bits=None)
     model(_x())

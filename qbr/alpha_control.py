@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
+
+import torch
 from torch import nn
 
-from qbr.quantizers import LSQQuantizer, quantizers
-from qbr.regularizer import watch
+from qbr.freezing import Freeze, Record, check_count, mean_distance
+from qbr.quantizers import LSQQuantizer, require_quantizers
+from qbr.regularizer import quantized_weights, watch
+from qbr.spec import ToAlpha, check_to_alpha
 
 _SETTINGS = ("freeze_weights", "freeze_acts", "br_to_alpha_weights", "br_to_alpha_acts", "warmup_epochs")
+_SIDES = {"weight": ("weights", "freeze_weights", "br_to_alpha_weights"),
+          "activation": ("activations", "freeze_acts", "br_to_alpha_acts")}  # fmt: skip
+STRATEGIES = {"S1": True, "S2": False}  # whether alphas are frozen once the bin loss is there
 
 
 class AlphaControl:
-    """Warm-up, freezing and BR's gradient of alpha, for weights and for activations separately.
+    """Warm-up, freezing and the bin loss's gradient of alpha, for weights and for activations separately.
 
     In warm-up (epochs 1 to warmup_epochs) every alpha learns from the task loss and no bin loss is collected. Then
     the bin loss is collected in the fused pass, and an alpha is moved by the task loss unless it is frozen, and by
-    the bin loss where that is asked for and it is not frozen: freezing wins. Freezing both sides is strategy S1 of
-    the BR paper (Han et al., ICCV 2021); freezing neither is its S2.
+    the bin loss where that is asked for and it is not frozen: freezing wins.
 
         control = AlphaControl(freeze_weights=True, warmup_epochs=30).attach(model)
         print(control.describe())
@@ -25,9 +33,11 @@ class AlphaControl:
             ...
 
     Args:
-        freeze_weights, freeze_acts: hold the alphas of that side fixed once warm-up ends.
-        br_to_alpha_weights, br_to_alpha_acts: let the bin loss move the alphas of that side: False, True (unscaled,
-            as the predecessor did) or "scaled" (by LSQ's gradient scale, as the task loss's gradient is).
+        freeze_weights, freeze_acts: hold the alphas of that side fixed: False (never), True (once warm-up ends) or a
+            qbr.Freeze, which names an epoch, a step or a convergence, and a release.
+        br_to_alpha_weights, br_to_alpha_acts: how much of the bin loss's gradient moves the alphas of that side:
+            False (none), True (all, unscaled, as the predecessor did), a fraction from 0 to 1, "scaled" (all, times
+            LSQ's gradient scale, as the task loss's gradient is) or (fraction, "scaled").
         warmup_epochs: how many epochs come before the bin loss, 0 or more.
 
     Raises:
@@ -36,14 +46,15 @@ class AlphaControl:
 
     def __init__(
         self,
-        freeze_weights: bool = False,
-        freeze_acts: bool = False,
-        br_to_alpha_weights: bool | str = False,
-        br_to_alpha_acts: bool | str = False,
+        freeze_weights: bool | Freeze = False,
+        freeze_acts: bool | Freeze = False,
+        br_to_alpha_weights: ToAlpha = False,
+        br_to_alpha_acts: ToAlpha = False,
         warmup_epochs: int = 0,
     ) -> None:
+        self._model: nn.Module | None = None
         self._quantizers: list[LSQQuantizer] = []
-        self._epoch = 1
+        self._epoch, self._step = 1, 0
         self._set(
             freeze_weights=freeze_weights,
             freeze_acts=freeze_acts,
@@ -52,38 +63,108 @@ class AlphaControl:
             warmup_epochs=warmup_epochs,
         )
 
+    @classmethod
+    def strategy(cls, name: str, **settings) -> AlphaControl:
+        """A strategy of the BR paper by its name.
+
+            "S1": LSQ alone finds the steps in warm-up; then they are frozen on both sides, and weights and activations
+                  learn from the task loss and the bin loss.
+            "S2": the steps go on learning from the task loss beside the bin loss.
+
+        Args:
+            name: "S1" or "S2".
+            settings: warmup_epochs, br_to_alpha_weights and br_to_alpha_acts, as in AlphaControl().
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+
+        Source: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021.
+        """
+        if name not in STRATEGIES:
+            raise ValueError(f"name={name!r}: expected one of {', '.join(map(repr, STRATEGIES))}")
+        decided = sorted({"freeze_weights", "freeze_acts"} & settings.keys())
+        if decided:
+            raise TypeError(f"{decided[0]}={settings[decided[0]]!r}: {name} decides that; call AlphaControl() instead")
+        return cls(freeze_weights=STRATEGIES[name], freeze_acts=STRATEGIES[name], **settings)
+
     def _set(self, **settings) -> None:
         for name in ("freeze_weights", "freeze_acts"):
-            if not isinstance(settings[name], bool):
-                raise TypeError(f"{name}={settings[name]!r}: expected True or False")
+            if not isinstance(settings[name], (bool, Freeze)):
+                raise TypeError(f"{name}={settings[name]!r}: expected True, False or a qbr.Freeze")
         for name in ("br_to_alpha_weights", "br_to_alpha_acts"):
-            if not isinstance(settings[name], bool) and settings[name] != "scaled":
-                raise ValueError(f"{name}={settings[name]!r}: expected False, True or 'scaled'")
-        _check_epoch(settings["warmup_epochs"], "warmup_epochs", least=0)
+            check_to_alpha(settings[name], name)
+        check_count(settings["warmup_epochs"], "warmup_epochs", least=0)
         for name in _SETTINGS:
             setattr(self, name, settings[name])
+        self._records = {kind: Record(self._plan(kind)) for kind in _SIDES}
+
+    def _plan(self, kind: str) -> Freeze | None:
+        freeze = getattr(self, _SIDES[kind][1])
+        return freeze if isinstance(freeze, Freeze) else Freeze() if freeze else None
 
     def attach(self, model: nn.Module) -> AlphaControl:
         """Take over the quantizers of model, in the state of epoch 1 (or the one that was loaded).
 
         Raises:
-            ValueError: for a model without quantizers.
+            ValueError: for a model without quantizers, or without quantized weights where a release waits for them.
         """
-        found = quantizers(model)
-        if not found:
-            raise ValueError(f"model ({type(model).__name__}) has no quantizers: call qbr.prepare(model, config) first")
+        found = require_quantizers(model)
+        if any(self._plan(kind) and self._plan(kind).release_tolerance is not None for kind in _SIDES):
+            if not quantized_weights(model):
+                raise ValueError("release_tolerance: the model has no quantized weights whose distance could settle; "
+                                 "use release_epoch or release_step")  # fmt: skip
         watch(model)
-        self._quantizers = list(found.values())
+        self._model, self._quantizers = model, list(found.values())
         self._apply()
         return self
 
     def begin_epoch(self, epoch: int) -> None:
-        """Set every quantizer to what holds in this epoch, counted from 1; in any order, as often as you like."""
-        _check_epoch(epoch, "epoch", least=1)
-        if not self._quantizers:
+        """Set every quantizer to what holds in this epoch, counted from 1; in any order, as often as you like.
+
+        A Freeze with a tolerance looks at the model here, and reads the device once for each side.
+
+        Raises:
+            TypeError, ValueError: for an epoch that is none.
+            RuntimeError: before attach; or in a later epoch, if a Freeze counts steps and none has begun.
+        """
+        check_count(epoch, "epoch", least=1)
+        if self._model is None:
             raise RuntimeError(f"begin_epoch({epoch}) before attach: call control.attach(model) first")
+        by_step = any(record.plan is not None and record.plan.by_step for record in self._records.values())
+        if by_step and self._step == 0 and epoch > self._epoch:
+            raise RuntimeError(f"begin_epoch({epoch}): a Freeze counts steps, and no step has begun: call "
+                               "control.begin_step() before every training step")  # fmt: skip
         self._epoch = epoch
+        for kind, record in self._records.items():
+            members = [q for q in self._quantizers if q.kind == kind]
+            if members:
+                record.look(epoch, self._step, self.br_active, lambda: _alphas(members), self._mean_distance)
         self._apply()
+
+    def begin_step(self, step: int | None = None) -> None:
+        """Say that a training step begins; needed where a Freeze counts steps. Host arithmetic only.
+
+        Args:
+            step: counted from 1 over all epochs; None for the one after the last.
+
+        Raises:
+            TypeError, ValueError: for a step that is none. RuntimeError: before attach.
+        """
+        step = self._step + 1 if step is None else step
+        check_count(step, "step", least=1)
+        if self._model is None:
+            raise RuntimeError(f"begin_step({step}) before attach: call control.attach(model) first")
+        before = self._frozen()
+        self._step = step
+        if self._frozen() != before:
+            self._apply()
+
+    def _frozen(self) -> dict[str, bool]:
+        """{kind: whether its alphas are frozen now}"""
+        return {kind: r.frozen(self._epoch, self._step, self.br_active) for kind, r in self._records.items()}
+
+    def _mean_distance(self):
+        return mean_distance(self._model)
 
     @property
     def br_active(self) -> bool:
@@ -91,59 +172,115 @@ class AlphaControl:
         return self._epoch > self.warmup_epochs
 
     def _apply(self) -> None:
+        frozen = self._frozen()
         for quantizer in self._quantizers:
-            weight = quantizer.kind == "weight"
-            frozen = self.br_active and (self.freeze_weights if weight else self.freeze_acts)
             quantizer.collecting = self.br_active
-            quantizer.br_to_alpha = self.br_to_alpha_weights if weight else self.br_to_alpha_acts
-            quantizer.alpha.requires_grad_(not frozen)
-            if frozen:
+            quantizer.br_to_alpha = getattr(self, _SIDES[quantizer.kind][2])
+            quantizer.alpha.requires_grad_(not frozen[quantizer.kind])
+            if frozen[quantizer.kind]:
                 quantizer.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, momentum included
             if not self.br_active:
                 quantizer.take_retained()
 
     def describe(self) -> str:
-        """A table of which losses move the alphas of weights and of activations in each phase."""
-        rows = [("phase", "alphas of", "CE -> alpha", "BR -> alpha", "BR loss")]
-        if self.warmup_epochs:
-            phase = f"warm-up, epochs 1 to {self.warmup_epochs}"
-            rows += [(phase, "weights", "yes", "no", "no"), (phase, "activations", "yes", "no", "no")]
-        phase = f"BR, from epoch {self.warmup_epochs + 1}"
-        for side, frozen, to_alpha in (
-            ("weights", self.freeze_weights, self.br_to_alpha_weights),
-            ("activations", self.freeze_acts, self.br_to_alpha_acts),
-        ):
-            moved = "scaled" if to_alpha == "scaled" else "yes" if to_alpha else "no"
-            if frozen:
-                moved = "no (freeze wins)" if to_alpha else "no"
-            rows.append((phase, side, "no (frozen)" if frozen else "yes", moved, "yes"))
+        """A table of which losses move the alphas of weights and of activations in each phase.
+
+        Of an attached model, only the sides that are quantized.
+        """
+        kinds = {q.kind for q in self._quantizers} or set(_SIDES)
+        rows = [row for kind in _SIDES if kind in kinds for row in self._phases(kind)]
+        rows.sort(key=lambda row: row[0])
+        rows = [("phase", "alphas of", "CE -> alpha", "BR -> alpha", "BR loss"), *[cells for _, cells in rows]]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
+    def _phases(self, kind: str):
+        """(first epoch, the cells of a row) for each phase of one side; what no epoch decides comes last."""
+        plan = self._plan(kind)
+        record = Record(plan)  # without what a tolerance has decided so far
+        named = {1, self.warmup_epochs + 1}
+        if plan is not None:
+            named |= {plan.epoch} - {None}
+            if plan.step is None and plan.tolerance is None:  # else it ends the row of that event
+                named |= {plan.release_epoch} - {None}
+        starts = sorted(named)
+        for start, end in zip(starts, [*starts[1:], None]):
+            after = start > self.warmup_epochs
+            if end is None:
+                when = f"from epoch {start}"
+            else:
+                when = f"epoch {start}" if end == start + 1 else f"epochs {start} to {end - 1}"
+            cells = self._moves(kind, record.frozen(start, 0, after), after)
+            yield start, (f"{'BR' if after else 'warm-up'}, {when}", *cells)
+        for frozen, when in _events(plan):
+            *cells, _ = self._moves(kind, frozen, True)
+            yield math.inf, (when, *cells, "after warm-up" if self.warmup_epochs else "yes")
+
+    def _moves(self, kind: str, frozen: bool, after_warmup: bool) -> tuple[str, str, str, str]:
+        """(alphas of, CE -> alpha, BR -> alpha, BR loss)"""
+        side, _, to_alpha = _SIDES[kind]
+        fraction, scaled = check_to_alpha(getattr(self, to_alpha), to_alpha)
+        amount = "yes" if fraction == 1 else f"{fraction:g}"
+        moved = "no" if fraction == 0 else ("scaled" if fraction == 1 else f"{amount}, scaled") if scaled else amount
+        if not after_warmup:
+            moved = "no"
+        if frozen:
+            moved = "no" if moved == "no" else "no (freeze wins)"
+        return side, "no (frozen)" if frozen else "yes", moved, "yes" if after_warmup else "no"
+
     def state_dict(self) -> dict:
-        """The settings and the epoch, plain values."""
-        return {**{name: getattr(self, name) for name in _SETTINGS}, "epoch": self._epoch}
+        """The settings, the epoch, the step, and what convergences remember; plain values. A Freeze is a dict in it."""
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        settings = {name: asdict(value) if isinstance(value, Freeze) else value for name, value in settings.items()}
+        records = {_SIDES[kind][0]: record.state_dict() for kind, record in self._records.items()}
+        return {**settings, "epoch": self._epoch, "step": self._step, "convergence": records}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what state_dict() gave, and apply it if a model is attached.
+        """Restore what state_dict() gave, and apply it if a model is attached. The state of a version without steps
+        and convergences loads, too.
 
         Raises:
             ValueError, TypeError: for a state that is not AlphaControl's; nothing has changed then.
         """
         expected = {*_SETTINGS, "epoch"}
-        if set(state) != expected:
-            raise ValueError(f"state has the keys {sorted(state)}: expected {sorted(expected)}")
-        _check_epoch(state["epoch"], "epoch", least=1)
-        self._set(**{name: state[name] for name in _SETTINGS})
-        self._epoch = state["epoch"]
+        if not expected <= set(state) <= expected | {"step", "convergence"}:
+            raise ValueError(f"state has the keys {sorted(state)}: expected {sorted(expected)}, step and convergence")
+        check_count(state["epoch"], "epoch", least=1)
+        check_count(state.get("step", 0), "step", least=0)
+        records = state.get("convergence", {side: Record(None).state_dict() for side, *_ in _SIDES.values()})
+        for side, *_ in _SIDES.values():
+            if set(records.get(side, ())) != set(Record(None).state_dict()):
+                raise ValueError(f"state['convergence'] has no whole record of {side}: it is not AlphaControl's")
+        settings = {name: state[name] for name in _SETTINGS}
+        for name in ("freeze_weights", "freeze_acts"):
+            if isinstance(settings[name], dict):
+                settings[name] = Freeze(**settings[name])
+        self._set(**settings)
+        self._epoch, self._step = state["epoch"], state.get("step", 0)
+        for kind, record in self._records.items():
+            record.load_state_dict(records[_SIDES[kind][0]])
         self._apply()
 
 
-def _check_epoch(value: int, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: expected an int")
-    if value < least:
-        raise ValueError(f"{name}={value}: expected {least} or more")
+def _events(plan: Freeze | None):
+    """(whether alphas are frozen then, when) for what a step or a convergence decides."""
+    if plan is None:
+        return
+    until = f", until epoch {plan.release_epoch}" if plan.release_epoch is not None else ""
+    settles = f"moves <= {{:g}} of itself in {plan.window} epoch{'s' if plan.window > 1 else ''}"
+    if plan.step is not None:
+        yield True, f"from step {plan.step}{until}"
+    if plan.tolerance is not None:
+        yield True, f"once alpha {settles.format(plan.tolerance)}{until}"
+    if plan.release_step is not None:
+        yield False, f"from step {plan.release_step}"
+    if plan.release_tolerance is not None:
+        yield False, f"once the distance {settles.format(plan.release_tolerance)}"
+
+
+def _alphas(quantizers: list[LSQQuantizer]) -> torch.Tensor:
+    """A copy of their alphas, in one tensor."""
+    return torch.cat([quantizer.alpha.detach() for quantizer in quantizers])
 
 
 def parameter_groups(
@@ -162,9 +299,7 @@ def parameter_groups(
     Raises:
         ValueError: for a model without quantizers (an optimizer made before prepare() would miss every alpha).
     """
-    alphas = [quantizer.alpha for quantizer in quantizers(model).values()]
-    if not alphas:
-        raise ValueError(f"model ({type(model).__name__}) has no quantizers: call qbr.prepare(model, config) first")
+    alphas = [quantizer.alpha for quantizer in require_quantizers(model).values()]
     ids = {id(alpha) for alpha in alphas}
     others = [p for p in model.parameters() if id(p) not in ids]
     return [

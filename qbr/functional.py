@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from qbr import ops
-from qbr.spec import QuantSpec
+from qbr.spec import QuantSpec, ToAlpha
 
 
 class Bins(NamedTuple):
@@ -92,22 +92,27 @@ def bin_loss(
     *,
     relu: bool = False,
     clip: float | None = None,
-    backprop_to_alpha: bool | str = False,
+    backprop_to_alpha: ToAlpha = False,
+    regularizer: str = "br",
     backend: str = "auto",
 ) -> BinLoss:
     """Bin regularization: sum over occupied codes k of (mean of the bin - level)^2 + variance of the bin.
 
     Args:
-        backprop_to_alpha: whether the loss has a gradient to alpha: False, True (unscaled, as the predecessor) or
-            "scaled" (times LSQ's gradient scale).
+        backprop_to_alpha: how much of the loss's gradient reaches alpha: False (none), True (all of it, unscaled, as
+            the predecessor), a fraction from 0 to 1, "scaled" (all, times LSQ's gradient scale), or
+            (fraction, "scaled"). It changes neither the loss nor its gradient to x.
+        regularizer: "br", or "dampening" for the sum of squared distances to the levels: an element weighs 1 there
+            and not 1 / n_k (qbr/kernels/README.md, "Dampening").
         x, alpha, spec, relu, clip, backend: as in fake_quantize.
 
     Returns:
         loss, a scalar in the graph, float32; bins, the sums it came from.
 
-    Source: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021.
+    Sources: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021; dampening:
+    Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022, section 4.2.
     """
-    loss, table = ops.bin_loss(x, alpha, spec, relu, clip, backprop_to_alpha, backend)
+    loss, table = ops.bin_loss(x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend)
     return BinLoss(loss, _bins(table, x, alpha, spec))
 
 
@@ -118,11 +123,12 @@ def fake_quantize_with_bin_loss(
     *,
     relu: bool = False,
     clip: float | None = None,
-    backprop_to_alpha: bool | str = False,
+    backprop_to_alpha: ToAlpha = False,
+    regularizer: str = "br",
     backend: str = "auto",
 ) -> FakeQuantizedWithBinLoss:
     """fake_quantize and bin_loss in one pass over x; backward reads x and the incoming gradient once."""
-    xhat, loss, table = ops.lsq_bin(x, alpha, spec, relu, clip, backprop_to_alpha, backend)
+    xhat, loss, table = ops.lsq_bin(x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend)
     return FakeQuantizedWithBinLoss(xhat, loss, _bins(table, x, alpha, spec))
 
 
@@ -142,22 +148,37 @@ def foreach_fake_quantize(
 
 def foreach_fake_quantize_with_bin_loss(
     xs: Sequence[Tensor], alphas: Sequence, specs, *, relu: bool = False, clip: float | None = None,
-    backprop_to_alpha: bool | str | Sequence[bool | str] = False, backend: str = "auto",
+    backprop_to_alpha: ToAlpha | list[ToAlpha] = False, regularizer: str | list[str] = "br", backend: str = "auto",
 ) -> list[FakeQuantizedWithBinLoss]:  # fmt: skip
-    """fake_quantize_with_bin_loss over lists; backprop_to_alpha may be a list, too."""
+    """fake_quantize_with_bin_loss over lists; backprop_to_alpha and regularizer may be lists, too."""
     xs, alphas, specs = _checked(xs, alphas, specs)
-    if isinstance(backprop_to_alpha, (bool, str)):
-        backprop_to_alpha = [backprop_to_alpha] * len(xs)
-    results = ops.foreach_lsq_bin(xs, alphas, specs, relu, clip, backprop_to_alpha, backend)
+    ways = _for_each(xs, backprop_to_alpha, "backprop_to_alpha"), _for_each(xs, regularizer, "regularizer")
+    results = ops.foreach_lsq_bin(xs, alphas, specs, relu, clip, *ways, backend)
     return [
         FakeQuantizedWithBinLoss(xhat, loss, _bins(table, x, alpha, spec))
         for (xhat, loss, table), x, alpha, spec in zip(results, xs, alphas, specs)
     ]
 
 
-def foreach_bin_loss(xs: Sequence[Tensor], alphas: Sequence, specs, **options) -> list[BinLoss]:
-    """bin_loss over lists; ``specs`` is one QuantSpec for all or a list."""
-    return [bin_loss(*each, **options) for each in zip(*_checked(xs, alphas, specs))]
+def foreach_bin_loss(
+    xs: Sequence[Tensor], alphas: Sequence, specs, *, relu: bool = False, clip: float | None = None,
+    backprop_to_alpha: ToAlpha | list[ToAlpha] = False, regularizer: str | list[str] = "br", backend: str = "auto",
+) -> list[BinLoss]:  # fmt: skip
+    """bin_loss over lists, in one call of the backend; backprop_to_alpha and regularizer may be lists, too."""
+    xs, alphas, specs = _checked(xs, alphas, specs)
+    ways = _for_each(xs, backprop_to_alpha, "backprop_to_alpha"), _for_each(xs, regularizer, "regularizer")
+    results = ops.foreach_bin_loss(xs, alphas, specs, relu, clip, *ways, backend)
+    return [
+        BinLoss(loss, _bins(table, x, alpha, spec)) for (loss, table), x, alpha, spec in zip(results, xs, alphas, specs)
+    ]
+
+
+def _for_each(xs: list, value, argument: str) -> list:
+    """A list of one value for each tensor; value may be that list."""
+    values = value if isinstance(value, list) else [value] * len(xs)
+    if len(values) != len(xs):
+        raise ValueError(f"{argument} has {len(values)} entries for {len(xs)} tensors: expected as many, or one value")
+    return values
 
 
 def _checked(xs, alphas, specs) -> tuple[list, list, list]:

@@ -49,19 +49,22 @@ def quantize_together(model: nn.Module, *_) -> None:
             continue
         if quantizer.training and not quantizer.initialised:
             continue  # its first forward sets alpha
-        groups.setdefault(quantizer.collects(), []).append((quantizer, weight))
-    for collects, members in groups.items():
+        groups.setdefault(quantizer.makes_bins(), []).append((quantizer, weight))
+    for with_bins, members in groups.items():
         if len(members) > 1:
-            _quantize(members, collects)
+            _quantize(members, with_bins)
 
 
-def _quantize(members: list, collects: bool) -> None:
+def _quantize(members: list, with_bins: bool) -> None:
     weights = [weight for _, weight in members]
     alphas = [quantizer.alpha for quantizer, _ in members]
     specs = [quantizer.spec for quantizer, _ in members]
-    if collects:
-        to_alpha = [quantizer.br_to_alpha if quantizer.alpha.requires_grad else False for quantizer, _ in members]
-        results = functional.foreach_fake_quantize_with_bin_loss(weights, alphas, specs, backprop_to_alpha=to_alpha)
+    if with_bins:
+        to_alpha = [quantizer.bin_loss_to_alpha() for quantizer, _ in members]
+        regularizers = [quantizer.regularizer for quantizer, _ in members]
+        results = functional.foreach_fake_quantize_with_bin_loss(
+            weights, alphas, specs, backprop_to_alpha=to_alpha, regularizer=regularizers
+        )
         made = [(each.xhat, BinLoss(each.loss, each.bins)) for each in results]
     else:
         made = [(xhat, None) for xhat in functional.foreach_fake_quantize(weights, alphas, specs)]
@@ -81,7 +84,7 @@ def take(quantizer, weight: Tensor) -> Ready | None:
         or ready.alpha is not quantizer.alpha
         or ready.versions != (weight._version, quantizer.alpha._version)
         or ready.with_grad != torch.is_grad_enabled()
-        or (ready.entry is not None) != quantizer.collects()
+        or (ready.entry is not None) != quantizer.makes_bins()
         or _is_checkpointed()
     ):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 
 from qbr.functional import Bins
+from qbr.spec import QuantSpec
 
 
 class BinMetrics(NamedTuple):
     """The figures of one tensor, plain numbers.
 
     Attributes:
-        loss, mse, var: L_BR and its two parts, mse + var = loss to rounding, in units of x squared.
+        loss, mse, var: L_BR and its two parts, mse + var = loss to rounding, in units of x squared; also where
+            dampening is what is trained.
         quantization_mse: mean of d^2 over all elements, d the distance to an element's level.
         mean_distance: mean |d|.
         effectiveness: 100 * (1 - mean |d| / (alpha / 2)), between 0 and 100; a uniform spread reads 50.
@@ -53,23 +56,24 @@ def mse_and_var(bins: Bins) -> tuple[Tensor, Tensor]:
 
 def read(tables: Sequence[Bins]) -> list[BinMetrics]:
     """The metrics of many tensors, in one transfer from the device (one more for each further device)."""
-    if not tables:
+    values = iter(to_host([t for bins in tables for t in (bins.table, bins.alpha)]))
+    return [from_values(next(values), next(values), bins.spec) for bins in tables]
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The values of many tensors, each flat, in one transfer from the device (one more for each further device)."""
+    if not tensors:
         return []
-    device = tables[0].table.device
-    parts = [t for bins in tables for t in (bins.table, bins.alpha.reshape(-1).to(torch.float64))]
-    flat = torch.cat([part.to(device, non_blocking=True) for part in parts]).tolist()
-    metrics, start = [], 0
-    for bins in tables:
-        middle = start + bins.table.numel()
-        end = middle + bins.alpha.numel()
-        metrics.append(_metrics(flat[start:middle], flat[middle:end], bins))
-        start = end
-    return metrics
+    device = tensors[0].device
+    flat = torch.cat([t.detach().reshape(-1).to(device, torch.float64, non_blocking=True) for t in tensors]).tolist()
+    ends = list(itertools.accumulate(t.numel() for t in tensors))
+    return [flat[end - t.numel() : end] for t, end in zip(tensors, ends)]
 
 
-def _metrics(table: list[float], alphas: list[float], bins: Bins) -> BinMetrics:
-    spec, numel = bins.spec, bins.numel
+def from_values(table: list[float], alphas: list[float], spec: QuantSpec) -> BinMetrics:
+    """The figures of a bin table and its steps, both on the host; of several tables, of one tensor each, their sum."""
     slots = spec.num_slots
+    numel = int(sum(table[:slots]))
     alpha = sum(alphas) / len(alphas)
     loss = mse = var = squares = 0.0
     bins_used = 0

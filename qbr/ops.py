@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from qbr import kernels
-from qbr.kernels import foreach
-from qbr.spec import QuantSpec
+from qbr.kernels import foreach, reference
+from qbr.spec import QuantSpec, check_regularizer, check_to_alpha
 
 _QUANT = "int qn, int qp, bool binary, int channel_axis, bool relu, float clip"
 SCHEMAS = {
@@ -178,40 +178,59 @@ class _LSQ(torch.autograd.Function):
 
 class _BinLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, alpha, backend, plain, br_to_alpha):
-        loss, bins, dloss_dalpha = _ops[backend, "bin_loss_fwd"](x, alpha, *plain, br_to_alpha != 0)
-        ctx.save_for_backward(x, alpha, bins, dloss_dalpha)
+    def forward(ctx, x, alpha, backend, plain, br_to_alpha, dampening):
+        loss, bins, dloss_dalpha = _ops[backend, "bin_loss_fwd"](x, alpha, *plain, br_to_alpha != 0 and not dampening)
+        loss, weights, dloss_dalpha = _regularized(dampening, loss, bins, dloss_dalpha, x, alpha, plain, br_to_alpha)
+        ctx.save_for_backward(x, alpha, weights, dloss_dalpha)
         ctx.call = backend, plain, br_to_alpha
         ctx.mark_non_differentiable(bins)
         return loss, bins
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        x, alpha, bins, dloss_dalpha = ctx.saved_tensors
+        x, alpha, weights, dloss_dalpha = ctx.saved_tensors
         backend, plain, br_to_alpha = ctx.call
-        dx = _ops[backend, "bin_loss_bwd"](grad_loss, x, alpha, bins, *plain)
+        dx = _ops[backend, "bin_loss_bwd"](grad_loss, x, alpha, weights, *plain)
         dalpha = dloss_dalpha * (grad_loss * br_to_alpha) if br_to_alpha != 0 else None
-        return dx, dalpha, None, None, None
+        return dx, dalpha, None, None, None, None
 
 
 class _LSQBin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, alpha, backend, plain, grad_scale, br_to_alpha):
-        xhat, loss, bins, dloss_dalpha = _ops[backend, "lsq_bin_fwd"](x, alpha, *plain, br_to_alpha != 0)
-        ctx.save_for_backward(x, alpha, bins, dloss_dalpha)
+    def forward(ctx, x, alpha, backend, plain, grad_scale, br_to_alpha, dampening):
+        xhat, loss, bins, dloss_dalpha = _ops[backend, "lsq_bin_fwd"](
+            x, alpha, *plain, br_to_alpha != 0 and not dampening
+        )
+        loss, weights, dloss_dalpha = _regularized(dampening, loss, bins, dloss_dalpha, x, alpha, plain, br_to_alpha)
+        ctx.save_for_backward(x, alpha, weights, dloss_dalpha)
+        ctx.set_materialize_grads(False)
         ctx.call = backend, plain, grad_scale, br_to_alpha
         ctx.mark_non_differentiable(bins)
         return xhat, loss, bins
 
     @staticmethod
     def backward(ctx, grad_xhat, grad_loss, _):
-        x, alpha, bins, dloss_dalpha = ctx.saved_tensors
+        x, alpha, weights, dloss_dalpha = ctx.saved_tensors
         backend, plain, grad_scale, br_to_alpha = ctx.call
-        grad_xhat = _laid_out_like(grad_xhat, x)
-        dx, dalpha = _ops[backend, "lsq_bin_bwd"](grad_xhat, grad_loss, x, alpha, bins, *plain, grad_scale)
+        grad_xhat = torch.zeros_like(x) if grad_xhat is None else _laid_out_like(grad_xhat, x)
+        if grad_loss is None:  # nobody used the loss: what LSQ alone does, to the bit
+            dx, dalpha = _ops[backend, "lsq_bwd"](grad_xhat, x, alpha, *plain, grad_scale)
+            return dx, dalpha, None, None, None, None, None
+        dx, dalpha = _ops[backend, "lsq_bin_bwd"](grad_xhat, grad_loss, x, alpha, weights, *plain, grad_scale)
         if br_to_alpha != 0:
             dalpha = dalpha + dloss_dalpha * (grad_loss * br_to_alpha)
-        return dx, dalpha, None, None, None, None
+        return dx, dalpha, None, None, None, None, None
+
+
+def _regularized(dampening, loss, bins, dloss_dalpha, x, alpha, plain, br_to_alpha):
+    """(loss, the table that backward takes n_k from, dloss_dalpha): of BR as they come from the kernel, of dampening
+    from the same bin sums with 1 in the place of every n_k."""
+    if not dampening:
+        return loss, bins, dloss_dalpha
+    levels = plain[1] - plain[0] + 1
+    if br_to_alpha != 0:
+        dloss_dalpha = reference.dampening_dalpha(x, alpha, bins, *plain)
+    return bins[2 * levels : 3 * levels].sum().to(loss.dtype), torch.ones_like(bins), dloss_dalpha
 
 
 class _ForeachLSQ(torch.autograd.Function):
@@ -234,13 +253,37 @@ class _ForeachLSQ(torch.autograd.Function):
         return None, None, None, *_spread(used, dxs, len(grad_xhats)), *_spread(used, dalphas, len(grad_xhats))
 
 
+class _ForeachBinLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, quant, br_to_alphas, dampenings, *tensors):
+        xs, alphas = _halves(tensors)
+        results = _ops[backend, "foreach_bin_loss_fwd"](xs, alphas, *quant, _asks_br(br_to_alphas, dampenings))
+        losses, bins, weights, dloss_dalphas = _all_regularized(dampenings, *results, xs, alphas, quant, br_to_alphas)
+        ctx.save_for_backward(*tensors, *weights, *dloss_dalphas)
+        ctx.set_materialize_grads(False)
+        ctx.call = backend, quant, br_to_alphas
+        ctx.mark_non_differentiable(*bins)
+        return *losses, *bins
+
+    @staticmethod
+    def backward(ctx, *grads):
+        xs, alphas, weights, dloss_dalphas = _halves(ctx.saved_tensors, 4)
+        backend, (ranges, *relu), br_to_alphas = ctx.call
+        count = len(xs)
+        used = [i for i in range(count) if grads[i] is not None]
+        lists = _at(used, grads, xs, alphas, weights)
+        dxs = _ops[backend, "foreach_bin_loss_bwd"](*lists, _ranges(used, ranges), *relu)
+        dalphas = [dloss_dalphas[i] * (grads[i] * br_to_alphas[i]) if br_to_alphas[i] != 0 else None for i in used]
+        return None, None, None, None, *_spread(used, dxs, count), *_spread(used, dalphas, count)
+
+
 class _ForeachLSQBin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, quant, grad_scales, br_to_alphas, *tensors):
+    def forward(ctx, backend, quant, grad_scales, br_to_alphas, dampenings, *tensors):
         xs, alphas = _halves(tensors)
-        to_alpha = any(br_to_alphas)
-        xhats, losses, bins, dloss_dalphas = _ops[backend, "foreach_lsq_bin_fwd"](xs, alphas, *quant, to_alpha)
-        ctx.save_for_backward(*tensors, *bins, *dloss_dalphas)
+        xhats, *results = _ops[backend, "foreach_lsq_bin_fwd"](xs, alphas, *quant, _asks_br(br_to_alphas, dampenings))
+        losses, bins, weights, dloss_dalphas = _all_regularized(dampenings, *results, xs, alphas, quant, br_to_alphas)
+        ctx.save_for_backward(*tensors, *weights, *dloss_dalphas)
         ctx.set_materialize_grads(False)
         ctx.call = backend, quant, grad_scales, br_to_alphas
         ctx.mark_non_differentiable(*bins)
@@ -248,21 +291,38 @@ class _ForeachLSQBin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        xs, alphas, bins, dloss_dalphas = _halves(ctx.saved_tensors, 4)
+        xs, alphas, weights, dloss_dalphas = _halves(ctx.saved_tensors, 4)
         backend, (ranges, *relu), grad_scales, br_to_alphas = ctx.call
         count = len(xs)
         # A tensor that nobody used has no gradient, as one that was never quantized.
         used = [i for i in range(count) if grads[i] is not None or grads[count + i] is not None]
         grad_xhats = [torch.zeros_like(xs[i]) if grads[i] is None else _laid_out_like(grads[i], xs[i]) for i in used]
+        without_loss = all(grad is None for grad in grads[count : 2 * count])
         grad_losses = [alphas[i].new_zeros(()) if grads[count + i] is None else grads[count + i] for i in used]
-        xs, alphas, bins, grad_scales = _at(used, xs, alphas, bins, grad_scales)
-        dxs, dalphas = _ops[backend, "foreach_lsq_bin_bwd"](
-            grad_xhats, grad_losses, xs, alphas, bins, _ranges(used, ranges), *relu, grad_scales
-        )
-        for j, i in enumerate(used):
-            if br_to_alphas[i] != 0:
-                dalphas[j] = dalphas[j] + dloss_dalphas[i] * (grad_losses[j] * br_to_alphas[i])
-        return None, None, None, None, *_spread(used, dxs, count), *_spread(used, dalphas, count)
+        xs, alphas, weights, grad_scales = _at(used, xs, alphas, weights, grad_scales)
+        rest = _ranges(used, ranges), *relu, grad_scales
+        if without_loss:  # what LSQ alone does, to the bit
+            dxs, dalphas = _ops[backend, "foreach_lsq_bwd"](grad_xhats, xs, alphas, *rest)
+        else:
+            lists = grad_xhats, grad_losses, xs, alphas, weights
+            dxs, dalphas = _ops[backend, "foreach_lsq_bin_bwd"](*lists, *rest)
+            for j, i in enumerate(used):
+                if br_to_alphas[i] != 0:
+                    dalphas[j] = dalphas[j] + dloss_dalphas[i] * (grad_losses[j] * br_to_alphas[i])
+        return None, None, None, None, None, *_spread(used, dxs, count), *_spread(used, dalphas, count)
+
+
+def _asks_br(br_to_alphas: list[float], dampenings: list[bool]) -> bool:
+    """Whether the kernels are to give BR's gradient of any alpha."""
+    return any(factor != 0 and not dampening for factor, dampening in zip(br_to_alphas, dampenings))
+
+
+def _all_regularized(dampenings, losses, bins, dloss_dalphas, xs, alphas, quant, br_to_alphas):
+    """_regularized() of every tensor: losses, bins as they are, weights, dloss_dalphas."""
+    plains = [(*each, *quant[1:]) for each in foreach.quants(quant[0])]
+    each = zip(dampenings, losses, bins, dloss_dalphas, xs, alphas, plains, br_to_alphas)
+    made = [_regularized(*arguments) for arguments in each]
+    return [loss for loss, _, _ in made], bins, [weights for _, weights, _ in made], [dalpha for *_, dalpha in made]
 
 
 def _halves(tensors, parts: int = 2) -> list[list[Tensor]]:
@@ -294,16 +354,34 @@ def foreach_lsq(xs, alphas, specs, relu, clip, backend) -> list[Tensor]:
     return results
 
 
-def foreach_lsq_bin(xs, alphas, specs, relu, clip, backprop_to_alphas, backend) -> list[tuple[Tensor, Tensor, Tensor]]:
+def foreach_bin_loss(
+    xs, alphas, specs, relu, clip, backprop_to_alphas, regularizers, backend
+) -> list[tuple[Tensor, Tensor]]:
+    results: list = [None] * len(xs)
+    for used, name, quant, _, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
+        factors = _factors(used, backprop_to_alphas, xs_, alphas_, specs)
+        dampenings = [is_dampening(regularizers[i]) for i in used]
+        flat = _ForeachBinLoss.apply(name, quant, factors, dampenings, *xs_, *alphas_)
+        for i, *each in zip(used, *_halves(flat)):
+            results[i] = tuple(each)
+    return results
+
+
+def foreach_lsq_bin(
+    xs, alphas, specs, relu, clip, backprop_to_alphas, regularizers, backend
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     results: list = [None] * len(xs)
     for used, name, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
-        factors = [
-            br_to_alpha_factor(backprop_to_alphas[i], x, alpha, specs[i]) for i, x, alpha in zip(used, xs_, alphas_)
-        ]
-        flat = _ForeachLSQBin.apply(name, quant, grad_scales, factors, *xs_, *alphas_)
+        factors = _factors(used, backprop_to_alphas, xs_, alphas_, specs)
+        dampenings = [is_dampening(regularizers[i]) for i in used]
+        flat = _ForeachLSQBin.apply(name, quant, grad_scales, factors, dampenings, *xs_, *alphas_)
         for i, *each in zip(used, *_halves(flat, 3)):
             results[i] = tuple(each)
     return results
+
+
+def _factors(used, backprop_to_alphas, xs, alphas, specs) -> list[float]:
+    return [br_to_alpha_factor(backprop_to_alphas[i], x, alpha, specs[i]) for i, x, alpha in zip(used, xs, alphas)]
 
 
 def _groups(xs, alphas, specs, relu, clip, backend):
@@ -330,23 +408,26 @@ def lsq(x, alpha, spec, relu, clip, backend) -> Tensor:
     return _LSQ.apply(x, alpha, backend, plain, _grad_scale(x, alpha, spec))
 
 
-def bin_loss(x, alpha, spec, relu, clip, backprop_to_alpha, backend) -> tuple[Tensor, Tensor]:
+def bin_loss(x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend) -> tuple[Tensor, Tensor]:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    return _BinLoss.apply(x, alpha, backend, plain, br_to_alpha_factor(backprop_to_alpha, x, alpha, spec))
+    factor = br_to_alpha_factor(backprop_to_alpha, x, alpha, spec)
+    return _BinLoss.apply(x, alpha, backend, plain, factor, is_dampening(regularizer))
 
 
-def lsq_bin(x, alpha, spec, relu, clip, backprop_to_alpha, backend) -> tuple[Tensor, Tensor, Tensor]:
+def lsq_bin(x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend) -> tuple[Tensor, Tensor, Tensor]:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    grad_scale = _grad_scale(x, alpha, spec)
-    return _LSQBin.apply(x, alpha, backend, plain, grad_scale, br_to_alpha_factor(backprop_to_alpha, x, alpha, spec))
+    factor = br_to_alpha_factor(backprop_to_alpha, x, alpha, spec)
+    return _LSQBin.apply(x, alpha, backend, plain, _grad_scale(x, alpha, spec), factor, is_dampening(regularizer))
 
 
-def br_to_alpha_factor(backprop_to_alpha: bool | str, x: Tensor, alpha: Tensor, spec: QuantSpec) -> float:
-    """What multiplies BR's gradient of alpha: 0 (off), 1 (True) or LSQ's gradient scale ("scaled")."""
-    if backprop_to_alpha == "scaled":
-        return _grad_scale(x, alpha, spec)
-    if not isinstance(backprop_to_alpha, bool):
-        raise ValueError(f"backprop_to_alpha={backprop_to_alpha!r}: expected False, True or 'scaled'")
-    return float(backprop_to_alpha)
+def is_dampening(regularizer: str) -> bool:
+    """Whether regularizer, one of REGULARIZERS, is dampening."""
+    return check_regularizer(regularizer, "regularizer") == "dampening"
+
+
+def br_to_alpha_factor(backprop_to_alpha, x: Tensor, alpha: Tensor, spec: QuantSpec) -> float:
+    """What multiplies the bin loss's gradient of alpha: the fraction, times LSQ's gradient scale if it is scaled."""
+    fraction, scaled = check_to_alpha(backprop_to_alpha, "backprop_to_alpha")
+    return fraction * _grad_scale(x, alpha, spec) if scaled else fraction

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from qbr import functional, grouping
 from qbr.functional import BinLoss
-from qbr.spec import QuantSpec
+from qbr.spec import QuantSpec, ToAlpha
 
 KINDS = ("weight", "activation")
 LARGEST_SHRINK = 10.0  # one optimizer step leaves at least alpha / 10 ...
@@ -46,7 +46,10 @@ class LSQQuantizer(nn.Module):
         alpha: Parameter [1] or [C], float32 whatever dtype the model is cast to. Positive: see ``guard_step``.
         init_state: buffer [1], float32: 0 before alpha was set from data, then 1.
         collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``.
-        br_to_alpha: whether that loss has a gradient to alpha: False, True or "scaled". A frozen alpha has none.
+        br_to_alpha: how much of that loss's gradient reaches alpha: False, True, a fraction from 0 to 1, "scaled" or
+            (fraction, "scaled"), as in functional.bin_loss. A frozen alpha has none.
+        regularizer: which loss that is: "br" or "dampening".
+        observer: what a qbr.Monitor has put here to look at training forwards; None without one.
         alone: whether a weight is quantized by its own layer only, and not with the model's other weights
             (qbr/grouping.py); set there where a forward turned out to need it.
 
@@ -71,12 +74,14 @@ class LSQQuantizer(nn.Module):
         self.kind = kind
         self.initial_alpha = float(initial_alpha)
         self.collecting = False
-        self.br_to_alpha: bool | str = False
+        self.br_to_alpha: ToAlpha = False
+        self.regularizer = "br"
         self.alpha = nn.Parameter(torch.full((channels,), self.initial_alpha, dtype=torch.float32, device=device))
         self.register_buffer("init_state", torch.zeros(1, dtype=torch.float32, device=device))
         # init_state's value on the host: reading the buffer in forward would wait for the device.
         self._initialised = False
         self._retained: list[BinLoss] = []
+        self.observer = None
         self.alone = False
         self._ready: grouping.Ready | None = None
         self._ready_used = False
@@ -111,21 +116,33 @@ class LSQQuantizer(nn.Module):
             self.initialise(x, relu=relu, clip=clip, force=False)
         ready = grouping.take(self, x) if self._ready is not None else None
         if ready is not None:
-            if ready.entry is not None:
-                self._retain(ready.entry)
-            return ready.xhat
-        if not self.collects():
-            return functional.fake_quantize(x, self.alpha, self.spec, relu=relu, clip=clip)
-        br_to_alpha = self.br_to_alpha if self.alpha.requires_grad else False
-        xhat, loss, bins = functional.fake_quantize_with_bin_loss(
-            x, self.alpha, self.spec, relu=relu, clip=clip, backprop_to_alpha=br_to_alpha
-        )
-        self._retain(BinLoss(loss, bins))
+            xhat, entry = ready.xhat, ready.entry
+        elif self.makes_bins():
+            xhat, loss, bins = functional.fake_quantize_with_bin_loss(
+                x, self.alpha, self.spec, relu=relu, clip=clip, backprop_to_alpha=self.bin_loss_to_alpha(),
+                regularizer=self.regularizer,
+            )  # fmt: skip
+            entry = BinLoss(loss, bins)
+        else:
+            xhat, entry = functional.fake_quantize(x, self.alpha, self.spec, relu=relu, clip=clip), None
+        if entry is not None:
+            if self.collects():
+                self._retain(entry)
+            if self.observer is not None:
+                self.observer.see(x, xhat, entry.bins)
         return xhat
 
     def collects(self) -> bool:
         """Whether a forward here and now keeps its bin loss."""
         return self.collecting and self.training and torch.is_grad_enabled()
+
+    def makes_bins(self) -> bool:
+        """Whether a forward here and now has bin sums, for its loss or for an observer."""
+        return (self.collecting or self.observer is not None) and self.training and torch.is_grad_enabled()
+
+    def bin_loss_to_alpha(self) -> ToAlpha:
+        """br_to_alpha, of an alpha that is not frozen."""
+        return self.br_to_alpha if self.alpha.requires_grad else False
 
     def _retain(self, entry: BinLoss) -> None:
         if self.kind == "weight":
@@ -222,8 +239,8 @@ class LSQQuantizer(nn.Module):
                                  "delete the key and load with strict=False to set alpha from data again")
 
     def __getstate__(self):
-        # Collected losses are part of a graph: neither deepcopy nor pickle takes them.
-        return {**self.__dict__, "_retained": [], "_ready": None}
+        # Collected losses are part of a graph, and an observer is of one model: neither deepcopy nor pickle takes them.
+        return {**self.__dict__, "_retained": [], "_ready": None, "observer": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -275,6 +292,14 @@ def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LSQQuantizer)}
 
 
+def require_quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
+    """quantizers(model), or a ValueError if there are none."""
+    found = quantizers(model)
+    if not found:
+        raise ValueError(f"model ({type(model).__name__}) has no quantizers: call qbr.prepare(model, config) first")
+    return found
+
+
 def check_state_dict(model: nn.Module, state_dict, prefix: str = "") -> None:
     """Raise ValueError, before anything is written, for a state_dict that one of model's quantizers rejects.
 
@@ -322,3 +347,5 @@ def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
         torch._foreach_maximum_(alphas, floors)
     for quantizer in mine:
         quantizer._retained = []
+        if quantizer.observer is not None:
+            quantizer.observer.stepped()

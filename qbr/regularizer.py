@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from qbr import functional, grouping, metrics
 from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
-from qbr.quantizers import check_bits, check_state_dict, quantizers
-from qbr.spec import QuantSpec
+from qbr.quantizers import LSQQuantizer, check_bits, check_state_dict, quantizers, require_quantizers
+from qbr.spec import QuantSpec, ToAlpha, check_regularizer
 
 _OWNED = ("weight_quantizer", "quantizer")  # a quantizer with one of these names is reported as its layer
 _LAYER_KEYS = (
@@ -52,9 +52,7 @@ def bin_loss(model: nn.Module) -> ModelBinLoss:
 
     Source: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021.
     """
-    found = quantizers(model)
-    if not found:
-        raise ValueError(f"model ({type(model).__name__}) has no quantizers: call qbr.prepare(model, config) first")
+    found = require_quantizers(model)
     layers: dict[str, BinLoss] = {}
     losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
     for name, quantizer in found.items():
@@ -65,6 +63,50 @@ def bin_loss(model: nn.Module) -> ModelBinLoss:
     return ModelBinLoss(
         _sum(losses["weight"], device), _sum(losses["activation"], device), dict(zip(layers, _fixed(layers.values())))
     )
+
+
+def set_regularizer(model: nn.Module, *, weights: str | None = None, activations: str | None = None) -> None:
+    """Choose the bin loss that model's quantizers collect: "br" (as prepare() leaves them) or "dampening".
+
+    Args:
+        model: a prepared model.
+        weights, activations: the loss of that side; None leaves it.
+
+    Raises:
+        ValueError: for another name, or a model without quantizers. Nothing has changed then.
+
+    Source: Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022, which dampens weights.
+    """
+    chosen = {"weight": weights, "activation": activations}
+    for value, argument in ((weights, "weights"), (activations, "activations")):
+        if value is not None:
+            check_regularizer(value, argument)
+    for quantizer in require_quantizers(model).values():
+        quantizer.regularizer = chosen[quantizer.kind] or quantizer.regularizer
+
+
+def by_layer(model: nn.Module) -> dict[str, LSQQuantizer]:
+    """The quantizers of a model by the names that bin_loss(model) reports.
+
+    Raises:
+        ValueError: for a model without quantizers.
+    """
+    found: dict[str, LSQQuantizer] = {}
+    for name, quantizer in require_quantizers(model).items():
+        layer = _layer_name(name)
+        found[name if layer in found else layer] = quantizer
+    return found
+
+
+def quantized_weights(model: nn.Module) -> dict[LSQQuantizer, Tensor]:
+    """{quantizer: its weight}: that of ``weight`` is ``weight_quantizer``, and so on for other names of weights."""
+    found = {}
+    for name, quantizer in quantizers(model).items():
+        owner, _, last = name.rpartition(".")
+        weight = getattr(model.get_submodule(owner), last.removesuffix("_quantizer"), None)
+        if last.endswith("weight_quantizer") and isinstance(weight, Tensor):
+            found[quantizer] = weight
+    return found
 
 
 def _layer_name(name: str) -> str:
@@ -119,24 +161,28 @@ class BinRegularizer:
         num_bits: 1 to 8.
         signed: True for weights, False for activations after a ReLU. Signed 1 bit is binary.
         name: only kept and shown.
+        regularizer: "br", or "dampening" (see functional.bin_loss).
     """
 
-    def __init__(self, num_bits: int = 2, signed: bool = True, name: str | None = None) -> None:
+    def __init__(
+        self, num_bits: int = 2, signed: bool = True, name: str | None = None, *, regularizer: str = "br"
+    ) -> None:
         self.num_bits = num_bits
         self.signed = signed
         self.name = name
+        self.regularizer = check_regularizer(regularizer, "regularizer")
         self.spec = QuantSpec(check_bits(num_bits, "num_bits"), signed=signed)
 
     def __repr__(self) -> str:
         return f"BinRegularizer(num_bits={self.num_bits}, signed={self.signed}, name={self.name!r})"
 
-    def compute_bin_loss(self, weights: Tensor, alpha: Tensor | float, backprop_to_alpha: bool | str = False):
+    def compute_bin_loss(self, weights: Tensor, alpha: Tensor | float, backprop_to_alpha: ToAlpha = False):
         """Bin regularization of one tensor.
 
         Args:
             weights: any shape.
             alpha: its step size: a tensor of one element, or a number.
-            backprop_to_alpha: False, True, or "scaled" (by LSQ's gradient scale).
+            backprop_to_alpha: False, True, a fraction, "scaled" or (fraction, "scaled"), as in functional.bin_loss.
 
         Returns:
             (loss, mse, var, info). loss: a scalar tensor in the graph. mse and var: its two parts, detached. info: a
@@ -146,7 +192,10 @@ class BinRegularizer:
         Raises:
             TypeError, ValueError: for a bad argument, naming it.
         """
-        loss, bins = self._bin_loss(weights, alpha, backprop_to_alpha)
+        result = functional.bin_loss(
+            weights, alpha, self.spec, backprop_to_alpha=backprop_to_alpha, regularizer=self.regularizer
+        )
+        loss, bins = _fixed([result])[0]
         mse, var = metrics.mse_and_var(bins)
 
         def load() -> dict:
@@ -166,7 +215,7 @@ class BinRegularizer:
         return loss, mse, var, LazyInfo(keys, load)
 
     def compute_total_loss(
-        self, weights_dict: Mapping[str, Tensor], alphas_dict: Mapping, backprop_to_alpha: bool | str = False
+        self, weights_dict: Mapping[str, Tensor], alphas_dict: Mapping, backprop_to_alpha: ToAlpha = False
     ) -> tuple[Tensor, LazyInfo]:
         """The sum of the layers' losses.
 
@@ -181,10 +230,7 @@ class BinRegularizer:
             avg_mean_distance, avg_effectiveness, avg_pct_near (means over the layers) and layer_losses:
             {layer: {loss, mse, var, quantization_mse, bins_used, mean_distance, effectiveness, pct_near_levels}}.
         """
-        results = {
-            name: self._bin_loss(weights, alpha, backprop_to_alpha)
-            for name, weights, alpha in _with_alphas(weights_dict, alphas_dict)
-        }
+        results = self._bin_losses(weights_dict, alphas_dict, backprop_to_alpha)
         device = next((w.device for w in weights_dict.values()), None)
         total = _sum([each.loss for each in results.values()], device)
         tables = {name: each.bins for name, each in results.items()}
@@ -197,10 +243,7 @@ class BinRegularizer:
             {layer: {bin_counts (ints), bin_means, bin_stds (unbiased, 0.0 for fewer than two), total_values, levels}}
         """
         with torch.no_grad():
-            tables = {
-                name: self._bin_loss(weights, alpha, False).bins
-                for name, weights, alpha in _with_alphas(weights_dict, alphas_dict)
-            }
+            tables = {name: each.bins for name, each in self._bin_losses(weights_dict, alphas_dict, False).items()}
         return {
             name: {
                 "bin_counts": m.counts,
@@ -212,9 +255,14 @@ class BinRegularizer:
             for name, m in zip(tables, metrics.read(list(tables.values())))
         }
 
-    def _bin_loss(self, weights: Tensor, alpha: Tensor | float, backprop_to_alpha: bool | str) -> BinLoss:
-        result = functional.bin_loss(weights, alpha, self.spec, backprop_to_alpha=backprop_to_alpha)
-        return _fixed([result])[0]
+    def _bin_losses(self, weights_dict: Mapping[str, Tensor], alphas_dict: Mapping, to_alpha: ToAlpha):
+        """{layer: BinLoss} of the layers that have an alpha, from one call of the backend."""
+        named = list(_with_alphas(weights_dict, alphas_dict))
+        tensors, alphas = [tensor for _, tensor, _ in named], [alpha for *_, alpha in named]
+        results = functional.foreach_bin_loss(
+            tensors, alphas, self.spec, backprop_to_alpha=to_alpha, regularizer=self.regularizer
+        )
+        return dict(zip([name for name, *_ in named], _fixed(results)))
 
 
 _TOTAL_KEYS = (

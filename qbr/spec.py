@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 
 MAX_LEVELS = 256
+REGULARIZERS = ("br", "dampening")
+# How a bin loss reaches alpha, see check_to_alpha().
+ToAlpha = bool | float | str | tuple[float, str]
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,31 @@ class QuantSpec:
     def lsq_grad_scale(self, numel_per_step: int) -> float:
         """s = 1 / sqrt(N * max(qp, 1)), N the elements that share one step (LSQ paper, section 2.2)."""
         return 1.0 / math.sqrt(max(numel_per_step, 1) * max(self.qp, 1))
+
+
+def check_regularizer(value: str, argument: str) -> str:
+    """value, if it names a bin loss: "br" (an element's weight is 1 / n_k) or "dampening" (it is 1)."""
+    if value not in REGULARIZERS:
+        raise ValueError(f"{argument}={value!r}: expected 'br' or 'dampening'")
+    return value
+
+
+def check_to_alpha(value: ToAlpha, argument: str) -> tuple[float, bool]:
+    """(fraction of a bin loss's gradient that reaches alpha, whether LSQ's gradient scale multiplies it).
+
+    Args:
+        value: False (none), True (all of it, as the predecessor), a fraction from 0 to 1, "scaled" (all of it, times
+            LSQ's gradient scale, as the task loss's gradient is), or (fraction, "scaled").
+        argument: the caller's name of it, for the message.
+    """
+    scaled = False
+    if isinstance(value, str) and value == "scaled":
+        fraction, scaled = 1.0, True
+    elif isinstance(value, tuple) and len(value) == 2 and value[1] == "scaled":
+        fraction, scaled = value[0], True
+    else:
+        fraction = value
+    if not isinstance(fraction, (bool, int, float)) or not 0 <= fraction <= 1:
+        expected = "False, True, a fraction from 0 to 1, 'scaled' or (fraction, 'scaled')"
+        raise ValueError(f"{argument}={value!r}: expected {expected}")
+    return float(fraction), scaled

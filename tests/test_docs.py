@@ -10,15 +10,33 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("page, examples", [("README.md", 2), ("docs/drop_in.md", 3)])
-def test_the_examples_run(page, examples, tmp_path, monkeypatch):
+PAGES = [("README.md", 2), ("docs/drop_in.md", 4), ("docs/control.md", 4), ("docs/monitoring.md", 2)]
+
+
+@pytest.mark.parametrize("page, examples", PAGES)
+def test_the_examples_run(page, examples, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    # A block of text directly below an example is what it prints.
+    blocks = re.findall(r"```python\n(.*?)```(?:\n```text\n(.*?)```)?", (ROOT / page).read_text(), re.DOTALL)
     assert len(blocks) == examples
     names: dict = {}
-    for block in blocks:
+    for block, printed in blocks:
+        capsys.readouterr()
         exec(compile(block, page, "exec"), names)
+        assert not printed or capsys.readouterr().out == printed
     assert names["br"].weights.item() > 0
+    if page == "docs/drop_in.md":
+        assert names["new_losses"] == pytest.approx(names["old_losses"], rel=1e-5) and len(names["old_losses"]) == 6
+
+
+def test_the_lines_that_change_are_those_of_the_two_loops():
+    page = (ROOT / "docs/drop_in.md").read_text()
+    _, _, old, new = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (diff,) = re.findall(r"```diff\n(.*?)```", page, re.DOTALL)
+    old, new = ([line.strip() for line in block.splitlines()] for block in (old, new))
+    for line in diff.splitlines():
+        wanted = line[2:].strip()
+        assert any(each.partition("  #")[0].strip() == wanted for each in {"-": old, "+": new}[line[0]]), line
 
 
 def test_links_lead_somewhere():

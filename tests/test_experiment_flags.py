@@ -30,6 +30,11 @@ def test_flags_and_defaults_are_the_predecessor_s():
     both, _ = options.parse(options.qat_parser(), flags)
     assert (both.num_bits_weight, both.num_bits_act, both.clip_value) == (4, 4, None)
     assert (both.br_backprop_to_alpha, both.br_backprop_to_alpha_act) == (True, "scaled")
+    half, _ = options.parse(options.qat_parser(), ["--output-dir", "x", "--br-backprop-to-alpha", "0.5"])
+    assert half.br_backprop_to_alpha == 0.5
+    for bad in ("some", "1.5", "nan"):
+        with pytest.raises(SystemExit):
+            options.parse(options.qat_parser(), ["--output-dir", "x", "--br-backprop-to-alpha", bad])
 
 
 def test_quick_changes_defaults_and_yields_to_flags():

@@ -64,7 +64,7 @@ def same(got, expected) -> None:
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_foreach_bin_loss(backend, device):
-    """The raw ops; functional.foreach_bin_loss is a loop so far."""
+    """The raw ops; functional.foreach_bin_loss is in tests/test_dampening.py."""
     load(backend, device)
     ops.implement(backend)
     namespace = getattr(torch.ops, f"qbr_{backend}")

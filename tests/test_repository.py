@@ -27,6 +27,7 @@ LAYERS = [
     ["qbr.quantizers"],
     ["qbr.layers"],
     ["qbr.regularizer"],
+    ["qbr.schedules", "qbr.freezing", "qbr.monitor", "qbr.layer_summary", "qbr.writers"],
     ["qbr.alpha_control"],
     ["qbr.prepare"],
     ["qbr.compat"],

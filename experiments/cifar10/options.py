@@ -62,9 +62,9 @@ def qat_parser() -> argparse.ArgumentParser:
             nargs="?",
             const=True,
             default=False,
-            type=_scaled,
-            metavar="scaled",
-            help=f"BR moves {whose} alphas too; 'scaled': times LSQ's gradient scale",
+            type=_to_alpha,
+            metavar="HOW",
+            help=f"BR moves {whose} alphas too; HOW: a fraction, or 'scaled' by LSQ's gradient scale",
         )
     _add_common(parser, lr=0.01)
     parser.set_defaults(_quick=QUICK_QAT)
@@ -97,10 +97,16 @@ def _number_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else float(text)
 
 
-def _scaled(text: str) -> str:
-    if text != "scaled":
-        raise argparse.ArgumentTypeError(f"{text!r}: give no value, or 'scaled'")
-    return text
+def _to_alpha(text: str) -> float | str:
+    if text == "scaled":
+        return text
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = math.nan
+    if not 0 <= fraction <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give no value, a fraction from 0 to 1, or 'scaled'")
+    return fraction
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:

@@ -99,6 +99,19 @@ def _dloss_dalpha(bins: Tensor, s_step: Tensor | None, alpha: Tensor, qn: int, q
     return (-2.0 * (k / n) @ s_step).to(alpha.dtype).reshape(alpha.shape)
 
 
+def dampening_dalpha(x, alpha, bins, qn, qp, binary, channel_axis, relu, clip) -> Tensor:
+    """Dampening's gradient of alpha, alpha's shape: -2 * sum_i b_i * d_i over the elements of each step.
+
+    With one step that is -2 * sum_k k * S_k, from the bin sums that any backend's forward has; with many it reads x
+    once more, in PyTorch, for all backends.
+    """
+    if channel_axis < 0:
+        k = torch.arange(qn, qp + 1, dtype=torch.float64, device=bins.device)
+        return (-2.0 * (k * bins[qp - qn + 1 : 2 * (qp - qn + 1)]).sum()).to(alpha.dtype).reshape(alpha.shape)
+    q = _quantize(x, alpha, qn, qp, binary, channel_axis, relu, clip)
+    return (-2.0 * _sum_per_step(q.b * q.d, channel_axis)).to(alpha.dtype).reshape(alpha.shape)
+
+
 def _bin_loss_dy(q: _Quantized, bins: Tensor, grad_loss: Tensor, qn: int, qp: int) -> Tensor:
     """grad_loss * 2 * d_i / n_(b_i), through a table over the codes."""
     table = (2.0 * grad_loss.to(torch.float64) / bins[: qp - qn + 1].clamp(min=1)).to(q.d.dtype)

@@ -1,0 +1,110 @@
+"""Writers of per-layer figures, a Monitor's or qbr.bin_loss(model).metrics(): to a CSV file, to TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+
+
+def scalars(figures: Mapping[str, tuple]) -> dict[str, dict[str, float | None]]:
+    """{layer: {figure: number or None}}: what of {layer: NamedTuple} is one number."""
+    return {
+        layer: {name: v for name, v in row._asdict().items() if v is None or isinstance(v, Real)}
+        for layer, row in figures.items()
+    }
+
+
+class TensorBoardWriter:
+    """Writes each figure as a scalar: ``quantization_mse/layer1.0.conv1`` and so on.
+
+        writer = qbr.TensorBoardWriter(SummaryWriter("runs/one"))    # torch.utils.tensorboard, yours to close
+        writer.write(epoch, monitor.read(reset=True))
+
+    Args:
+        board: anything with ``add_scalar(tag, value, step)``.
+        prefix: goes before every tag.
+    """
+
+    def __init__(self, board, prefix: str = "") -> None:
+        if not callable(getattr(board, "add_scalar", None)):
+            raise TypeError(f"board={board!r}: expected a torch.utils.tensorboard.SummaryWriter, or its add_scalar")
+        self.board = board
+        self.prefix = prefix
+
+    def write(self, step: int, figures: Mapping[str, tuple]) -> None:
+        """One point of every figure that has a value, at this epoch or step."""
+        for layer, row in scalars(figures).items():
+            for name, value in row.items():
+                if value is not None:
+                    self.board.add_scalar(f"{self.prefix}{name}/{layer}", value, step)
+
+
+class CSVWriter:
+    """Writes one row for each call: ``step``, then ``layer.figure`` for every layer and figure.
+
+    A row reaches the file in one piece, so a run that is killed leaves whole rows; should its last one be torn after
+    all (a full disk, a crash of the machine), it is cut off when the file is opened again. An existing file is
+    appended to.
+
+        writer = qbr.CSVWriter("runs/one/layers.csv", purge_step=first_epoch)
+        writer.write(epoch, monitor.read(reset=True))
+
+    Args:
+        path: the file; its folder must be there.
+        purge_step: drop the rows of this step and later ones, which a resumed run is to write again; None keeps all.
+
+    Raises:
+        ValueError: for a file that is no such CSV.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, purge_step: int | None = None) -> None:
+        self.path = Path(path)
+        self._header: list[str] | None = None
+        if self.path.exists():
+            self._take_up(purge_step)
+
+    def write(self, step: int, figures: Mapping[str, tuple]) -> None:
+        """Append one row; a figure without a value is an empty cell.
+
+        Raises:
+            ValueError: for other layers or figures than the file's first row has.
+        """
+        cells = {f"{layer}.{name}": v for layer, row in scalars(figures).items() for name, v in row.items()}
+        header = ["step", *cells]
+        if self._header is not None and header != self._header:
+            differing = sorted(set(header) ^ set(self._header)) or ["their order"]
+            raise ValueError(f"{self.path} has other columns than these figures ({len(differing)} differ, "
+                             f"{differing[0]!r} for one): write to another file")  # fmt: skip
+        text = "" if self._header is not None else _line(header)
+        text += _line([step, *("" if value is None else value for value in cells.values())])
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(text.encode())
+        self._header = header
+
+    def _take_up(self, purge_step: int | None) -> None:
+        """Read the header of a file that is there; cut off a torn row and those from purge_step on."""
+        text = self.path.read_bytes().decode()
+        whole = text[: text.rfind("\n") + 1]
+        rows = list(csv.reader(io.StringIO(whole)))
+        if not rows:
+            kept = ""
+        else:
+            if rows[0][:1] != ["step"]:
+                raise ValueError(f"{self.path} is not a CSVWriter's file (its first line has no 'step'): name another")
+            self._header = rows[0]
+            kept = "".join(_line(row) for row in rows[1:] if purge_step is None or int(row[0]) < purge_step)
+            kept = _line(rows[0]) + kept
+        if kept != text:
+            partial = self.path.with_name(self.path.name + ".partial")
+            partial.write_bytes(kept.encode())
+            os.replace(partial, self.path)
+
+
+def _line(cells) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()

@@ -49,7 +49,8 @@ class Device:
     def run(self, launch: aot.Launch) -> None:
         name = launch.kernel.__name__
         outputs, args = [], []
-        for key, value in ((k, each) for k, v in launch.arguments.items() for each in (v if type(v) is tuple else (v,))):
+        listed = {key: value if type(value) is tuple else (value,) for key, value in launch.arguments.items()}
+        for key, value in ((key, each) for key, found in listed.items() for each in found):
             if not isinstance(value, torch.Tensor):
                 args.append(value)
                 continue

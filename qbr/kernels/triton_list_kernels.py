@@ -87,8 +87,8 @@ def _lsq_fwd_list_kernel(
     i_x = _which(layouts, N, NP)
     outer, C, inner, n_splits = _sizes(layouts, i_x, N, LAYOUT, DIVISIBLE)
     i_p = tl.program_id(0) - tl.load(layouts + FIRST * N + i_x).to(tl.int32)
-    _lsq_fwd(_pick(xs, i_x, ALIGNED), _pick(alphas, i_x), _pick(xhats, i_x, ALIGNED), outer, C, inner, n_splits, clip, i_p,
-             QN, QP, BINARY, RELU, LAYOUT, T0, T1)  # fmt: skip
+    _lsq_fwd(_pick(xs, i_x, ALIGNED), _pick(alphas, i_x), _pick(xhats, i_x, ALIGNED), outer, C, inner, n_splits, clip,
+             i_p, QN, QP, BINARY, RELU, LAYOUT, T0, T1)  # fmt: skip
 
 
 @triton.jit
@@ -123,9 +123,9 @@ def _lsq_bin_fwd_list_kernel(
     i_p = tl.program_id(0) - tl.load(layouts + FIRST * N + i_x).to(tl.int32)
     n_programs = tl.load(layouts + PROGRAMS * N + i_x).to(tl.int32)
     n_items = tl.load(layouts + ITEMS * N + i_x).to(tl.int32)
-    _lsq_bin_fwd(_pick(xs, i_x, ALIGNED), _pick(alphas, i_x), _pick(xhats, i_x, ALIGNED), partials, words, _pick(s_words, i_x),
-                 _pick(s_ends, i_x), outer, C, inner, n_splits, n_items, clip, i_p, n_programs, tl.program_id(0),
-                 QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC, LP, METHOD, THREADS)  # fmt: skip
+    _lsq_bin_fwd(_pick(xs, i_x, ALIGNED), _pick(alphas, i_x), _pick(xhats, i_x, ALIGNED), partials, words,
+                 _pick(s_words, i_x), _pick(s_ends, i_x), outer, C, inner, n_splits, n_items, clip, i_p, n_programs,
+                 tl.program_id(0), QN, QP, BINARY, RELU, LAYOUT, T0, T1, VEC, LP, METHOD, THREADS)  # fmt: skip
 
 
 @triton.jit
@@ -211,9 +211,9 @@ def _lsq_bin_bwd_list_kernel(
     p_dalpha = None
     if dalphas is not None:
         p_dalpha = dalphas + tl.load(layouts + PARTS * N + i_x)
-    _lsq_bin_bwd(_pick(gs, i_x, ALIGNED), _pick(grad_losses, i_x), _pick(xs, i_x, ALIGNED), _pick(alphas, i_x), _pick(bins, i_x), table,
-                 _pick(dxs, i_x, ALIGNED), p_dalpha, outer, C, inner, n_splits, clip, i_p, tl.program_id(0),
-                 QN, QP, BINARY, RELU, LAYOUT, T0, T1, SELECT, LP)  # fmt: skip
+    _lsq_bin_bwd(_pick(gs, i_x, ALIGNED), _pick(grad_losses, i_x), _pick(xs, i_x, ALIGNED), _pick(alphas, i_x),
+                 _pick(bins, i_x), table, _pick(dxs, i_x, ALIGNED), p_dalpha, outer, C, inner, n_splits, clip, i_p,
+                 tl.program_id(0), QN, QP, BINARY, RELU, LAYOUT, T0, T1, SELECT, LP)  # fmt: skip
 
 
 @triton.jit

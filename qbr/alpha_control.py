@@ -96,9 +96,7 @@ class AlphaControl:
             frozen = self.br_active and (self.freeze_weights if weight else self.freeze_acts)
             quantizer.collecting = self.br_active
             quantizer.br_to_alpha = self.br_to_alpha_weights if weight else self.br_to_alpha_acts
-            quantizer.alpha.requires_grad_(not frozen)
-            if frozen:
-                quantizer.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, momentum included
+            quantizer.freeze(frozen)
             if not self.br_active:
                 quantizer.take_retained()
 

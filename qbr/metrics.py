@@ -68,8 +68,9 @@ def read(tables: Sequence[Bins]) -> list[BinMetrics]:
 
 
 def _metrics(table: list[float], alphas: list[float], bins: Bins) -> BinMetrics:
-    spec, numel = bins.spec, bins.numel
+    spec = bins.spec
     slots = spec.num_slots
+    numel = int(sum(table[:slots]))  # and not bins.numel: the bins may be those of all ranks
     alpha = sum(alphas) / len(alphas)
     loss = mse = var = squares = 0.0
     bins_used = 0

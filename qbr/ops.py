@@ -285,34 +285,34 @@ def _spread(used: list[int], values, count: int) -> list:
     return spread
 
 
-def foreach_lsq(xs, alphas, specs, relu, clip, backend) -> list[Tensor]:
+def foreach_lsq(xs, alphas, specs, relu, clip, backend, alpha_grads) -> list[Tensor]:
     results: list = [None] * len(xs)
-    for used, name, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
+    for used, name, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend, alpha_grads):
         xhats = _ForeachLSQ.apply(name, quant, grad_scales, *xs_, *alphas_)
         for i, xhat in zip(used, xhats):
             results[i] = xhat
     return results
 
 
-def foreach_lsq_bin(xs, alphas, specs, relu, clip, backprop_to_alphas, backend) -> list[tuple[Tensor, Tensor, Tensor]]:
+def foreach_lsq_bin(
+    xs, alphas, specs, relu, clip, backprop_to_alphas, backend, alpha_grads
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     results: list = [None] * len(xs)
-    for used, name, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
-        factors = [
-            br_to_alpha_factor(backprop_to_alphas[i], x, alpha, specs[i]) for i, x, alpha in zip(used, xs_, alphas_)
-        ]
+    for used, name, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend, alpha_grads):
+        factors = [br_to_alpha_factor(backprop_to_alphas[i], scale) for i, scale in zip(used, grad_scales)]
         flat = _ForeachLSQBin.apply(name, quant, grad_scales, factors, *xs_, *alphas_)
         for i, *each in zip(used, *_halves(flat, 3)):
             results[i] = tuple(each)
     return results
 
 
-def _groups(xs, alphas, specs, relu, clip, backend):
+def _groups(xs, alphas, specs, relu, clip, backend, alpha_grads):
     """Checked arguments, list by list: tensors of one device and backend go together."""
     groups: dict[tuple, list] = {}
     for i, (x, alpha, spec) in enumerate(zip(xs, alphas, specs)):
         x, alpha, plain = check(x, alpha, spec, relu, clip)
         key = (x.device, _backend(backend, x.device.type, x.dtype), *plain[4:])
-        grad_scale = _grad_scale(x, alpha, spec)
+        grad_scale = alpha_grads[i] * _grad_scale(x, alpha, spec)
         groups.setdefault(key, []).append((i, x, alpha, plain[:4], grad_scale))
     for (_, name, relu_, clip_), members in groups.items():
         used, xs_, alphas_, ranges, grad_scales = zip(*members)
@@ -324,29 +324,32 @@ def _grad_scale(x: Tensor, alpha: Tensor, spec: QuantSpec) -> float:
     return spec.lsq_grad_scale(x.numel() // max(alpha.numel(), 1))
 
 
-def lsq(x, alpha, spec, relu, clip, backend) -> Tensor:
+def lsq(x, alpha, spec, relu, clip, backend, alpha_grad) -> Tensor:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    return _LSQ.apply(x, alpha, backend, plain, _grad_scale(x, alpha, spec))
+    return _LSQ.apply(x, alpha, backend, plain, alpha_grad * _grad_scale(x, alpha, spec))
 
 
 def bin_loss(x, alpha, spec, relu, clip, backprop_to_alpha, backend) -> tuple[Tensor, Tensor]:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    return _BinLoss.apply(x, alpha, backend, plain, br_to_alpha_factor(backprop_to_alpha, x, alpha, spec))
+    br_to_alpha = br_to_alpha_factor(backprop_to_alpha, _grad_scale(x, alpha, spec))
+    return _BinLoss.apply(x, alpha, backend, plain, br_to_alpha)
 
 
-def lsq_bin(x, alpha, spec, relu, clip, backprop_to_alpha, backend) -> tuple[Tensor, Tensor, Tensor]:
+def lsq_bin(
+    x, alpha, spec, relu, clip, backprop_to_alpha, backend, alpha_grad
+) -> tuple[Tensor, Tensor, Tensor]:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    grad_scale = _grad_scale(x, alpha, spec)
-    return _LSQBin.apply(x, alpha, backend, plain, grad_scale, br_to_alpha_factor(backprop_to_alpha, x, alpha, spec))
+    grad_scale = alpha_grad * _grad_scale(x, alpha, spec)
+    return _LSQBin.apply(x, alpha, backend, plain, grad_scale, br_to_alpha_factor(backprop_to_alpha, grad_scale))
 
 
-def br_to_alpha_factor(backprop_to_alpha: bool | str, x: Tensor, alpha: Tensor, spec: QuantSpec) -> float:
-    """What multiplies BR's gradient of alpha: 0 (off), 1 (True) or LSQ's gradient scale ("scaled")."""
+def br_to_alpha_factor(backprop_to_alpha: bool | str, grad_scale: float) -> float:
+    """What multiplies BR's gradient of alpha: 0 (off), 1 (True) or what multiplies LSQ's ("scaled")."""
     if backprop_to_alpha == "scaled":
-        return _grad_scale(x, alpha, spec)
+        return grad_scale
     if not isinstance(backprop_to_alpha, bool):
         raise ValueError(f"backprop_to_alpha={backprop_to_alpha!r}: expected False, True or 'scaled'")
     return float(backprop_to_alpha)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from qbr import functional, grouping
+from qbr import distributed, functional, grouping
 from qbr.functional import BinLoss
 from qbr.spec import QuantSpec
 
@@ -26,6 +27,12 @@ def check_bits(bits: int, argument: str) -> int:
     if not 1 <= bits <= 8:
         raise ValueError(f"{argument}={bits}: expected 1 to 8; use the float layer to leave a tensor in float")
     return bits
+
+
+_REENTRANT = (
+    "the bin loss of layers inside torch.utils.checkpoint(use_reentrant=True) is not part of qbr.bin_loss(model), since "
+    "their first forward has no graph: use use_reentrant=False"
+)
 
 
 class LSQQuantizer(nn.Module):
@@ -47,6 +54,7 @@ class LSQQuantizer(nn.Module):
         init_state: buffer [1], float32: 0 before alpha was set from data, then 1.
         collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``.
         br_to_alpha: whether that loss has a gradient to alpha: False, True or "scaled". A frozen alpha has none.
+        frozen: whether alpha stays as it is: see ``freeze``.
         alone: whether a weight is quantized by its own layer only, and not with the model's other weights
             (qbr/grouping.py); set there where a forward turned out to need it.
 
@@ -72,6 +80,7 @@ class LSQQuantizer(nn.Module):
         self.initial_alpha = float(initial_alpha)
         self.collecting = False
         self.br_to_alpha: bool | str = False
+        self.frozen = False
         self.alpha = nn.Parameter(torch.full((channels,), self.initial_alpha, dtype=torch.float32, device=device))
         self.register_buffer("init_state", torch.zeros(1, dtype=torch.float32, device=device))
         # init_state's value on the host: reading the buffer in forward would wait for the device.
@@ -80,6 +89,8 @@ class LSQQuantizer(nn.Module):
         self.alone = False
         self._ready: grouping.Ready | None = None
         self._ready_used = False
+        self._saved_elsewhere = False
+        self._alpha_in_graph: tuple[Tensor, ...] = ()
         _register(self)
 
     @property
@@ -115,19 +126,54 @@ class LSQQuantizer(nn.Module):
                 self._retain(ready.entry)
             return ready.xhat
         if not self.collects():
-            return functional.fake_quantize(x, self.alpha, self.spec, relu=relu, clip=clip)
-        br_to_alpha = self.br_to_alpha if self.alpha.requires_grad else False
+            alpha_grad = self.alpha_grad()
+            return functional.fake_quantize(x, self.alpha, self.spec, relu=relu, clip=clip, alpha_grad=alpha_grad)
         xhat, loss, bins = functional.fake_quantize_with_bin_loss(
-            x, self.alpha, self.spec, relu=relu, clip=clip, backprop_to_alpha=br_to_alpha
-        )
+            x, self.alpha, self.spec, relu=relu, clip=clip, backprop_to_alpha=self.bin_loss_to_alpha(),
+            alpha_grad=self.alpha_grad(),
+        )  # fmt: skip
         self._retain(BinLoss(loss, bins))
         return xhat
+
+    def alpha_grad(self) -> float:
+        """What multiplies alpha's gradient beside LSQ's scale s = 1 / sqrt(N * qp).
+
+        An activation's N counts the elements of the whole batch, of which each rank has a share. 0 while frozen.
+        """
+        if self.frozen:
+            return 0.0
+        return 1.0 if self.kind == "weight" else distributed.ranks() ** -0.5
+
+    def bin_loss_to_alpha(self) -> bool | str:
+        """br_to_alpha, unless alpha is frozen."""
+        return self.br_to_alpha if self.alpha.requires_grad and not self.frozen else False
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Hold alpha as it is, or release it: no gradient, no weight decay and no momentum of a torch.optim optimizer
+        moves it.
+
+        Under torch.distributed alpha keeps requires_grad, and its gradient is 0: DistributedDataParallel waits in
+        every step for the gradient of each parameter that it was made with.
+        """
+        self.frozen = frozen
+        self.alpha.requires_grad_(not frozen or distributed.is_initialised())
+        if frozen:
+            self.alpha.grad = None
 
     def collects(self) -> bool:
         """Whether a forward here and now keeps its bin loss."""
         return self.collecting and self.training and torch.is_grad_enabled()
 
     def _retain(self, entry: BinLoss) -> None:
+        if not torch.compiler.is_compiling():
+            self._saved_elsewhere = grouping.are_saves_hooked()
+            self._alpha_in_graph = (self.alpha,)  # FSDP: the gathered one; in a tuple, or it would be a parameter twice
+            if grouping.is_in_backward():  # checkpointing, which runs a forward again: the loss was taken long ago
+                if not self._saved_elsewhere:
+                    warnings.warn(_REENTRANT, stacklevel=2)
+                return
+        if distributed.may_reclaim_parameters():
+            entry = entry._replace(bins=entry.bins._replace(alpha=entry.bins.alpha.clone()))
         if self.kind == "weight":
             self._retained = [entry]
         else:
@@ -144,7 +190,7 @@ class LSQQuantizer(nn.Module):
             x, relu, clip: as in forward.
             force: False leaves alpha alone where init_state was set to 1 by hand.
         """
-        shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        shared = distributed.ranks() > 1
         if x.numel() == 0 and not shared:
             return
         size = (x.detach().clamp(min=0, max=clip) if relu else x.detach()).abs()
@@ -223,10 +269,10 @@ class LSQQuantizer(nn.Module):
 
     def __getstate__(self):
         # Collected losses are part of a graph: neither deepcopy nor pickle takes them.
-        return {**self.__dict__, "_retained": [], "_ready": None}
+        return {**self.__dict__, "_retained": [], "_ready": None, "_alpha_in_graph": ()}
 
     def __setstate__(self, state):
-        super().__setstate__(state)
+        super().__setstate__({"frozen": False, "_saved_elsewhere": False, **state})
         _register(self)
 
 
@@ -302,7 +348,10 @@ def _before_step(optimizer: Optimizer, args, kwargs) -> None:
     """Note the least value that each of this optimizer's alphas may have after the step."""
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     mine = [q for q in _live if id(q._parameters.get("alpha")) in owned]
-    alphas = [q.alpha for q in mine if q.alpha.requires_grad]
+    for q in mine:
+        if q.frozen:
+            q.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, momentum and decay included
+    alphas = [distributed.local(q.alpha) for q in mine if q.alpha.requires_grad and not q.frozen]
     floors = torch._foreach_div(alphas, LARGEST_SHRINK) if alphas else []
     if floors:
         torch._foreach_clamp_min_(floors, SMALLEST_ALPHA)

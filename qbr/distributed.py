@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from qbr.functional import BinLoss, Bins
 
+_AVAILABLE = dist.is_available()
+
 
 def ranks() -> int:
     """How many processes share each batch: torch.distributed's world size, 1 without it."""
@@ -22,7 +24,7 @@ def ranks() -> int:
 
 
 def is_initialised() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and dist.is_initialized()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def may_reclaim_parameters() -> bool:
     """Whether a parameter's memory may be taken back once its layer has run (FSDP), from what refers to it later."""
-    return torch.compiler.is_compiling() or "torch.distributed.fsdp" in sys.modules
+    return torch.compiler.is_compiling() or is_initialised()
 
 
 def is_sharded(modules: Sequence[nn.Module]) -> bool:

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from qbr import functional
 from qbr.functional import BinLoss
 
+# Assigns an attribute that is no parameter, module or buffer: nn.Module's own __setattr__ takes as long as a small op.
+assign = object.__setattr__
+
 
 class Ready(NamedTuple):
     """A weight's quantized form, and what it was made from."""
@@ -43,16 +46,18 @@ def quantize_together(model: nn.Module, *_) -> None:
         quantizer = module._modules.get("weight_quantizer")
         if quantizer is None:
             continue
-        quantizer._ready = None
         weight = module._parameters.get("weight")
         if quantizer.alone or weight is None or not _is_there(weight):
             continue
         if quantizer.training and not quantizer.initialised:
             continue  # its first forward sets alpha
         groups.setdefault(quantizer.collects(), []).append((quantizer, weight))
+    grouped: list = []
     for collects, members in groups.items():
         if len(members) > 1:
             _quantize(members, collects)
+            grouped += [quantizer for quantizer, _ in members]
+    assign(model, "_qbr_grouped", grouped)
 
 
 def _quantize(members: list, collects: bool) -> None:
@@ -67,39 +72,42 @@ def _quantize(members: list, collects: bool) -> None:
         )
         made = [(each.xhat, BinLoss(each.loss, each.bins)) for each in results]
     else:
-        made = [(xhat, None) for xhat in functional.foreach_fake_quantize(weights, alphas, specs, alpha_grad=alpha_grads)]
+        made = [
+            (xhat, None) for xhat in functional.foreach_fake_quantize(weights, alphas, specs, alpha_grad=alpha_grads)
+        ]
     with_grad = torch.is_grad_enabled()
-    for (quantizer, weight), (xhat, entry) in zip(members, made):
-        versions = weight._version, quantizer.alpha._version
-        quantizer._ready = Ready(weight, quantizer.alpha, versions, with_grad, xhat, entry)
-        quantizer._ready_used = False
+    for (quantizer, weight), alpha, (xhat, entry) in zip(members, alphas, made):
+        versions = weight._version, alpha._version
+        assign(quantizer, "_ready", Ready(weight, alpha, versions, with_grad, xhat, entry))
+        assign(quantizer, "_ready_used", False)
 
 
 def take(quantizer, weight: Tensor) -> Ready | None:
     """What the group left for this quantizer, if it is what the quantizer would make of ``weight`` now and here."""
-    ready = quantizer._ready
+    ready, alpha = quantizer._ready, quantizer.alpha
     if (
         ready is None
         or ready.weight is not weight
-        or ready.alpha is not quantizer.alpha
-        or ready.versions != (weight._version, quantizer.alpha._version)
+        or ready.alpha is not alpha
+        or ready.versions != (weight._version, alpha._version)
         or ready.with_grad != torch.is_grad_enabled()
         or (ready.entry is not None) != quantizer.collects()
         or are_saves_hooked()
         or is_in_backward()
     ):
         return None
-    quantizer._ready_used = True
+    assign(quantizer, "_ready_used", True)
     return ready
 
 
 def drop(model: nn.Module, *_) -> None:
     """Forget what the forward has not used; a layer that did not use it quantizes alone from now on. A forward hook."""
-    for module in walk(model):
-        quantizer = module._modules.get("weight_quantizer")
-        if quantizer is not None and quantizer._ready is not None:
-            quantizer.alone = quantizer.alone or not quantizer._ready_used
-            quantizer._ready = None
+    if torch.compiler.is_compiling():
+        return
+    for quantizer in model.__dict__.pop("_qbr_grouped", ()):
+        if not quantizer._ready_used:
+            quantizer.alone = True
+        assign(quantizer, "_ready", None)
 
 
 def _is_there(weight: Tensor) -> bool:

@@ -30,8 +30,8 @@ def check_bits(bits: int, argument: str) -> int:
 
 
 _REENTRANT = (
-    "the bin loss of layers inside torch.utils.checkpoint(use_reentrant=True) is not part of qbr.bin_loss(model), since "
-    "their first forward has no graph: use use_reentrant=False"
+    "the bin loss of layers inside torch.utils.checkpoint(use_reentrant=True) is not part of qbr.bin_loss(model), "
+    "since their first forward has no graph: use use_reentrant=False"
 )
 
 
@@ -90,7 +90,7 @@ class LSQQuantizer(nn.Module):
         self._ready: grouping.Ready | None = None
         self._ready_used = False
         self._saved_elsewhere = False
-        self._alpha_in_graph: tuple[Tensor, ...] = ()
+        self._alpha_in_graph: tuple[Tensor, ...] = ()  # where FSDP gathers alpha for a forward: that one
         _register(self)
 
     @property
@@ -146,7 +146,9 @@ class LSQQuantizer(nn.Module):
 
     def bin_loss_to_alpha(self) -> bool | str:
         """br_to_alpha, unless alpha is frozen."""
-        return self.br_to_alpha if self.alpha.requires_grad and not self.frozen else False
+        if not self.br_to_alpha or self.frozen:  # first: reading alpha of a module costs more than both
+            return False
+        return self.br_to_alpha if self.alpha.requires_grad else False
 
     def freeze(self, frozen: bool = True) -> None:
         """Hold alpha as it is, or release it: no gradient, no weight decay and no momentum of a torch.optim optimizer
@@ -166,18 +168,19 @@ class LSQQuantizer(nn.Module):
 
     def _retain(self, entry: BinLoss) -> None:
         if not torch.compiler.is_compiling():
-            self._saved_elsewhere = grouping.are_saves_hooked()
-            self._alpha_in_graph = (self.alpha,)  # FSDP: the gathered one; in a tuple, or it would be a parameter twice
+            hooked = grouping.are_saves_hooked()
             if grouping.is_in_backward():  # checkpointing, which runs a forward again: the loss was taken long ago
-                if not self._saved_elsewhere:
+                if not hooked:
                     warnings.warn(_REENTRANT, stacklevel=2)
                 return
+            if hooked != self._saved_elsewhere:
+                self._saved_elsewhere = hooked
         if distributed.may_reclaim_parameters():
+            grouping.assign(self, "_alpha_in_graph", (self.alpha,))
             entry = entry._replace(bins=entry.bins._replace(alpha=entry.bins.alpha.clone()))
         if self.kind == "weight":
-            self._retained = [entry]
-        else:
-            self._retained.append(entry)
+            self._retained.clear()
+        self._retained.append(entry)
 
     @torch.no_grad()
     def initialise(self, x: Tensor, *, relu: bool = False, clip: float | None = None, force: bool = True) -> None:
@@ -272,7 +275,7 @@ class LSQQuantizer(nn.Module):
         return {**self.__dict__, "_retained": [], "_ready": None, "_alpha_in_graph": ()}
 
     def __setstate__(self, state):
-        super().__setstate__({"frozen": False, "_saved_elsewhere": False, **state})
+        super().__setstate__({"frozen": False, "_saved_elsewhere": False, "_alpha_in_graph": (), **state})
         _register(self)
 
 
@@ -370,4 +373,5 @@ def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
     if alphas:
         torch._foreach_maximum_(alphas, floors)
     for quantizer in mine:
-        quantizer._retained = []
+        if quantizer._retained:
+            quantizer._retained = []

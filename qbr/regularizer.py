@@ -84,7 +84,8 @@ def _with_global_bins(acts: dict[str, LSQQuantizer], taken: dict[str, list[BinLo
                              "bins per channel; use br_to_alpha_acts=False, or global_bins=False")
     calls = [(name, entry) for name in acts for entry in taken[name]]
     to_alpha = [_to_alpha_factor(acts[name], entry.bins) for name, entry in calls]
-    alphas = [(acts[name]._alpha_in_graph or (acts[name].alpha,))[0] for name, _ in calls]
+    in_graph = {name: quantizer._alpha_in_graph or (quantizer.alpha,) for name, quantizer in acts.items()}
+    alphas = [in_graph[name][0] for name, _ in calls]
     pooled = distributed.with_global_bins([entry for _, entry in calls], alphas, to_alpha)
     result: dict[str, list[BinLoss]] = {name: [] for name in acts}
     for (name, _), entry in zip(calls, pooled):
@@ -128,11 +129,12 @@ def forget(model: nn.Module, *_) -> None:
     fresh = False
     for module in modules:
         if isinstance(module, LSQQuantizer):
-            module._retained = []
+            if module._retained:
+                module._retained = []
             fresh = fresh or (module.training and not module.initialised)
     if fresh and distributed.is_sharded(modules):
-        raise ValueError("alphas are not set yet and FSDP has sharded them, so that what this forward would set is lost: "
-                         "run one training forward, or load a state_dict, before fully_shard")
+        raise ValueError("alphas are not set yet and FSDP has sharded them, so that what this forward would set is "
+                         "lost: run one training forward before fully_shard, or load a state_dict")
 
 
 def _check_before_loading(model, state_dict, prefix, *_) -> None:

@@ -314,6 +314,7 @@ def test_a_held_alpha_has_a_gradient_of_zero():
     """What DistributedDataParallel waits for: alpha_grad=0.0 gives a gradient, and it is 0."""
     x, alpha = torch.randn(50, requires_grad=True), torch.tensor([0.3], requires_grad=True)
     spec = qbr.QuantSpec(bits=2)
+    one = both = None
     for factor in (1.0, 0.5, 0.0):
         alpha.grad = None
         functional.fake_quantize(x, alpha, spec, alpha_grad=factor).square().sum().backward()

@@ -301,7 +301,9 @@ def test_a_copy_in_the_middle_of_training_goes_on_as_the_original(copied):
     model(_images())  # bin losses that nobody took
     other = copied(model)
     assert all(not q._retained for q in quantizers(other).values())
-    assert [q.frozen for q in quantizers(other).values()] == [q.kind == "activation" for q in quantizers(model).values()]
+    assert [q.frozen for q in quantizers(other).values()] == [
+        q.kind == "activation" for q in quantizers(model).values()
+    ]
     _same(_train(other), _train(model))
 
 
@@ -365,8 +367,8 @@ def test_functional_call_uses_the_given_weights_and_steps():
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    """LSQ's part, in a model without BatchNorm. An activation's step has a gradient sqrt(k) times as large: its N counts
-    the elements of a micro-batch."""
+    """LSQ's part, in a model without BatchNorm. An activation's step has a gradient sqrt(k) times as large: its N
+    counts the elements of a micro-batch."""
 
     def gradients(parts: int) -> dict:
         torch.manual_seed(0)

@@ -66,8 +66,10 @@ class Trainer:
         self.batches = Batches(splits.train.to(device), options.batch_size, self.generator, self.channels_last)
         smallest, of = self.batches.size(len(self.batches) - 1), processes.world()
         if smallest < of:
-            raise UserError(f"--batch-size {options.batch_size}: the last batch of an epoch has {smallest} images, fewer "
-                            f"than the {of} processes that share it; choose another")
+            raise UserError(
+                f"--batch-size {options.batch_size}: the last batch of an epoch has {smallest} images, fewer "
+                f"than the {of} processes that share it; choose another"
+            )
         self.validation = splits.val.to(device)
         self.net = processes.parallel(model, device)  # what training calls
         rates = {"lr": options.lr, "weight_decay": options.weight_decay}

@@ -116,7 +116,7 @@ def each(value: Any) -> list:
 
 
 def as_on_main(model: nn.Module) -> None:
-    """Give every rank rank 0's buffers, such as BatchNorm's statistics, as DistributedDataParallel does before a step."""
+    """Give every rank rank 0's buffers (BatchNorm's statistics), as DistributedDataParallel does before a step."""
     if world() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

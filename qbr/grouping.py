@@ -5,7 +5,7 @@ can be are quantized in one call and left with their quantizers, whose layers pi
 dropped. A layer quantizes its weight alone, as it would without this module, wherever the group's result may not be
 the tensor that it would have made itself:
 
-- under torch.compile, in a forward that does not go through the root, and for a weight or alpha that is not the one
+- under torch.compile and torch.func's transforms, in a forward that does not go through the root, and for a weight or alpha that is not the one
   that was quantized (functional_call, a parametrization, a hook that replaces it, an update in place since);
 - inside activation checkpointing, forward and recomputation;
 - for a weight that is not there before the layer runs (FSDP: a DTensor, or no storage), from then on also one whose
@@ -39,7 +39,7 @@ class Ready(NamedTuple):
 
 def quantize_together(model: nn.Module, *_) -> None:
     """Quantize the weights of model's layers in one call, and leave each with its quantizer. A forward pre-hook."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     groups: dict[bool, list] = {}
     for module in walk(model):

@@ -366,6 +366,15 @@ def test_functional_call_uses_the_given_weights_and_steps():
     assert all(p.grad is None for p in model.parameters()) and other.conv.weight_quantizer.alpha.grad is not None
 
 
+def test_torch_func_s_transforms_are_refused_by_pytorch_s_own_message():
+    model = _model()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda p: torch.func.functional_call(model, p, (_images(),)).sum())(
+            {n: p.detach() for n, p in model.named_parameters()}
+        )
+    assert not any(q._retained or q._ready for q in quantizers(model).values())
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     """LSQ's part, in a model without BatchNorm. An activation's step has a gradient sqrt(k) times as large: its N
     counts the elements of a micro-batch."""

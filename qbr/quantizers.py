@@ -173,6 +173,7 @@ class LSQQuantizer(nn.Module):
                 if not hooked:
                     warnings.warn(_REENTRANT, stacklevel=2)
                 return
+            hooked = hooked or (bool(self._retained) and self._saved_elsewhere)  # an earlier call in this forward was
             if hooked != self._saved_elsewhere:
                 self._saved_elsewhere = hooked
         if distributed.may_reclaim_parameters():

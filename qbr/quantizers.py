@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from qbr import distributed, functional, grouping
-from qbr.functional import BinLoss
+from qbr.functional import BinLoss, Bins
 from qbr.spec import QuantSpec
 
 KINDS = ("weight", "activation")
@@ -178,7 +178,8 @@ class LSQQuantizer(nn.Module):
                 self._saved_elsewhere = hooked
         if distributed.may_reclaim_parameters():
             grouping.assign(self, "_alpha_in_graph", (self.alpha,))
-            entry = entry._replace(bins=entry.bins._replace(alpha=entry.bins.alpha.clone()))
+            bins = entry.bins  # not by _replace, which dynamo of torch 2.11 cannot follow
+            entry = BinLoss(entry.loss, Bins(bins.table, bins.alpha.clone(), bins.spec, bins.numel))
         if self.kind == "weight":
             self._retained.clear()
         self._retained.append(entry)

@@ -176,9 +176,7 @@ class AlphaControl:
         for quantizer in self._quantizers:
             quantizer.collecting = self.br_active
             quantizer.br_to_alpha = getattr(self, _SIDES[quantizer.kind][2])
-            quantizer.alpha.requires_grad_(not frozen[quantizer.kind])
-            if frozen[quantizer.kind]:
-                quantizer.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, momentum included
+            quantizer.freeze(frozen[quantizer.kind])
             if not self.br_active:
                 quantizer.take_retained()
 

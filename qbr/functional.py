@@ -20,7 +20,7 @@ class Bins(NamedTuple):
         alpha: [1] or [C], the steps that the distances d were taken to, detached; it shares the caller's memory, so
             read figures before an optimizer's step, or keep a clone.
         spec: the tensor's QuantSpec.
-        numel: how many elements it has.
+        numel: how many elements it has here (of global bins, the counts' sum is that of all ranks).
     """
 
     table: Tensor
@@ -63,6 +63,7 @@ def fake_quantize(
     relu: bool = False,
     clip: float | None = None,
     backend: str = "auto",
+    alpha_grad: float = 1.0,
 ) -> Tensor:
     """LSQ fake quantization: round(clamp(x / alpha, qn, qp)) * alpha, half to even, straight-through backward.
 
@@ -73,6 +74,7 @@ def fake_quantize(
         relu: quantize min(max(x, 0), clip) instead of x, in the same pass; needs an unsigned range.
         clip: the upper bound of that ReLU.
         backend: "auto", "triton", "native" or "reference".
+        alpha_grad: multiplies alpha's gradient, beside LSQ's gradient scale; with 0.0 it is 0, not absent.
 
     Returns:
         xhat, in x's shape and dtype.
@@ -82,7 +84,7 @@ def fake_quantize(
 
     Source: Esser et al., Learned Step Size Quantization, ICLR 2020, equations 1 to 5.
     """
-    return ops.lsq(x, alpha, spec, relu, clip, backend)
+    return ops.lsq(x, alpha, spec, relu, clip, backend, alpha_grad)
 
 
 def bin_loss(
@@ -126,15 +128,19 @@ def fake_quantize_with_bin_loss(
     backprop_to_alpha: ToAlpha = False,
     regularizer: str = "br",
     backend: str = "auto",
+    alpha_grad: float = 1.0,
 ) -> FakeQuantizedWithBinLoss:
-    """fake_quantize and bin_loss in one pass over x; backward reads x and the incoming gradient once."""
-    xhat, loss, table = ops.lsq_bin(x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend)
+    """fake_quantize and bin_loss in one pass over x; backward reads x and the incoming gradient once.
+
+    alpha_grad counts for the bin loss too where backprop_to_alpha is "scaled".
+    """
+    xhat, loss, table = ops.lsq_bin(x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend, alpha_grad)
     return FakeQuantizedWithBinLoss(xhat, loss, _bins(table, x, alpha, spec))
 
 
 def foreach_fake_quantize(
     xs: Sequence[Tensor], alphas: Sequence, specs, *, relu: bool = False, clip: float | None = None,
-    backend: str = "auto",
+    backend: str = "auto", alpha_grad: float | list[float] = 1.0,
 ) -> list[Tensor]:  # fmt: skip
     """fake_quantize over lists, in one call of the backend forward and one backward for all tensors of a device.
 
@@ -142,18 +148,23 @@ def foreach_fake_quantize(
         xs, alphas: as many of each; any mixture of shapes and dtypes.
         specs: one QuantSpec for all, or a list.
         relu, clip, backend: as in fake_quantize, for all.
+        alpha_grad: one for all, or a list.
     """
-    return ops.foreach_lsq(*_checked(xs, alphas, specs), relu, clip, backend)
+    xs, alphas, specs = _checked(xs, alphas, specs)
+    return ops.foreach_lsq(xs, alphas, specs, relu, clip, backend, _for_each(xs, alpha_grad, "alpha_grad"))
 
 
 def foreach_fake_quantize_with_bin_loss(
     xs: Sequence[Tensor], alphas: Sequence, specs, *, relu: bool = False, clip: float | None = None,
     backprop_to_alpha: ToAlpha | list[ToAlpha] = False, regularizer: str | list[str] = "br", backend: str = "auto",
+    alpha_grad: float | list[float] = 1.0,
 ) -> list[FakeQuantizedWithBinLoss]:  # fmt: skip
-    """fake_quantize_with_bin_loss over lists; backprop_to_alpha and regularizer may be lists, too."""
+    """fake_quantize_with_bin_loss over lists; backprop_to_alpha, regularizer and alpha_grad may be lists, too."""
     xs, alphas, specs = _checked(xs, alphas, specs)
     ways = _for_each(xs, backprop_to_alpha, "backprop_to_alpha"), _for_each(xs, regularizer, "regularizer")
-    results = ops.foreach_lsq_bin(xs, alphas, specs, relu, clip, *ways, backend)
+    results = ops.foreach_lsq_bin(
+        xs, alphas, specs, relu, clip, *ways, backend, _for_each(xs, alpha_grad, "alpha_grad")
+    )
     return [
         FakeQuantizedWithBinLoss(xhat, loss, _bins(table, x, alpha, spec))
         for (xhat, loss, table), x, alpha, spec in zip(results, xs, alphas, specs)

@@ -5,8 +5,9 @@ can be are quantized in one call and left with their quantizers, whose layers pi
 dropped. A layer quantizes its weight alone, as it would without this module, wherever the group's result may not be
 the tensor that it would have made itself:
 
-- under torch.compile, in a forward that does not go through the root, and for a weight or alpha that is not the one
-  that was quantized (functional_call, a parametrization, a hook that replaces it, an update in place since);
+- under torch.compile and torch.func's transforms, in a forward that does not go through the root, and for a weight or
+  alpha that is not the one that was quantized (functional_call, a parametrization, a hook that replaces it, an update
+  in place since);
 - inside activation checkpointing, forward and recomputation;
 - for a weight that is not there before the layer runs (FSDP: a DTensor, or no storage), from then on also one whose
   layer did not run in the last forward.
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from qbr import functional
 from qbr.functional import BinLoss
 
+# Assigns an attribute that is no parameter, module or buffer: nn.Module's own __setattr__ takes as long as a small op.
+assign = object.__setattr__
+
 
 class Ready(NamedTuple):
     """A weight's quantized form, and what it was made from."""
@@ -36,69 +40,76 @@ class Ready(NamedTuple):
 
 def quantize_together(model: nn.Module, *_) -> None:
     """Quantize the weights of model's layers in one call, and leave each with its quantizer. A forward pre-hook."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     groups: dict[bool, list] = {}
-    for module in model.modules():
+    for module in walk(model):
         quantizer = module._modules.get("weight_quantizer")
         if quantizer is None:
             continue
-        quantizer._ready = None
         weight = module._parameters.get("weight")
         if quantizer.alone or weight is None or not _is_there(weight):
             continue
         if quantizer.training and not quantizer.initialised:
             continue  # its first forward sets alpha
         groups.setdefault(quantizer.makes_bins(), []).append((quantizer, weight))
+    grouped: list = []
     for with_bins, members in groups.items():
         if len(members) > 1:
             _quantize(members, with_bins)
+            grouped += [quantizer for quantizer, _ in members]
+    assign(model, "_qbr_grouped", grouped)
 
 
 def _quantize(members: list, with_bins: bool) -> None:
     weights = [weight for _, weight in members]
     alphas = [quantizer.alpha for quantizer, _ in members]
     specs = [quantizer.spec for quantizer, _ in members]
+    alpha_grads = [quantizer.alpha_grad() for quantizer, _ in members]
     if with_bins:
         to_alpha = [quantizer.bin_loss_to_alpha() for quantizer, _ in members]
         regularizers = [quantizer.regularizer for quantizer, _ in members]
         results = functional.foreach_fake_quantize_with_bin_loss(
-            weights, alphas, specs, backprop_to_alpha=to_alpha, regularizer=regularizers
+            weights, alphas, specs, backprop_to_alpha=to_alpha, regularizer=regularizers, alpha_grad=alpha_grads
         )
         made = [(each.xhat, BinLoss(each.loss, each.bins)) for each in results]
     else:
-        made = [(xhat, None) for xhat in functional.foreach_fake_quantize(weights, alphas, specs)]
+        made = [
+            (xhat, None) for xhat in functional.foreach_fake_quantize(weights, alphas, specs, alpha_grad=alpha_grads)
+        ]
     with_grad = torch.is_grad_enabled()
-    for (quantizer, weight), (xhat, entry) in zip(members, made):
-        versions = weight._version, quantizer.alpha._version
-        quantizer._ready = Ready(weight, quantizer.alpha, versions, with_grad, xhat, entry)
-        quantizer._ready_used = False
+    for (quantizer, weight), alpha, (xhat, entry) in zip(members, alphas, made):
+        versions = weight._version, alpha._version
+        assign(quantizer, "_ready", Ready(weight, alpha, versions, with_grad, xhat, entry))
+        assign(quantizer, "_ready_used", False)
 
 
 def take(quantizer, weight: Tensor) -> Ready | None:
     """What the group left for this quantizer, if it is what the quantizer would make of ``weight`` now and here."""
-    ready = quantizer._ready
+    ready, alpha = quantizer._ready, quantizer.alpha
     if (
         ready is None
         or ready.weight is not weight
-        or ready.alpha is not quantizer.alpha
-        or ready.versions != (weight._version, quantizer.alpha._version)
+        or ready.alpha is not alpha
+        or ready.versions != (weight._version, alpha._version)
         or ready.with_grad != torch.is_grad_enabled()
         or (ready.entry is not None) != quantizer.makes_bins()
-        or _is_checkpointed()
+        or are_saves_hooked()
+        or is_in_backward()
     ):
         return None
-    quantizer._ready_used = True
+    assign(quantizer, "_ready_used", True)
     return ready
 
 
 def drop(model: nn.Module, *_) -> None:
     """Forget what the forward has not used; a layer that did not use it quantizes alone from now on. A forward hook."""
-    for module in model.modules():
-        quantizer = module._modules.get("weight_quantizer")
-        if quantizer is not None and quantizer._ready is not None:
-            quantizer.alone = quantizer.alone or not quantizer._ready_used
-            quantizer._ready = None
+    if torch.compiler.is_compiling():
+        return
+    for quantizer in model.__dict__.pop("_qbr_grouped", ()):
+        if not quantizer._ready_used:
+            quantizer.alone = True
+        assign(quantizer, "_ready", None)
 
 
 def _is_there(weight: Tensor) -> bool:
@@ -107,8 +118,22 @@ def _is_there(weight: Tensor) -> bool:
     return ordinary and not weight.is_meta and (weight.numel() == 0 or weight.untyped_storage().size() > 0)
 
 
-def _is_checkpointed() -> bool:
-    """Whether saved tensors are being hooked (checkpoint's forward and recomputation, or offloading), or this runs
-    inside a backward (the reentrant form's recomputation)."""
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return hooked or torch._C._current_graph_task_id() != -1
+def are_saves_hooked() -> bool:
+    """Whether backward will get other tensors than those saved here: checkpointing without reentry, or offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_in_backward() -> bool:
+    """Whether a backward is running: a forward here and now is checkpointing's second one, of either form."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def walk(model: nn.Module) -> list[nn.Module]:
+    """The modules of model, each once, in no particular order: what model.modules() gives, in half the time."""
+    found, waiting = {id(model): model}, [model]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.weak import TensorWeakRef
 
 from qbr import ops
+from qbr.grouping import assign
 from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, check_clip
 
 
@@ -81,9 +82,10 @@ class QuantizedClippedReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not ops.is_dense(x):
             x = x.contiguous()  # here and not below, so that the tensor that the graph saves is the one referred to
-        self._kept = clipped_relu(x, self.clip_value) if self.keep_pre_quant_activation else None
+        if self.keep_pre_quant_activation or self._kept is not None:
+            self._kept = clipped_relu(x, self.clip_value) if self.keep_pre_quant_activation else None
         # Weak: the input lives as long as the graph that needs it, and not because of this module.
-        self._input = None if torch.compiler.is_compiling() else TensorWeakRef(x)
+        assign(self, "_input", None if torch.compiler.is_compiling() else TensorWeakRef(x))
         return self.quantizer(x, relu=True, clip=self.clip_value)
 
     @property

@@ -345,9 +345,9 @@ def _spread(used: list[int], values, count: int) -> list:
     return spread
 
 
-def foreach_lsq(xs, alphas, specs, relu, clip, backend) -> list[Tensor]:
+def foreach_lsq(xs, alphas, specs, relu, clip, backend, alpha_grads) -> list[Tensor]:
     results: list = [None] * len(xs)
-    for used, name, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
+    for used, name, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend, alpha_grads):
         xhats = _ForeachLSQ.apply(name, quant, grad_scales, *xs_, *alphas_)
         for i, xhat in zip(used, xhats):
             results[i] = xhat
@@ -358,8 +358,9 @@ def foreach_bin_loss(
     xs, alphas, specs, relu, clip, backprop_to_alphas, regularizers, backend
 ) -> list[tuple[Tensor, Tensor]]:
     results: list = [None] * len(xs)
-    for used, name, quant, _, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
-        factors = _factors(used, backprop_to_alphas, xs_, alphas_, specs)
+    groups = _groups(xs, alphas, specs, relu, clip, backend, [1.0] * len(xs))
+    for used, name, quant, grad_scales, xs_, alphas_ in groups:
+        factors = [br_to_alpha_factor(backprop_to_alphas[i], scale) for i, scale in zip(used, grad_scales)]
         dampenings = [is_dampening(regularizers[i]) for i in used]
         flat = _ForeachBinLoss.apply(name, quant, factors, dampenings, *xs_, *alphas_)
         for i, *each in zip(used, *_halves(flat)):
@@ -368,11 +369,11 @@ def foreach_bin_loss(
 
 
 def foreach_lsq_bin(
-    xs, alphas, specs, relu, clip, backprop_to_alphas, regularizers, backend
+    xs, alphas, specs, relu, clip, backprop_to_alphas, regularizers, backend, alpha_grads
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     results: list = [None] * len(xs)
-    for used, name, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend):
-        factors = _factors(used, backprop_to_alphas, xs_, alphas_, specs)
+    for used, name, quant, grad_scales, xs_, alphas_ in _groups(xs, alphas, specs, relu, clip, backend, alpha_grads):
+        factors = [br_to_alpha_factor(backprop_to_alphas[i], scale) for i, scale in zip(used, grad_scales)]
         dampenings = [is_dampening(regularizers[i]) for i in used]
         flat = _ForeachLSQBin.apply(name, quant, grad_scales, factors, dampenings, *xs_, *alphas_)
         for i, *each in zip(used, *_halves(flat, 3)):
@@ -380,17 +381,13 @@ def foreach_lsq_bin(
     return results
 
 
-def _factors(used, backprop_to_alphas, xs, alphas, specs) -> list[float]:
-    return [br_to_alpha_factor(backprop_to_alphas[i], x, alpha, specs[i]) for i, x, alpha in zip(used, xs, alphas)]
-
-
-def _groups(xs, alphas, specs, relu, clip, backend):
+def _groups(xs, alphas, specs, relu, clip, backend, alpha_grads):
     """Checked arguments, list by list: tensors of one device and backend go together."""
     groups: dict[tuple, list] = {}
     for i, (x, alpha, spec) in enumerate(zip(xs, alphas, specs)):
         x, alpha, plain = check(x, alpha, spec, relu, clip)
         key = (x.device, _backend(backend, x.device.type, x.dtype), *plain[4:])
-        grad_scale = _grad_scale(x, alpha, spec)
+        grad_scale = alpha_grads[i] * _grad_scale(x, alpha, spec)
         groups.setdefault(key, []).append((i, x, alpha, plain[:4], grad_scale))
     for (_, name, relu_, clip_), members in groups.items():
         used, xs_, alphas_, ranges, grad_scales = zip(*members)
@@ -402,24 +399,27 @@ def _grad_scale(x: Tensor, alpha: Tensor, spec: QuantSpec) -> float:
     return spec.lsq_grad_scale(x.numel() // max(alpha.numel(), 1))
 
 
-def lsq(x, alpha, spec, relu, clip, backend) -> Tensor:
+def lsq(x, alpha, spec, relu, clip, backend, alpha_grad) -> Tensor:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    return _LSQ.apply(x, alpha, backend, plain, _grad_scale(x, alpha, spec))
+    return _LSQ.apply(x, alpha, backend, plain, alpha_grad * _grad_scale(x, alpha, spec))
 
 
 def bin_loss(x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend) -> tuple[Tensor, Tensor]:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    factor = br_to_alpha_factor(backprop_to_alpha, x, alpha, spec)
+    factor = br_to_alpha_factor(backprop_to_alpha, _grad_scale(x, alpha, spec))
     return _BinLoss.apply(x, alpha, backend, plain, factor, is_dampening(regularizer))
 
 
-def lsq_bin(x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend) -> tuple[Tensor, Tensor, Tensor]:
+def lsq_bin(
+    x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend, alpha_grad
+) -> tuple[Tensor, Tensor, Tensor]:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    factor = br_to_alpha_factor(backprop_to_alpha, x, alpha, spec)
-    return _LSQBin.apply(x, alpha, backend, plain, _grad_scale(x, alpha, spec), factor, is_dampening(regularizer))
+    grad_scale = alpha_grad * _grad_scale(x, alpha, spec)
+    factor = br_to_alpha_factor(backprop_to_alpha, grad_scale)
+    return _LSQBin.apply(x, alpha, backend, plain, grad_scale, factor, is_dampening(regularizer))
 
 
 def is_dampening(regularizer: str) -> bool:
@@ -427,7 +427,7 @@ def is_dampening(regularizer: str) -> bool:
     return check_regularizer(regularizer, "regularizer") == "dampening"
 
 
-def br_to_alpha_factor(backprop_to_alpha, x: Tensor, alpha: Tensor, spec: QuantSpec) -> float:
-    """What multiplies the bin loss's gradient of alpha: the fraction, times LSQ's gradient scale if it is scaled."""
+def br_to_alpha_factor(backprop_to_alpha, grad_scale: float) -> float:
+    """What multiplies the bin loss's gradient of alpha: the fraction, times what multiplies LSQ's if it is scaled."""
     fraction, scaled = check_to_alpha(backprop_to_alpha, "backprop_to_alpha")
-    return fraction * _grad_scale(x, alpha, spec) if scaled else fraction
+    return fraction * grad_scale if scaled else fraction

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 
 import torch
@@ -10,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from qbr import functional, grouping
-from qbr.functional import BinLoss
+from qbr import distributed, functional, grouping
+from qbr.functional import BinLoss, Bins
 from qbr.spec import QuantSpec, ToAlpha
 
 KINDS = ("weight", "activation")
@@ -26,6 +27,12 @@ def check_bits(bits: int, argument: str) -> int:
     if not 1 <= bits <= 8:
         raise ValueError(f"{argument}={bits}: expected 1 to 8; use the float layer to leave a tensor in float")
     return bits
+
+
+_REENTRANT = (
+    "the bin loss of layers inside torch.utils.checkpoint(use_reentrant=True) is not part of qbr.bin_loss(model), "
+    "since their first forward has no graph: use use_reentrant=False"
+)
 
 
 class LSQQuantizer(nn.Module):
@@ -50,6 +57,7 @@ class LSQQuantizer(nn.Module):
             (fraction, "scaled"), as in functional.bin_loss. A frozen alpha has none.
         regularizer: which loss that is: "br" or "dampening".
         observer: what a qbr.Monitor has put here to look at training forwards; None without one.
+        frozen: whether alpha stays as it is: see ``freeze``.
         alone: whether a weight is quantized by its own layer only, and not with the model's other weights
             (qbr/grouping.py); set there where a forward turned out to need it.
 
@@ -76,6 +84,7 @@ class LSQQuantizer(nn.Module):
         self.collecting = False
         self.br_to_alpha: ToAlpha = False
         self.regularizer = "br"
+        self.frozen = False
         self.alpha = nn.Parameter(torch.full((channels,), self.initial_alpha, dtype=torch.float32, device=device))
         self.register_buffer("init_state", torch.zeros(1, dtype=torch.float32, device=device))
         # init_state's value on the host: reading the buffer in forward would wait for the device.
@@ -85,6 +94,8 @@ class LSQQuantizer(nn.Module):
         self.alone = False
         self._ready: grouping.Ready | None = None
         self._ready_used = False
+        self._saved_elsewhere = False
+        self._alpha_in_graph: tuple[Tensor, ...] = ()  # where FSDP gathers alpha for a forward: that one
         _register(self)
 
     @property
@@ -120,17 +131,46 @@ class LSQQuantizer(nn.Module):
         elif self.makes_bins():
             xhat, loss, bins = functional.fake_quantize_with_bin_loss(
                 x, self.alpha, self.spec, relu=relu, clip=clip, backprop_to_alpha=self.bin_loss_to_alpha(),
-                regularizer=self.regularizer,
+                regularizer=self.regularizer, alpha_grad=self.alpha_grad(),
             )  # fmt: skip
             entry = BinLoss(loss, bins)
         else:
-            xhat, entry = functional.fake_quantize(x, self.alpha, self.spec, relu=relu, clip=clip), None
+            alpha_grad = self.alpha_grad()
+            xhat = functional.fake_quantize(x, self.alpha, self.spec, relu=relu, clip=clip, alpha_grad=alpha_grad)
+            entry = None
         if entry is not None:
             if self.collects():
                 self._retain(entry)
             if self.observer is not None:
                 self.observer.see(x, xhat, entry.bins)
         return xhat
+
+    def alpha_grad(self) -> float:
+        """What multiplies alpha's gradient beside LSQ's scale s = 1 / sqrt(N * qp).
+
+        An activation's N counts the elements of the whole batch, of which each rank has a share. 0 while frozen.
+        """
+        if self.frozen:
+            return 0.0
+        return 1.0 if self.kind == "weight" else distributed.ranks() ** -0.5
+
+    def bin_loss_to_alpha(self) -> ToAlpha:
+        """br_to_alpha, unless alpha is frozen."""
+        if not self.br_to_alpha or self.frozen:  # first: reading alpha of a module costs more than both
+            return False
+        return self.br_to_alpha if self.alpha.requires_grad else False
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Hold alpha as it is, or release it: no gradient, no weight decay and no momentum of a torch.optim optimizer
+        moves it.
+
+        Under torch.distributed alpha keeps requires_grad, and its gradient is 0: DistributedDataParallel waits in
+        every step for the gradient of each parameter that it was made with.
+        """
+        self.frozen = frozen
+        self.alpha.requires_grad_(not frozen or distributed.is_initialised())
+        if frozen:
+            self.alpha.grad = None
 
     def collects(self) -> bool:
         """Whether a forward here and now keeps its bin loss."""
@@ -140,15 +180,23 @@ class LSQQuantizer(nn.Module):
         """Whether a forward here and now has bin sums, for its loss or for an observer."""
         return (self.collecting or self.observer is not None) and self.training and torch.is_grad_enabled()
 
-    def bin_loss_to_alpha(self) -> ToAlpha:
-        """br_to_alpha, of an alpha that is not frozen."""
-        return self.br_to_alpha if self.alpha.requires_grad else False
-
     def _retain(self, entry: BinLoss) -> None:
+        if not torch.compiler.is_compiling():
+            hooked = grouping.are_saves_hooked()
+            if grouping.is_in_backward():  # checkpointing, which runs a forward again: the loss was taken long ago
+                if not hooked:
+                    warnings.warn(_REENTRANT, stacklevel=2)
+                return
+            hooked = hooked or (bool(self._retained) and self._saved_elsewhere)  # an earlier call in this forward was
+            if hooked != self._saved_elsewhere:
+                self._saved_elsewhere = hooked
+        if distributed.may_reclaim_parameters():
+            grouping.assign(self, "_alpha_in_graph", (self.alpha,))
+            bins = entry.bins  # not by _replace, which dynamo of torch 2.11 cannot follow
+            entry = BinLoss(entry.loss, Bins(bins.table, bins.alpha.clone(), bins.spec, bins.numel))
         if self.kind == "weight":
-            self._retained = [entry]
-        else:
-            self._retained.append(entry)
+            self._retained.clear()
+        self._retained.append(entry)
 
     @torch.no_grad()
     def initialise(self, x: Tensor, *, relu: bool = False, clip: float | None = None, force: bool = True) -> None:
@@ -161,7 +209,7 @@ class LSQQuantizer(nn.Module):
             x, relu, clip: as in forward.
             force: False leaves alpha alone where init_state was set to 1 by hand.
         """
-        shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        shared = distributed.ranks() > 1
         if x.numel() == 0 and not shared:
             return
         size = (x.detach().clamp(min=0, max=clip) if relu else x.detach()).abs()
@@ -240,10 +288,10 @@ class LSQQuantizer(nn.Module):
 
     def __getstate__(self):
         # Collected losses are part of a graph, and an observer is of one model: neither deepcopy nor pickle takes them.
-        return {**self.__dict__, "_retained": [], "_ready": None, "observer": None}
+        return {**self.__dict__, "_retained": [], "_ready": None, "observer": None, "_alpha_in_graph": ()}
 
     def __setstate__(self, state):
-        super().__setstate__(state)
+        super().__setstate__({"frozen": False, "_saved_elsewhere": False, "_alpha_in_graph": (), **state})
         _register(self)
 
 
@@ -327,7 +375,10 @@ def _before_step(optimizer: Optimizer, args, kwargs) -> None:
     """Note the least value that each of this optimizer's alphas may have after the step."""
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     mine = [q for q in _live if id(q._parameters.get("alpha")) in owned]
-    alphas = [q.alpha for q in mine if q.alpha.requires_grad]
+    for q in mine:
+        if q.frozen:
+            q.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, momentum and decay included
+    alphas = [distributed.local(q.alpha) for q in mine if q.alpha.requires_grad and not q.frozen]
     floors = torch._foreach_div(alphas, LARGEST_SHRINK) if alphas else []
     if floors:
         torch._foreach_clamp_min_(floors, SMALLEST_ALPHA)
@@ -346,6 +397,7 @@ def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
     if alphas:
         torch._foreach_maximum_(alphas, floors)
     for quantizer in mine:
-        quantizer._retained = []
+        if quantizer._retained:
+            quantizer._retained = []
         if quantizer.observer is not None:
             quantizer.observer.stepped()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbr import functional, grouping, metrics
+from qbr import distributed, functional, grouping, metrics, ops
 from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
 from qbr.quantizers import LSQQuantizer, check_bits, check_state_dict, quantizers, require_quantizers
@@ -39,24 +39,30 @@ class ModelBinLoss(NamedTuple):
         return dict(zip(self.layers, metrics.read([each.bins for each in self.layers.values()])))
 
 
-def bin_loss(model: nn.Module) -> ModelBinLoss:
+def bin_loss(model: nn.Module, *, global_bins: bool = False) -> ModelBinLoss:
     """Take the bin losses that model's training forward has collected; call it between forward and backward.
 
     Nothing is left behind: a second call without a forward in between finds nothing. No synchronisation.
 
     Args:
         model: a prepared model, or any module that contains quantizers (wrapped or compiled too).
+        global_bins: under torch.distributed, take activations' bins over the whole batch instead of over each rank's
+            share of it: one all-reduce, which every rank has to take part in (qbr/distributed.py).
 
     Raises:
-        ValueError: for a model without quantizers.
+        ValueError: for a model without quantizers; with global_bins also where activation checkpointing or offloading
+            keeps the global bins from backward, and for BR's gradient of alphas per channel.
 
     Source: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021.
     """
     found = require_quantizers(model)
     layers: dict[str, BinLoss] = {}
     losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
+    taken = {name: quantizer.take_retained() for name, quantizer in found.items()}
+    if global_bins and distributed.ranks() > 1:
+        taken |= _with_global_bins({n: found[n] for n in taken if found[n].kind == "activation" and taken[n]}, taken)
     for name, quantizer in found.items():
-        for call, entry in enumerate(quantizer.take_retained(), start=1):
+        for call, entry in enumerate(taken[name], start=1):
             layers[_call_name(_layer_name(name), call)] = entry
             losses[quantizer.kind].append(entry.loss)
     device = next(iter(found.values())).alpha.device
@@ -109,6 +115,34 @@ def quantized_weights(model: nn.Module) -> dict[LSQQuantizer, Tensor]:
     return found
 
 
+def _with_global_bins(acts: dict[str, LSQQuantizer], taken: dict[str, list[BinLoss]]) -> dict[str, list[BinLoss]]:
+    for name, quantizer in acts.items():
+        layer = _layer_name(name)
+        if quantizer._saved_elsewhere:
+            raise ValueError(f"global_bins=True: {layer} runs under activation checkpointing or saved-tensor hooks, "
+                             "whose backward has this rank's bins only; leave it out of them, or use global_bins=False")
+        br = quantizer.regularizer == "br"
+        if br and quantizer.bin_loss_to_alpha() and quantizer.alpha.numel() > 1:
+            raise ValueError(f"global_bins=True: BR's gradient of {layer}'s {quantizer.alpha.numel()} alphas needs "
+                             "bins per channel; use br_to_alpha_acts=False, or global_bins=False")
+    calls = [(name, entry) for name in acts for entry in taken[name]]
+    to_alpha = [_to_alpha_factor(acts[name], entry.bins) for name, entry in calls]
+    in_graph = {name: quantizer._alpha_in_graph or (quantizer.alpha,) for name, quantizer in acts.items()}
+    alphas = [in_graph[name][0] for name, _ in calls]
+    dampened = [acts[name].regularizer == "dampening" for name, _ in calls]
+    pooled = distributed.with_global_bins([entry for _, entry in calls], alphas, to_alpha, dampened)
+    result: dict[str, list[BinLoss]] = {name: [] for name in acts}
+    for (name, _), entry in zip(calls, pooled):
+        result[name].append(entry)
+    return result
+
+
+def _to_alpha_factor(quantizer: LSQQuantizer, bins: Bins) -> float:
+    """What multiplied BR's gradient of alpha when bins were made."""
+    scale = quantizer.alpha_grad() * quantizer.spec.lsq_grad_scale(bins.numel // quantizer.alpha.numel())
+    return ops.br_to_alpha_factor(quantizer.bin_loss_to_alpha(), scale)
+
+
 def _layer_name(name: str) -> str:
     """What a quantizer is reported as: its layer, without the prefix that torch.compile's wrapper adds."""
     layer, _, last = name.replace("_orig_mod.", "").rpartition(".")
@@ -135,9 +169,16 @@ def _fixed(entries) -> list[BinLoss]:
 
 def forget(model: nn.Module, *_) -> None:
     """Drop what earlier forwards of model have collected; as a forward pre-hook, at the start of each new one."""
-    for module in quantizers(model).values():
-        if module._retained:
-            module._retained = []
+    modules = grouping.walk(model)
+    fresh = False
+    for module in modules:
+        if isinstance(module, LSQQuantizer):
+            if module._retained:
+                module._retained = []
+            fresh = fresh or (module.training and not module.initialised)
+    if fresh and distributed.is_sharded(modules):
+        raise ValueError("alphas are not set yet and FSDP has sharded them, so that what this forward would set is "
+                         "lost: run one training forward before fully_shard, or load a state_dict")
 
 
 def _check_before_loading(model, state_dict, prefix, *_) -> None:

@@ -23,6 +23,7 @@ LAYERS = [
     ["qbr.ops"],
     ["qbr.functional"],
     ["qbr.metrics"],
+    ["qbr.distributed"],
     ["qbr.grouping"],
     ["qbr.quantizers"],
     ["qbr.layers"],

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from . import processes
 from .files import UserError
 
 SUBSET = Path(__file__).with_name("subset.npz")
@@ -248,7 +249,8 @@ class Batches:
             without augmentation. Drawing on the CPU, once per epoch, makes an epoch the same on every device.
         channels_last: memory format of the batches.
 
-    Iterating draws an epoch and gives (x float32 [B, 3, 32, 32], normalised; labels int64 [B]).
+    Iterating draws an epoch and gives (x float32 [B, 3, 32, 32], normalised; labels int64 [B]); under torchrun each
+    process's share of the batch, batches being those of one process.
     """
 
     def __init__(
@@ -270,9 +272,14 @@ class Batches:
             self._drawn = self._draw_epoch()
         return map(self.batch, range(len(self)))
 
+    def size(self, step: int) -> int:
+        """Images of batch ``step``, all processes' shares together."""
+        return min(self.batch_size, len(self.labels) - step * self.batch_size)
+
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Batch ``step`` of the epoch that was iterated last; the same pixels however often it is asked for."""
-        chosen = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        start = step * self.batch_size
+        chosen = processes.share(start, start + self.size(step))
         if self.generator is None:
             return self._normalise(self.images[chosen]), self.labels[chosen]
         index, top, left, flip = (drawn[chosen] for drawn in self._drawn)

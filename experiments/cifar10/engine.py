@@ -13,10 +13,13 @@ from tqdm import tqdm
 
 import qbr
 
+from . import processes
 from .data import Batches, ImageSet, Splits
+from .files import UserError
 
 CHECK_EVERY = 100  # steps between looks at the non-finite flag; each look waits for the device once
 EVAL_BATCH = 500
+NOT_AGAIN = "no layer when the step was repeated"
 
 
 class TrainingDiverged(RuntimeError):
@@ -27,7 +30,8 @@ class Trainer:
     """Model, optimizer, schedule and data of one run, and everything that a resumption must restore.
 
     SGD with momentum, weight decay on weights alone (alphas have their own group), and a cosine schedule from lr to
-    0 over all steps. The figures of an epoch are added up on the device and read once.
+    0 over all steps. The figures of an epoch are added up on the device and read once. Under torchrun the processes
+    share every batch, and all of them call the same methods.
 
     Args:
         model: on ``device``; for quantization-aware training already prepared by qbr.
@@ -36,6 +40,7 @@ class Trainer:
         epochs: length of the schedule.
         control: attached to ``model``; None trains in float.
         lambda_weights, lambda_acts: strength of BR.
+        global_bins: under torchrun, BR of activations over the whole batch instead of over each process's share.
         quiet: no progress bar even on a terminal.
     """
 
@@ -50,15 +55,23 @@ class Trainer:
         control: qbr.AlphaControl | None = None,
         lambda_weights: float = 0.0,
         lambda_acts: float = 0.0,
+        global_bins: bool = True,
         quiet: bool = False,
     ) -> None:
         self.model, self.device, self.epochs, self.control, self.quiet = model, device, epochs, control, quiet
-        self.lambda_weights, self.lambda_acts = lambda_weights, lambda_acts
+        self.lambda_weights, self.lambda_acts, self.global_bins = lambda_weights, lambda_acts, global_bins
         self.bf16 = options.amp == "bf16"
         self.channels_last = options.channels_last
         self.generator = torch.Generator().manual_seed(options.seed)
         self.batches = Batches(splits.train.to(device), options.batch_size, self.generator, self.channels_last)
+        smallest, of = self.batches.size(len(self.batches) - 1), processes.world()
+        if smallest < of:
+            raise UserError(
+                f"--batch-size {options.batch_size}: the last batch of an epoch has {smallest} images, fewer "
+                f"than the {of} processes that share it; choose another"
+            )
         self.validation = splits.val.to(device)
+        self.net = processes.parallel(model, device)  # what training calls
         rates = {"lr": options.lr, "weight_decay": options.weight_decay}
         groups = qbr.parameter_groups(model, **rates) if control else [{"params": list(model.parameters()), **rates}]
         # The fused form skips a step on the device where found_inf says so: NaN never reaches the weights.
@@ -114,17 +127,19 @@ class Trainer:
         start = time.perf_counter()
         with tqdm(total=count, desc=title, unit="img", leave=False, disable=True if self.quiet else None) as bar:
             for step, (x, y) in enumerate(self.batches):
-                logits, ce, loss, bin_losses = self._forward(x, y)
+                logits, ce, loss, bin_losses = self._forward(self.net, x, y, self.batches.size(step))
                 self.optimizer.zero_grad()
                 loss.backward()
                 failed_at = self._update(loss, step, failed_at)
                 loss, ce = loss.detach(), ce.detach()
-                totals += torch.stack([loss * len(y), ce * len(y), (logits.argmax(1) == y).sum()])
+                mine = len(y) if self.net is self.model else self.batches.size(step) / processes.world()
+                totals += torch.stack([loss * mine, ce * len(y), (logits.argmax(1) == y).sum()])
                 bins.add(bin_losses)
-                bar.update(len(y))
+                bar.update(self.batches.size(step))
                 if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(self.batches):
                     self._stop_if(failed_at, epoch)
-        loss, ce, correct = totals.tolist()
+        loss, ce, correct = processes.total(totals).tolist()
+        processes.as_on_main(self.model)
         seconds = time.perf_counter() - start
         return {
             "loss": loss / count,
@@ -142,24 +157,31 @@ class Trainer:
         totals = torch.zeros(2, device=self.device)
         with torch.no_grad():
             for x, y in Batches(split.to(self.device), EVAL_BATCH, channels_last=self.channels_last):
-                logits = self._logits(x)
+                if len(y) == 0:
+                    continue
+                logits = self._logits(self.model, x)
                 totals += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
-        ce, correct = totals.tolist()
+        ce, correct = processes.total(totals).tolist()
         return ce / len(split), 100 * correct / len(split)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, net: nn.Module, x: Tensor) -> Tensor:
         context = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         with context:
-            return self.model(x).float()
+            return net(x).float()
 
-    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """logits [B, classes], CE and the whole loss (scalars in the graph), and qbr.bin_loss's result or None."""
-        logits = self._logits(x)
+    def _forward(self, net: nn.Module, x: Tensor, y: Tensor, images: int) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """logits [B, classes], CE and the whole loss (scalars in the graph), and qbr.bin_loss's result or None.
+
+        images: in the whole batch, of which x and y are this process's share. Gradients are averaged over the
+        processes, so that the loss weighs a share by its size.
+        """
+        logits = self._logits(net, x)
         ce = F.cross_entropy(logits, y)
+        weighed = ce if self.net is self.model else ce * (len(y) * processes.world() / images)
         if self.control is None or not self.control.br_active:
-            return logits, ce, ce, None
-        bins = qbr.bin_loss(self.model)
-        return logits, ce, ce + self.lambda_weights * bins.weights + self.lambda_acts * bins.activations, bins
+            return logits, ce, weighed, None
+        bins = qbr.bin_loss(self.model, global_bins=self.global_bins)
+        return logits, ce, weighed + self.lambda_weights * bins.weights + self.lambda_acts * bins.activations, bins
 
     def _update(self, loss: Tensor, step: int, failed_at: Tensor) -> Tensor:
         """One optimizer step unless this or an earlier one of the epoch was not finite; all on the device."""
@@ -172,12 +194,13 @@ class Trainer:
         return failed_at
 
     def _stop_if(self, failed_at: Tensor, epoch: int) -> None:
-        step = int(failed_at)
+        step = int(processes.largest(failed_at))
         if step >= 0:
-            layer = self._first_not_finite(*self.batches.batch(step))
+            layers = processes.each(self._first_not_finite(*self.batches.batch(step), self.batches.size(step)))
+            layer = next((each for each in layers if each != NOT_AGAIN), NOT_AGAIN)
             raise TrainingDiverged(f"NaN or infinity in epoch {epoch}, step {step + 1}: first in {layer}")
 
-    def _first_not_finite(self, x: Tensor, y: Tensor) -> str:
+    def _first_not_finite(self, x: Tensor, y: Tensor, images: int) -> str:
         """Where a NaN or infinity comes from: the failed step again, with a look at every module."""
         found: list[str] = []
 
@@ -192,7 +215,7 @@ class Trainer:
         leaves = [(name, module) for name, module in self.model.named_modules() if not list(module.children())]
         outer = [(name, module) for name, module in self.model.named_modules() if name and list(module.children())]
         hooks = [module.register_forward_hook(look(name)) for name, module in leaves + outer]
-        _, ce, loss, bins = self._forward(x, y)
+        _, ce, loss, bins = self._forward(self.model, x, y, images)
         for hook in hooks:
             hook.remove()
         if found:
@@ -206,7 +229,7 @@ class Trainer:
         loss.backward()
         # Gradients flow from the last layer to the first: the last bad one in forward order is where it began.
         names = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        return f"the gradient of {names[-1]}" if names else "no layer when the step was repeated"
+        return f"the gradient of {names[-1]}" if names else NOT_AGAIN
 
 
 class _BinTotals:
@@ -229,7 +252,8 @@ class _BinTotals:
     def figures(self) -> dict[str, Any]:
         if self.steps == 0:
             return {}
-        mean, first, last = torch.stack([self.total / self.steps, self.first, self.last]).tolist()
+        figures = torch.stack([self.total / self.steps, self.first, self.last])
+        mean, first, last = (processes.total(figures) / processes.world()).tolist()
         figures = {"br_layers": dict(zip(self.layers, mean[2:]))}
         for index, side in enumerate(("br_w", "br_a")):
             figures.update({side: mean[index], f"{side}_start": first[index], f"{side}_end": last[index]})

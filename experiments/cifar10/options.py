@@ -66,6 +66,12 @@ def qat_parser() -> argparse.ArgumentParser:
             metavar="HOW",
             help=f"BR moves {whose} alphas too; HOW: a fraction, or 'scaled' by LSQ's gradient scale",
         )
+    parser.add_argument(
+        "--br-bins",
+        choices=("global", "rank"),
+        default="global",
+        help="under torchrun, BR of activations: over the whole batch (default) or over each process's share of it",
+    )
     _add_common(parser, lr=0.01)
     parser.set_defaults(_quick=QUICK_QAT)
     return parser
@@ -78,7 +84,8 @@ def _add_common(parser: argparse.ArgumentParser, lr: float) -> None:
     add("--download", action="store_true", help="fetch CIFAR-10 into --data (default ./data) with torchvision")
     add("--val-fraction", type=float, default=0.1, help="share of the training set held out to choose the best epoch")
     add("--limit", type=int, metavar="N", help="keep N images of every class and split, for trials")
-    add("--batch-size", type=int, default=128)
+    add("--batch-size", type=int, default=128, help="of all processes together under torchrun")
+    add("--sync-bn", action="store_true", help="under torchrun on GPUs: BatchNorm over the whole batch")
     add("--lr", type=float, default=lr)
     add("--momentum", type=float, default=0.9)
     add("--weight-decay", type=float, default=5e-4)

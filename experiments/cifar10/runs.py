@@ -20,7 +20,7 @@ from torch import nn
 import qbr
 from qbr import kernels
 
-from . import checkpoints, data, histograms, logs, report
+from . import checkpoints, data, histograms, logs, processes, report
 from .engine import Trainer, TrainingDiverged
 from .files import UserError, check_writable, write_json
 from .models import MODELS
@@ -35,12 +35,13 @@ def cli(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | None
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         options, given = parse(parser, argv)
-        Run(script, options, given, shlex.join(["python", f"experiments/{script}.py", *argv])).go()
+        with processes.joined(options.gpu):
+            Run(script, options, given, shlex.join(["python", f"experiments/{script}.py", *argv])).go()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{processes.label()}error: {error}", file=sys.stderr)
         return 2
     except TrainingDiverged as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{processes.label()}error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
@@ -73,32 +74,41 @@ class Run:
         self.script, self.command = script, command
         self.folder = options.output_dir
         self.best_path, self.last_path = (self.folder / "checkpoints" / f"{name}.pth" for name in ("best", "last"))
-        check_writable(self.folder)
-        self.state = self._state_to_resume(options)
+        processes.on_main(check_writable, self.folder)
+        self.state = processes.on_main(self._state_to_resume, options)
         self.options = options = resumed(options, given, self.state["args"]) if self.state else options
         if options.tensorboard:
             logs.check_installed()
         if getattr(options, "pretrained_baseline", None) is not None and self.state is None:
-            checkpoints.load(options.pretrained_baseline, "--pretrained-baseline")  # before data may be downloaded
+            # Before data may be downloaded.
+            processes.on_main(_check_checkpoint, options.pretrained_baseline, "--pretrained-baseline")
         self.device = parent.device if parent else pick_device(options.gpu)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.splits = (
-            parent.splits
-            if parent
-            else data.load(
-                options.data, download=options.download, val_fraction=options.val_fraction, limit=options.limit
-            )
-        )
+        if parent:
+            self.splits = parent.splits
+        else:
+            with processes.first_on_each_machine(options.download):
+                self.splits = data.load(
+                    options.data,
+                    download=options.download and processes.local_rank() == 0,
+                    val_fraction=options.val_fraction,
+                    limit=options.limit,
+                    quiet=processes.rank() > 0,
+                )
         torch.manual_seed(options.seed)
         self.model = MODELS[options.model](len(self.splits.classes))
         self.epochs = options.epochs if script == BASELINE else options.qat_epochs
         self.first_run = None  # the float baseline that --quick trains before
         if script == QAT and self.state is None:
             if options.pretrained_baseline is not None:
-                checkpoints.load_float(self.model, options.model, options.pretrained_baseline)
+                self._load_float(options.pretrained_baseline)
             elif options.quick:
                 self.first_run = self._quick_baseline()
+
+    def _load_float(self, path) -> None:
+        """Into rank 0's model, from which DistributedDataParallel gives it to the others."""
+        processes.on_main(checkpoints.load_float, self.model, self.options.model, path)
 
     def _state_to_resume(self, options: argparse.Namespace) -> dict[str, Any] | None:
         if not self.last_path.exists():
@@ -130,7 +140,7 @@ class Run:
         if self.first_run is not None:
             print("--quick without --pretrained-baseline: a short float baseline comes first")
             self.first_run.go()
-            checkpoints.load_float(self.model, self.options.model, self.first_run.best_path)
+            self._load_float(self.first_run.best_path)
             print()
         trainer = self._trainer()
         self._open_folder()
@@ -140,12 +150,14 @@ class Run:
             trainer.load_state_dict(self.state)
             history, best = self.state["history"], self.state["best"]
             print(f"resuming after epoch {len(history)} of {self.epochs}")
-            done = self._finished_results()
+            done = processes.on_main(self._finished_results)
             if done:
                 self._finish(trainer, done)
                 return done
         results = self._header(trainer)
-        board = logs.TensorBoard(self.folder / "tensorboard", len(history) + 1) if self.options.tensorboard else None
+        board = None
+        if self.options.tensorboard and processes.rank() == 0:
+            board = logs.TensorBoard(self.folder / "tensorboard", len(history) + 1)
         try:
             for epoch in range(len(history) + 1, self.epochs + 1):
                 figures = self._epoch(trainer, epoch)
@@ -153,14 +165,11 @@ class Run:
                 if not best or figures["val_acc"] is None or figures["val_acc"] > best["val_acc"]:
                     best = {"epoch": epoch, "val_acc": figures["val_acc"]}
                 self._save(trainer, history, best)
-                write_json(self.folder / "results.json", {**results, "epochs": history, "best": best})
+                self._write_results({**results, "epochs": history, "best": best})
                 if board:
                     board.epoch(figures, trainer.model, trainer.batches.batch(0)[0])
         except TrainingDiverged as error:
-            write_json(
-                self.folder / "results.json",
-                {**results, "status": "diverged", "error": str(error), "epochs": history, "best": best},
-            )
+            self._write_results({**results, "status": "diverged", "error": str(error), "epochs": history, "best": best})
             kept = "no epoch ended"
             if history:
                 kept = f"the last good checkpoint is {self.last_path} (epoch {len(history)})"
@@ -170,6 +179,10 @@ class Run:
             board.close()
         self._finish(trainer, results)
         return results
+
+    def _write_results(self, results: dict[str, Any]) -> None:
+        if processes.rank() == 0:
+            write_json(self.folder / "results.json", results)
 
     def _finished_results(self) -> dict[str, Any] | None:
         path = self.folder / "results.json"
@@ -195,17 +208,31 @@ class Run:
                 warmup_epochs=options.warmup_epochs,
             )
             strength = {"lambda_weights": options.lambda_br, "lambda_acts": options.lambda_br_act}
+            strength["global_bins"] = options.br_bins == "global"
+        if options.sync_bn:
+            self._synchronise_batch_norm()
         memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         self.model.to(self.device, memory_format=memory_format)
         if control:
             control.attach(self.model)
-        return Trainer(self.model, self.splits, options, self.device, self.epochs, control=control, **strength)
+        quiet = processes.rank() > 0
+        return Trainer(
+            self.model, self.splits, options, self.device, self.epochs, control=control, quiet=quiet, **strength
+        )
+
+    def _synchronise_batch_norm(self) -> None:
+        if self.device.type != "cuda" or processes.world() == 1:
+            raise UserError("--sync-bn: works under torchrun on CUDA devices alone; leave it out")
+        self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
 
     def _warn_unless_pretrained(self) -> None:
         if self.options.pretrained_baseline is None and not self.options.quick:
             print("warning: no --pretrained-baseline: quantization-aware training starts from random weights")
 
     def _open_folder(self) -> None:
+        processes.on_main(self._make_folder)
+
+    def _make_folder(self) -> None:
         try:
             self.last_path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -235,6 +262,7 @@ class Run:
             },
             "device": where,
             "cpus": os.cpu_count(),
+            "processes": processes.world(),
             "data": {
                 "source": self.splits.source,
                 "classes": list(self.splits.classes),
@@ -254,6 +282,8 @@ class Run:
             what = f"weights {bits[0]}, activations {bits[1]}, {header['backend']} kernels"
             header["alpha_control"] = trainer.control.describe()
             header["warmup_epochs"] = options.warmup_epochs
+        if processes.world() > 1:
+            where = f"{processes.world()} processes, each on {where}"
         print(f"model: {options.model}, {what}, on {where}")
         if trainer.control:
             print(f"lambda: {options.lambda_br:g} (weights), {options.lambda_br_act:g} (activations)")
@@ -283,7 +313,7 @@ class Run:
         return {name: m for name, m in self.model.named_modules() if isinstance(m, qbr.LSQQuantizer)}
 
     def _keep_histograms(self, when: str, epoch: int) -> None:
-        layers = histograms.weight_histograms(self.model)
+        layers = histograms.weight_histograms(self.model) if processes.rank() == 0 else None
         if layers:
             path = self.folder / "histograms.json"
             kept = json.loads(path.read_text()) if path.exists() else {}
@@ -301,6 +331,8 @@ class Run:
             "args": plain(self.options),
             "classes": list(self.splits.classes),
         }
+        if processes.rank():
+            return
         if best["epoch"] == len(history):
             checkpoints.save(self.best_path, state)
         checkpoints.save(self.last_path, state)
@@ -310,7 +342,7 @@ class Run:
         final: dict[str, Any] = {}
         self._keep_histograms("after", len(history))
         for which, path, epoch in (("last", self.last_path, len(history)), ("best", self.best_path, best["epoch"])):
-            state = checkpoints.load(path, "--output-dir")
+            state = processes.on_main(checkpoints.load, path, "--output-dir")
             if which == "best" and epoch == len(history):
                 loss, accuracy = final["last"]["test_loss"], final["last"]["test_acc"]
             else:
@@ -318,7 +350,8 @@ class Run:
                 loss, accuracy = trainer.evaluate(self.splits.test)
             val = history[epoch - 1]["val_acc"]
             final[which] = {"epoch": epoch, "val_acc": val, "test_loss": loss, "test_acc": accuracy}
-            checkpoints.save(path, {**state, "test_acc": accuracy})
+            if processes.rank() == 0:
+                checkpoints.save(path, {**state, "test_acc": accuracy})
             if board:
                 board.test(epoch, loss, accuracy)
         with_br = [figures for figures in history if "br_w" in figures]
@@ -329,8 +362,8 @@ class Run:
         return final
 
     def _finish(self, trainer: Trainer, results: dict[str, Any]) -> None:
-        write_json(self.folder / "results.json", results)
-        page = report.write(self.folder)
+        self._write_results(results)
+        page = processes.on_main(report.write, self.folder)
         final = results["final"]
         kind = "quantized" if trainer.control else "float"
         for which in ("best", "last"):
@@ -363,8 +396,14 @@ def epoch_line(figures: dict[str, Any], epochs: int) -> str:
     return "  ".join(parts)
 
 
+def _check_checkpoint(path, flag: str) -> None:
+    checkpoints.load(path, flag)
+
+
 def pick_device(gpu: int) -> torch.device:
-    """CUDA device ``gpu``, or the CPU where there is no CUDA, with a note."""
+    """CUDA device ``gpu``, or the CPU where there is no CUDA, with a note; under torchrun a device for each process."""
+    if gpu >= 0 and processes.world() > 1:
+        gpu = processes.local_rank()
     if gpu < 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -156,7 +156,7 @@ def test_each_element_moves_once_in_accesses_of_16_bytes(emulated, name, dtype):
             lambda: emulated.lsq_bin_fwd(x, alpha, *plain, True),
         ],
         ("x",): [lambda: emulated.bin_loss_fwd(x, alpha, *plain, False)],
-        ("x", "g", "dx"): [
+        ("x", "grad_xhat", "dx"): [
             lambda: emulated.lsq_bwd(grad, x, alpha, *plain, 0.1),
             lambda: emulated.lsq_bin_bwd(grad, one, x, alpha, bins, *plain, 0.1),
         ],
@@ -166,11 +166,11 @@ def test_each_element_moves_once_in_accesses_of_16_bytes(emulated, name, dtype):
         for call in variants:
             call()
             first, rest = emulated.launches[0], emulated.launches[1:]
-            moved = {key: tuple(first.buffers[key]) for key in ("x", "g", "xhat", "dx") if key in first.buffers}
+            moved = {key: tuple(first.buffers[key]) for key in ("x", "grad_xhat", "xhat", "dx") if key in first.buffers}
             assert moved == {key: (0, size) if key in ("xhat", "dx") else (size, 0) for key in tensors}
             wide = first.loads.widths[16] + first.stores.widths[16]
             assert wide * 16 == len(tensors) * size
-            assert all(not set(launch.buffers) & {"x", "g", "xhat", "dx"} for launch in rest)
+            assert all(not set(launch.buffers) & {"x", "grad_xhat", "xhat", "dx"} for launch in rest)
 
 
 def test_a_tensor_of_one_tile_takes_one_launch(emulated):
@@ -208,8 +208,8 @@ extern "C" __global__ void divide_kernel(const float* x, const float* alpha, flo
   quick[i] = quotient<true>(x[i], step);
   slow[i] = quotient<false>(x[i], step);
 }
-extern "C" __global__ void share_kernel(Walk w, int channels, long long tile, long long* out) {
-  const Share s = channels ? share_of<true>(w, tile) : share_of<false>(w, tile);
+extern "C" __global__ void share_kernel(Walk w, long long tile, long long* out) {
+  const Share s = share_of(w, tile);
   long long* mine = out + 4 * threadIdx.x;
   mine[0] = s.at, mine[1] = s.stride, mine[2] = s.count, mine[3] = s.channel;
 }
@@ -257,7 +257,7 @@ def test_indices_beyond_32_bits(probe, small_device, channels, inner):
     chosen = [tiles - 1, tiles // 2, (1 << 32) // 4096 + 3, 0]
     for tile in [t for t in chosen if t < tiles]:
         out = ptxrun.uninit((256, 4), np.int64)
-        probe.launch("share_kernel", 1, 256, [walk, int(channels > 1), tile, out])
+        probe.launch("share_kernel", 1, 256, [walk, tile, out])
         out = np.asarray(out)
         at = [start + step * np.arange(count) for start, step, count, _ in out if count]
         of_channel = [np.full(count, channel) for _, _, count, channel in out if count]

@@ -1,8 +1,8 @@
 """csrc/cuda.cu without a GPU: its host code runs as it is, on a stand-in for the CUDA runtime that hands every launch
 to ptxrun, which executes the kernel's PTX on the CPU.
 
-``Emulator`` has the raw ops of qbr/ops.py and their list forms as methods, on CPU tensors; ``launches`` holds the reports
-of the last call, whose ``buffers`` are named as the arguments here, with the place in the list behind the name.
+``Emulator`` has the raw ops of qbr/ops.py and their list forms as methods, on CPU tensors; ``launches`` holds the
+reports of the last call, whose ``buffers`` are named as kernels.h's Item names them, with the place in a list behind.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ template <class Kind, class F> void by_kind(Tasks& tasks, Kind kind, F f) {
   }
 }
 
-// A kernel for one job, and for many. Two forms, so that a call of one tensor hands over 176 bytes and not 4 KB.
+// A kernel's forms: of one job, which hands over no 4 KB, and of many.
 struct Kernel {
   void (*one)(Jobs<1>);
   void (*many)(Jobs<kJobs>);
@@ -148,6 +148,25 @@ template <class T> Kernel bin_fwd_of(Method m) {
   }
 }
 
+// The rows that bin_fwd's blocks left, to bins, losses and gradients of alpha; a block alone has finished by itself.
+void launch_finish(const Tasks& tasks, void* stream) {
+  Batch folds, finishes;
+  Tasks folded = tasks;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const Job& job = tasks[i].job;
+    if (job.walk.blocks == 1) continue;
+    if (folds_twice(job.range, job.walk.blocks)) {
+      folds.add(job, kFoldGroups * ceil_div(bin_columns(job.range), kThreads));
+      Job& rest = folded[i].job;
+      rest.parts = static_cast<double*>(job.parts) + int64_t(job.walk.blocks) * bin_columns(job.range);
+      rest.walk.blocks = kFoldGroups;
+    }
+    finishes.add(folded[i].job, 1);
+  }
+  folds.launch({bin_fold_kernel<1>, bin_fold_kernel<kJobs>}, stream);
+  finishes.launch({bin_finish_kernel<1>, bin_finish_kernel<kJobs>}, stream, 0, 1024);
+}
+
 // -2 sum_k k S_(k,c) / n_k with a step per channel: the counts n_k are needed first, so x is read again; sums over
 // channels stay one float each, not one per level.
 void write_dloss_dalpha(const Items& items, const Scratch& scratch, void* stream) {
@@ -198,7 +217,6 @@ int bin_fwd(const Items& items, const Scratch& scratch, void* stream) {
     const int rows = job.walk.blocks + (folds_twice(job.range, job.walk.blocks) ? kFoldGroups : 0);
     return size_t(rows) * bin_columns(job.range) * sizeof(double);
   });
-  Batch folds, finishes;
   const auto kind = [](const Task& t) { return int(t.dtype) * 3 + int(method_of(t.quant)); };
   by_kind(tasks, kind, [&](const Task* first, const Task* last) {
     Batch batch;
@@ -208,22 +226,10 @@ int bin_fwd(const Items& items, const Scratch& scratch, void* stream) {
       shared = std::max(shared, bin_shared_bytes(t->quant));
     }
     const Method method = method_of(first->quant);
-    batch.launch(with_type(first->dtype, [&](auto type) { return bin_fwd_of<decltype(type)>(method); }), stream, shared);
+    const auto kernel = with_type(first->dtype, [&](auto type) { return bin_fwd_of<decltype(type)>(method); });
+    batch.launch(kernel, stream, shared);
   });
-  Tasks folded = tasks;
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    const Job& job = tasks[i].job;
-    if (job.walk.blocks == 1) continue;
-    if (folds_twice(job.range, job.walk.blocks)) {
-      folds.add(job, kFoldGroups * ceil_div(bin_columns(job.range), kThreads));
-      Job& rest = folded[i].job;
-      rest.parts = static_cast<double*>(job.parts) + int64_t(job.walk.blocks) * bin_columns(job.range);
-      rest.walk.blocks = kFoldGroups;
-    }
-    finishes.add(folded[i].job, 1);
-  }
-  folds.launch({bin_fold_kernel<1>, bin_fold_kernel<kJobs>}, stream);
-  finishes.launch({bin_finish_kernel<1>, bin_finish_kernel<kJobs>}, stream, 0, 1024);
+  launch_finish(tasks, stream);
   write_dloss_dalpha(items, scratch, stream);
   return int(cudaGetLastError());
 }

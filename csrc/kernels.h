@@ -54,7 +54,8 @@ void bin_bwd(const Items&);  // grad_loss, bins -> dx; grad_xhat (with grad_scal
 }  // namespace cpu
 
 // The same on a CUDA stream of the current device, with device pointers; nothing synchronises. Items of one dtype (and,
-// in bin_fwd, of one Method of cuda_plan.h) share launches. Each returns the cudaError_t of its launches as an int.
+// in bin_fwd, of one Method of cuda_plan.h) share a launch, up to kJobs of them, and all share one for the sums that
+// blocks leave. Each returns the cudaError_t of its launches as an int.
 namespace cuda {
 // So many bytes of device memory, 16-byte aligned and uninitialised, that last until the stream has passed the call.
 using Scratch = std::function<void*(size_t bytes)>;

@@ -1,7 +1,8 @@
 """The ops over lists of tensors: their schemas, and their meaning as loops over the ops of one tensor.
 
 The loops are the fakes of these ops and their kernels in every backend that has none of its own; a backend that has
-(the native one: one parallel region for all tensors on the CPU) gives the same results to the bit.
+(the native one: all tensors in one parallel region on the CPU, in one launch and one for their sums on CUDA) gives the
+same results to the bit.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ struct Place {
   uint32_t block;
 };
 
-// Even for one job the index is no constant (it is 0, the grid having one row): what is known to lie at a fixed place in
-// constant memory is loaded anew for each element, 3 % more instructions, though the launch bounds leave registers for it.
+// Even for one job the index is no constant (it is 0, the grid having one row): what is known to lie at a fixed place
+// in constant memory is loaded anew for each element, 3 % more instructions, though registers are left for it.
 template <int N> __device__ __forceinline__ Place place_of(const Jobs<N>& jobs) {
   uint32_t i = N == 1 ? blockIdx.y : 0;
 #pragma unroll

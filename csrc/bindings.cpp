@@ -26,8 +26,6 @@ T* out(const Tensor& t) {
 
 using Calls = std::vector<Call>;
 using Tensors = std::vector<Tensor>;
-using cpu::Item;
-using cpu::Items;
 
 Item item_of(const Call& c) {
   return {.dtype = c.dtype, .x = c.x.const_data_ptr(), .alpha = c.step(), .layout = c.layout, .quant = c.quant};
@@ -49,53 +47,38 @@ struct OnCPU {
 };
 
 #ifdef QBR_WITH_CUDA
-// ... and on CUDA, one launch after another, with scratch memory and on the current stream of x's device.
+// ... and on CUDA, with scratch memory and on the current stream of the tensors' device.
 class OnCUDA {
  public:
   static void lsq_fwd(const Calls& calls, const Items& items) {
-    each(calls, items, [](const Call&, const Item& i, void* stream) {
-      return cuda::lsq_fwd(i.dtype, i.x, i.alpha, i.xhat, i.layout, i.quant, stream);
-    });
+    run(calls, [&](const cuda::Scratch&, void* stream) { return cuda::lsq_fwd(items, stream); });
   }
   static void lsq_bwd(const Calls& calls, const Items& items) {
-    each(calls, items, [](const Call& c, const Item& i, void* stream) {
-      const Tensor scratch = workspace(c, cuda::Kernel::lsq_bwd, true);
-      return cuda::lsq_bwd(i.dtype, i.grad_xhat, i.x, i.alpha, i.dx, i.dalpha, i.layout, i.quant, i.grad_scale,
-                           scratch.mutable_data_ptr(), stream);
-    });
+    run(calls, [&](const cuda::Scratch& scratch, void* stream) { return cuda::lsq_bwd(items, scratch, stream); });
   }
   static void bin_fwd(const Calls& calls, const Items& items) {
-    each(calls, items, [](const Call& c, const Item& i, void* stream) {
-      const Tensor scratch = workspace(c, cuda::Kernel::bin_fwd, i.dloss_dalpha);
-      return cuda::bin_fwd(i.dtype, i.x, i.alpha, i.xhat, i.loss, i.bins, i.dloss_dalpha, i.layout, i.quant,
-                           scratch.mutable_data_ptr(), stream);
-    });
+    run(calls, [&](const cuda::Scratch& scratch, void* stream) { return cuda::bin_fwd(items, scratch, stream); });
   }
   static void bin_bwd(const Calls& calls, const Items& items) {
-    each(calls, items, [](const Call& c, const Item& i, void* stream) {
-      const Tensor scratch = workspace(c, cuda::Kernel::bin_bwd, i.dalpha);
-      return cuda::bin_bwd(i.dtype, i.grad_xhat, i.grad_loss, i.x, i.alpha, i.bins, i.dx, i.dalpha, i.layout, i.quant,
-                           i.grad_scale, scratch.mutable_data_ptr(), stream);
-    });
+    run(calls, [&](const cuda::Scratch& scratch, void* stream) { return cuda::bin_bwd(items, scratch, stream); });
   }
 
  private:
-  template <class Launch>
-  static void each(const Calls& calls, const Items& items, const Launch& launch) {
+  template <class Launch> static void run(const Calls& calls, const Launch& launch) {
+    if (calls.empty()) return;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "a CUDA tensor, but this torch has no CUDA streams");
-    for (size_t i = 0; i < calls.size(); ++i) {
-      const int32_t device = calls[i].x.get_device_index();
-      const torch::stable::accelerator::DeviceGuard guard(device);
-      void* stream = nullptr;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-      const int error = launch(calls[i], items[i], stream);
-      STD_TORCH_CHECK(error == 0, "a CUDA kernel could not be launched: ", cuda::error_string(error));
-    }
-  }
-  // From torch's caching allocator, which keeps it for this stream until the kernels are done.
-  static Tensor workspace(const Call& call, cuda::Kernel kernel, bool alpha_gradient) {
-    const size_t bytes = cuda::workspace_bytes(kernel, call.layout, call.quant, alpha_gradient);
-    return empty(int64_t(bytes ? bytes : 16), aoti_torch_dtype_uint8(), call.x);
+    const Tensor& on = calls[0].x;
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+    // From torch's caching allocator, which keeps it for this stream until the kernels are done.
+    Tensors kept;
+    const cuda::Scratch scratch = [&](size_t bytes) {
+      kept.push_back(empty(int64_t(bytes), aoti_torch_dtype_uint8(), on));
+      return kept.back().mutable_data_ptr();
+    };
+    const int error = launch(scratch, stream);
+    STD_TORCH_CHECK(error == 0, "a CUDA kernel could not be launched: ", cuda::error_string(error));
   }
 };
 #endif

@@ -1,7 +1,9 @@
 // The CUDA backend: launches. Kernels are in cuda_lsq.cuh and cuda_bin_fwd.cuh, what they cut x into in cuda_plan.h.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "cuda_bin_fwd.cuh"
 #include "cuda_lsq.cuh"
@@ -25,128 +27,224 @@ int multiprocessors() {
 }
 
 // f(element type) for a dtype known at run time.
-template <class F> void with_type(DType t, F f) {
+template <class F> auto with_type(DType t, F f) {
   switch (t) {
-    case DType::f32: return f(float());
     case DType::bf16: return f(__nv_bfloat16());
     case DType::f16: return f(__half());
+    default: return f(float());
   }
 }
 
-uint64_t address(const void* p) { return reinterpret_cast<uint64_t>(p); }
+// One tensor of a call: what its kernels are told, and what else decides which kernel takes it.
+struct Task {
+  DType dtype;
+  Quant quant;
+  Job job;
+};
+using Tasks = std::vector<Task>;
 
-// Part of the workspace, in order.
-struct Scratch {
-  char* at;
-  template <class V> V* take(size_t count) {
-    V* p = reinterpret_cast<V*>(at);
-    at += align16(count * sizeof(V));
-    return p;
+// The task that reads x, and g if it is there, and writes `out` if it is there; `blocks` of a multiprocessor.
+Task task_of(const Item& item, const void* g, void* out, bool deep, int blocks) {
+  const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
+  Task task{item.dtype, item.quant, {}};
+  Job& job = task.job;
+  job.x = item.x, job.g = g, job.out = out, job.alpha = item.alpha;
+  job.walk = walk_of(item.layout, element_size(item.dtype), address(item.x), address(g), address(out), deep);
+  job.walk.blocks = grid_of(job.walk, multiprocessors(), blocks);
+  job.range = Range(item.quant);
+  return task;
+}
+
+bool per_channel(const Job& job) { return job.walk.cut != Cut::flat; }
+
+// Shares memory out: bytes_of(job) to each.
+template <class F> void give_parts(Tasks& tasks, const Scratch& scratch, F bytes_of) {
+  size_t total = 0;
+  for (const Task& task : tasks) total += align16(bytes_of(task.job));
+  if (total == 0) return;
+  char* at = static_cast<char*>(scratch(total));
+  for (Task& task : tasks) task.job.parts = at, at += align16(bytes_of(task.job));
+}
+
+// f(first, last) for each run of tasks with the same kind(task), sorted by it.
+template <class Kind, class F> void by_kind(Tasks& tasks, Kind kind, F f) {
+  std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) { return kind(a) < kind(b); });
+  for (const Task *first = tasks.data(), *end = first + tasks.size(); first != end;) {
+    const Task* last = std::find_if(first, end, [&](const Task& t) { return kind(t) != kind(*first); });
+    f(first, last);
+    first = last;
   }
+}
+
+// A kernel's forms: of one job, which hands over no 4 KB, and of many.
+struct Kernel {
+  void (*one)(Jobs<1>);
+  void (*many)(Jobs<kJobs>);
 };
 
-template <Grad G>
-void launch_bwd(DType dtype, const void* g, const float* grad_loss, const void* x, const float* alpha,
-                const double* bins, void* dx, float* dalpha, const Layout& layout, const Quant& quant, float grad_scale,
-                void* workspace, cudaStream_t stream) {
-  const bool sums = G != Grad::bin, channels = layout.channels != 1;
-  const Walk w = walk_of(layout, element_size(dtype), address(x), address(g), address(dx), true);
-  const int grid = grid_of(w, multiprocessors(), kBlocksWide);
-  if (grid > 0) {
-    with_type(dtype, [&](auto type) {
-      using T = decltype(type);
-      auto kernel = channels ? bwd_kernel<T, G, true> : bwd_kernel<T, G == Grad::bin_alpha ? Grad::lsq : G, false>;
-      kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(g), grad_loss, static_cast<const T*>(x), alpha, bins,
-                                            static_cast<T*>(dx), workspace, dalpha, grad_scale, w, Range(quant));
+// Jobs for one kernel, each with the blocks that it takes.
+class Batch {
+ public:
+  void add(const Job& job, int64_t blocks) {
+    if (blocks > 0) jobs_.push_back(&job), blocks_.push_back(uint32_t(blocks));
+  }
+  // One launch for every kJobs of them.
+  void launch(const Kernel& kernel, void* stream, size_t shared = 0, int threads = kThreads) const {
+    for (size_t first = 0; first < jobs_.size(); first += kJobs) {
+      const size_t count = std::min<size_t>(kJobs, jobs_.size() - first);
+      const auto start = [&](auto function, auto jobs) {
+        uint32_t blocks = 0;
+        for (size_t i = 0; i < count; ++i) {
+          jobs.job[i] = *jobs_[first + i], jobs.first_block[i] = blocks;
+          blocks += blocks_[first + i];
+        }
+        std::fill(jobs.first_block + count, std::end(jobs.first_block), UINT32_MAX);
+        if (shared > kOpenShared)
+          cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+        function<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(jobs);
+      };
+      if (count == 1) start(kernel.one, Jobs<1>());
+      else start(kernel.many, Jobs<kJobs>());
+    }
+  }
+
+ private:
+  std::vector<const Job*> jobs_;
+  std::vector<uint32_t> blocks_;
+};
+
+template <Grad G> void launch_bwd(Tasks& tasks, const Scratch& scratch, void* stream) {
+  constexpr bool sums = G != Grad::bin;
+  if (sums) {
+    give_parts(tasks, scratch, [](const Job& job) {
+      const Walk& w = job.walk;
+      return per_channel(job) ? channel_parts(w) * sizeof(float) : w.blocks == 1 ? 0 : w.blocks * sizeof(double);
     });
   }
-  if (!sums) return;
-  if (!channels && grid != 1) {
-    lsq_dalpha_kernel<<<1, kThreads, 0, stream>>>(static_cast<const double*>(workspace), grid, grad_scale, dalpha);
-  } else if (channels && layout.channels > 0) {
-    channel_dalpha_kernel<<<int(ceil_div(layout.channels, kWarps)), kThreads, 0, stream>>>(
-        static_cast<const float*>(workspace), w, grad_scale, dalpha);
+  Batch tensors, channels;  // the second stages
+  by_kind(tasks, [](const Task& t) { return t.dtype; }, [&](const Task* first, const Task* last) {
+    Batch batch;
+    for (const Task* t = first; t != last; ++t) {
+      const Walk& w = t->job.walk;
+      batch.add(t->job, w.blocks);
+      if (!sums) continue;
+      if (per_channel(t->job)) channels.add(t->job, ceil_div(w.channels, kWarps));
+      else if (w.blocks != 1) tensors.add(t->job, 1);
+    }
+    batch.launch(with_type(first->dtype, [](auto type) -> Kernel {
+      using T = decltype(type);
+      return {bwd_kernel<T, G, 1>, bwd_kernel<T, G, kJobs>};
+    }), stream);
+  });
+  tensors.launch({lsq_dalpha_kernel<1>, lsq_dalpha_kernel<kJobs>}, stream);
+  channels.launch({channel_dalpha_kernel<1>, channel_dalpha_kernel<kJobs>}, stream);
+}
+
+template <class T> Kernel bin_fwd_of(Method m) {
+  switch (m) {
+    case Method::binary: return {bin_fwd_kernel<T, Method::binary, 1>, bin_fwd_kernel<T, Method::binary, kJobs>};
+    case Method::lanes: return {bin_fwd_kernel<T, Method::lanes, 1>, bin_fwd_kernel<T, Method::lanes, kJobs>};
+    default: return {bin_fwd_kernel<T, Method::atomics, 1>, bin_fwd_kernel<T, Method::atomics, kJobs>};
   }
 }
 
-template <class T, Method M>
-void launch_bins(const void* x, const float* alpha, void* xhat, double* rows, const BinResults& results, const Walk& w,
-                 const Quant& quant, int grid, cudaStream_t stream) {
-  auto kernel = w.channels != 1 ? bin_fwd_kernel<T, M, true> : bin_fwd_kernel<T, M, false>;
-  const size_t shared = bin_shared_bytes(quant);
-  if (shared > kOpenShared) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  kernel<<<grid, kThreads, shared, stream>>>(static_cast<const T*>(x), alpha, static_cast<T*>(xhat), rows, results.loss,
-                                             results.bins, results.dloss_dalpha, w, Range(quant));
+// The rows that bin_fwd's blocks left, to bins, losses and gradients of alpha; a block alone has finished by itself.
+void launch_finish(const Tasks& tasks, void* stream) {
+  Batch folds, finishes;
+  Tasks folded = tasks;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const Job& job = tasks[i].job;
+    if (job.walk.blocks == 1) continue;
+    if (folds_twice(job.range, job.walk.blocks)) {
+      folds.add(job, kFoldGroups * ceil_div(bin_columns(job.range), kThreads));
+      Job& rest = folded[i].job;
+      rest.parts = static_cast<double*>(job.parts) + int64_t(job.walk.blocks) * bin_columns(job.range);
+      rest.walk.blocks = kFoldGroups;
+    }
+    finishes.add(folded[i].job, 1);
+  }
+  folds.launch({bin_fold_kernel<1>, bin_fold_kernel<kJobs>}, stream);
+  finishes.launch({bin_finish_kernel<1>, bin_finish_kernel<kJobs>}, stream, 0, 1024);
+}
+
+// -2 sum_k k S_(k,c) / n_k with a step per channel: the counts n_k are needed first, so x is read again; sums over
+// channels stay one float each, not one per level.
+void write_dloss_dalpha(const Items& items, const Scratch& scratch, void* stream) {
+  Tasks tasks;
+  for (const Item& item : items) {
+    if (!item.dloss_dalpha || item.layout.channels == 1) continue;
+    tasks.push_back(task_of(item, nullptr, nullptr, true, kBlocksWide));
+    Job& job = tasks.back().job;
+    job.bins = item.bins, job.dalpha = item.dloss_dalpha, job.grad_scale = 1.f;
+  }
+  launch_bwd<Grad::bin_alpha>(tasks, scratch, stream);
 }
 
 }  // namespace
 
-size_t workspace_bytes(Kernel kernel, Layout layout, Quant quant, bool alpha_gradient) {
-  return workspace_bytes_of(kernel, layout, quant, alpha_gradient, multiprocessors());
-}
-
-int lsq_fwd(DType dtype, const void* x, const float* alpha, void* xhat, Layout layout, Quant quant, void* stream) {
-  const Walk w = walk_of(layout, element_size(dtype), address(x), 0, address(xhat), true);
-  const int grid = grid_of(w, multiprocessors(), kBlocks);
-  if (grid == 0) return 0;
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    auto kernel = layout.channels != 1 ? lsq_fwd_kernel<T, true> : lsq_fwd_kernel<T, false>;
-    kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const T*>(x), alpha,
-                                                                     static_cast<T*>(xhat), w, Range(quant));
+int lsq_fwd(const Items& items, void* stream) {
+  Tasks tasks;
+  for (const Item& item : items) tasks.push_back(task_of(item, nullptr, item.xhat, true, kBlocks));
+  by_kind(tasks, [](const Task& t) { return t.dtype; }, [&](const Task* first, const Task* last) {
+    Batch batch;
+    for (const Task* t = first; t != last; ++t) batch.add(t->job, t->job.walk.blocks);
+    batch.launch(with_type(first->dtype, [](auto type) -> Kernel {
+      using T = decltype(type);
+      return {lsq_fwd_kernel<T, 1>, lsq_fwd_kernel<T, kJobs>};
+    }), stream);
   });
   return int(cudaGetLastError());
 }
 
-int lsq_bwd(DType dtype, const void* grad_xhat, const void* x, const float* alpha, void* dx, float* dalpha,
-            Layout layout, Quant quant, float grad_scale, void* workspace, void* stream) {
-  launch_bwd<Grad::lsq>(dtype, grad_xhat, nullptr, x, alpha, nullptr, dx, dalpha, layout, quant, grad_scale, workspace,
-                        static_cast<cudaStream_t>(stream));
+int lsq_bwd(const Items& items, const Scratch& scratch, void* stream) {
+  Tasks tasks;
+  for (const Item& item : items) {
+    tasks.push_back(task_of(item, item.grad_xhat, item.dx, true, kBlocksWide));
+    tasks.back().job.dalpha = item.dalpha, tasks.back().job.grad_scale = item.grad_scale;
+  }
+  launch_bwd<Grad::lsq>(tasks, scratch, stream);
   return int(cudaGetLastError());
 }
 
-int bin_fwd(DType dtype, const void* x, const float* alpha, void* xhat, float* loss, double* bins, float* dloss_dalpha,
-            Layout layout, Quant quant, void* workspace, void* stream_) {
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const Walk w = walk_of(layout, element_size(dtype), address(x), 0, address(xhat), false);
-  const int grid = grid_of(w, multiprocessors(), blocks_of(method_of(quant))), columns = bin_columns(quant);
-  const bool per_channel = layout.channels != 1;
-  const BinResults results{loss, bins, per_channel ? nullptr : dloss_dalpha};
-  Scratch scratch{static_cast<char*>(workspace)};
-  double* rows = scratch.take<double>(size_t(grid) * columns);
-  if (grid > 0) {
-    with_type(dtype, [&](auto type) {
-      using T = decltype(type);
-      auto launch = launch_bins<T, Method::lanes>;
-      if (method_of(quant) == Method::binary) launch = launch_bins<T, Method::binary>;
-      if (method_of(quant) == Method::atomics) launch = launch_bins<T, Method::atomics>;
-      launch(x, alpha, xhat, rows, results, w, quant, grid, stream);
-    });
+int bin_fwd(const Items& items, const Scratch& scratch, void* stream) {
+  Tasks tasks;
+  for (const Item& item : items) {
+    tasks.push_back(task_of(item, nullptr, item.xhat, false, blocks_of(method_of(item.quant))));
+    Job& job = tasks.back().job;
+    job.loss = item.loss, job.bins = item.bins, job.dalpha = per_channel(job) ? nullptr : item.dloss_dalpha;
   }
-  if (grid != 1) {
-    int count = grid;
-    if (folds_twice(quant, grid)) {
-      double* folded = scratch.take<double>(size_t(kFoldGroups) * columns);
-      const dim3 blocks(unsigned(ceil_div(columns, kThreads)), kFoldGroups);
-      bin_fold_kernel<<<blocks, kThreads, 0, stream>>>(rows, grid, columns, folded);
-      rows = folded, count = kFoldGroups;
+  give_parts(tasks, scratch, [](const Job& job) {
+    const int rows = job.walk.blocks + (folds_twice(job.range, job.walk.blocks) ? kFoldGroups : 0);
+    return size_t(rows) * bin_columns(job.range) * sizeof(double);
+  });
+  const auto kind = [](const Task& t) { return int(t.dtype) * 3 + int(method_of(t.quant)); };
+  by_kind(tasks, kind, [&](const Task* first, const Task* last) {
+    Batch batch;
+    size_t shared = 0;
+    for (const Task* t = first; t != last; ++t) {
+      batch.add(t->job, t->job.walk.blocks);
+      shared = std::max(shared, bin_shared_bytes(t->quant));
     }
-    bin_finish_kernel<<<1, 1024, 0, stream>>>(rows, count, loss, bins, results.dloss_dalpha, Range(quant));
-  }
-  if (per_channel && dloss_dalpha) {
-    // The counts n_k are needed first, so x is read again; sums over channels stay one float each, not one per level.
-    launch_bwd<Grad::bin_alpha>(dtype, nullptr, nullptr, x, alpha, bins, nullptr, dloss_dalpha, layout, quant, 1.f,
-                                workspace, stream);
-  }
+    const Method method = method_of(first->quant);
+    const auto kernel = with_type(first->dtype, [&](auto type) { return bin_fwd_of<decltype(type)>(method); });
+    batch.launch(kernel, stream, shared);
+  });
+  launch_finish(tasks, stream);
+  write_dloss_dalpha(items, scratch, stream);
   return int(cudaGetLastError());
 }
 
-int bin_bwd(DType dtype, const void* grad_xhat, const float* grad_loss, const void* x, const float* alpha,
-            const double* bins, void* dx, float* dalpha, Layout layout, Quant quant, float grad_scale, void* workspace,
-            void* stream) {
-  auto launch = grad_xhat ? launch_bwd<Grad::both> : launch_bwd<Grad::bin>;
-  launch(dtype, grad_xhat, grad_loss, x, alpha, bins, dx, dalpha, layout, quant, grad_scale, workspace,
-         static_cast<cudaStream_t>(stream));
+int bin_bwd(const Items& items, const Scratch& scratch, void* stream) {
+  Tasks tasks;
+  bool with_lsq = false;
+  for (const Item& item : items) {
+    tasks.push_back(task_of(item, item.grad_xhat, item.dx, true, kBlocksWide));
+    Job& job = tasks.back().job;
+    job.grad_loss = item.grad_loss, job.bins = item.bins;
+    job.dalpha = item.dalpha, job.grad_scale = item.grad_scale;
+    with_lsq = item.grad_xhat != nullptr;
+  }
+  (with_lsq ? launch_bwd<Grad::both> : launch_bwd<Grad::bin>)(tasks, scratch, stream);
   return int(cudaGetLastError());
 }
 

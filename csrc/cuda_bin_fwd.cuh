@@ -5,17 +5,10 @@
 namespace qbr {
 namespace cuda {
 
-// Where the results go; dloss_dalpha only with one step per tensor, else null.
-struct BinResults {
-  float* loss;
-  double* bins;
-  float* dloss_dalpha;
-};
-
-// rows [count][3 * L + 2], each a block's sums, become bins, the loss and dloss_dalpha. By one block.
-__device__ __forceinline__ void finish_bins(const double* rows, int count, const BinResults& results,
-                                            const Range& range, double* shared) {
-  const int levels = range.levels, columns = 3 * levels + 2, threads = blockDim.x;
+// rows [count][3 * L + 2], each a block's sums, become bins, the loss and dalpha if it is wanted. By one block.
+__device__ __forceinline__ void finish_bins(const Job& job, int count, double* shared) {
+  const double* rows = static_cast<const double*>(job.parts);
+  const int levels = job.range.levels, columns = 3 * levels + 2, threads = blockDim.x;
   const int width = columns <= threads / 4 ? threads / 4 : threads, groups = threads / width;
   const int group = threadIdx.x / width;
   for (int first = 0; first < columns; first += width) {
@@ -29,46 +22,48 @@ __device__ __forceinline__ void finish_bins(const double* rows, int count, const
     __syncthreads();
     if (group == 0 && column < columns) {
       for (int i = 1; i < groups; ++i) sum += shared[i * width + threadIdx.x];
-      results.bins[column] = sum;
+      job.bins[column] = sum;
     }
     __syncthreads();
   }
   double loss = 0, slope = 0;
   if (threadIdx.x < levels) {
     const int k = threadIdx.x;
-    const double n = results.bins[k], occupied = n < 1 ? 1. : n;
-    loss = n > 0 ? results.bins[2 * levels + k] / occupied : 0.;
-    slope = (double(range.qn) + k) / occupied * results.bins[levels + k];
+    const double n = job.bins[k], occupied = n < 1 ? 1. : n;
+    loss = n > 0 ? job.bins[2 * levels + k] / occupied : 0.;
+    slope = (double(job.range.qn) + k) / occupied * job.bins[levels + k];
   }
   loss = block_sum(loss, shared);
   slope = block_sum(slope, shared);
   if (threadIdx.x == 0) {
-    *results.loss = float(loss);
-    if (results.dloss_dalpha) *results.dloss_dalpha = float(-2. * slope);
+    *job.loss = float(loss);
+    if (job.dalpha) *job.dalpha = float(-2. * slope);
   }
 }
 
-// rows [grid][3 * L + 2]. A grid of one block finishes by itself.
-template <class T, Method M, bool Channels>
-__global__ void __launch_bounds__(kThreads, blocks_of(M))
-bin_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __restrict__ xhat, double* rows,
-               float* loss, double* sums, float* dloss_dalpha, Walk w, Range range) {
+// parts: rows [blocks][3 * L + 2]. A block alone finishes by itself.
+template <class T, Method M, int N>
+__global__ void __launch_bounds__(kThreads, blocks_of(M)) bin_fwd_kernel(const Jobs<N> jobs) {
   extern __shared__ __align__(16) char memory[];
   __shared__ double reduce[kThreads];
-  const int levels = range.levels;
+  const auto [job, block] = place_of(jobs);
+  const T* x = static_cast<const T*>(job.x);
+  const Walk w = job.walk;
+  const Range range = job.range;
+  const bool channels = w.cut != Cut::flat;
   std::conditional_t<M == Method::atomics, Atomics, Lanes> bins(memory, range);
   Distances distances;
-  Step step = step_of(Channels ? 0.f : alpha[0], range);
-  if (!Channels) bins.begin(step, false);
+  Step step = step_of(channels ? 0.f : __ldg(job.alpha), range);
+  if (!channels) bins.begin(step, false);
   int turn = 0;
-  for (int64_t tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
-    const Share share = share_of<Channels>(w, tile);
-    if (Channels) {
-      step = step_of(share.count ? alpha[share.channel] : 0.f, range);
+  for (int64_t tile = block; tile < w.tiles; tile += w.blocks) {
+    const Share share = share_of(w, tile);
+    if (channels) {
+      step = step_of(share.count ? __ldg(job.alpha + share.channel) : 0.f, range);
       bins.begin(step, true);
     }
     const float near = __fmul_rn(0.01f, step.alpha);
-    each<false, true>(share, step.quick, x, x, xhat, [&](auto quick, float value, float) {
+    each<false, true>(share, step.quick, x, x, static_cast<T*>(job.out), [&](auto quick, float value, float) {
       const Quantized e = quantize<quick.value, M == Method::binary>(value, step, range);
       bins.add(e.b, e.d);
       distances.add(e.d, near);
@@ -77,31 +72,33 @@ bin_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __re
     distances.end_tile();
     bins.end_tile(++turn % kFold == 0);
   }
-  double* row = rows + int64_t(blockIdx.x) * (3 * levels + 2);
+  double* row = static_cast<double*>(job.parts) + int64_t(block) * (3 * range.levels + 2);
   bins.finish(row, reduce);
-  distances.finish(row, levels, reduce);
-  if (gridDim.x == 1) {
+  distances.finish(row, range.levels, reduce);
+  if (w.blocks == 1) {
     __syncthreads();
-    finish_bins(row, 1, {loss, sums, dloss_dalpha}, range, reduce);
+    finish_bins(job, 1, reduce);
   }
 }
 
-// The last stage, one block.
-__global__ void __launch_bounds__(1024)
-bin_finish_kernel(const double* rows, int count, float* loss, double* sums, float* dloss_dalpha, Range range) {
+// The last stage, one block a job.
+template <int N> __global__ void __launch_bounds__(1024) bin_finish_kernel(const Jobs<N> jobs) {
   __shared__ double shared[1024];
-  finish_bins(rows, count, {loss, sums, dloss_dalpha}, range, shared);
+  const Job& job = place_of(jobs).job;
+  finish_bins(job, job.walk.blocks, shared);
 }
 
-// Many wide rows become kFoldGroups: block (i, j) adds every kFoldGroups-th row from j on.
-__global__ void __launch_bounds__(kThreads)
-bin_fold_kernel(const double* __restrict__ rows, int count, int columns, double* __restrict__ folded) {
-  const int column = blockIdx.x * kThreads + threadIdx.x;
+// Many wide rows become kFoldGroups, which lie behind them: a block adds every kFoldGroups-th row for some columns.
+template <int N> __global__ void __launch_bounds__(kThreads) bin_fold_kernel(const Jobs<N> jobs) {
+  const auto [job, block] = place_of(jobs);
+  const int columns = 3 * job.range.levels + 2, count = job.walk.blocks;
+  const int column = int(block) / kFoldGroups * kThreads + threadIdx.x, group = int(block) % kFoldGroups;
   if (column >= columns) return;
+  double* rows = static_cast<double*>(job.parts);
   double sum = 0;
 #pragma unroll 8
-  for (int i = blockIdx.y; i < count; i += kFoldGroups) sum += rows[int64_t(i) * columns + column];
-  folded[int64_t(blockIdx.y) * columns + column] = sum;
+  for (int i = group; i < count; i += kFoldGroups) sum += rows[int64_t(i) * columns + column];
+  rows[int64_t(count + group) * columns + column] = sum;
 }
 
 }  // namespace cuda

@@ -5,14 +5,17 @@
 namespace qbr {
 namespace cuda {
 
-template <class T, bool Channels>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-lsq_fwd_kernel(const T* __restrict__ x, const float* __restrict__ alpha, T* __restrict__ xhat, Walk w, Range range) {
-  for (int64_t tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
-    const Share share = share_of<Channels>(w, tile);
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads, kBlocks) lsq_fwd_kernel(const Jobs<N> jobs) {
+  const auto [job, block] = place_of(jobs);
+  const T* x = static_cast<const T*>(job.x);
+  const Walk w = job.walk;
+  const Range range = job.range;
+  for (int64_t tile = block; tile < w.tiles; tile += w.blocks) {
+    const Share share = share_of(w, tile);
     if (share.count == 0) continue;
-    const Step step = step_of(alpha[share.channel], range);
-    each<false, false>(share, step.quick, x, x, xhat, [&](auto quick, float value, float) {
+    const Step step = step_of(__ldg(job.alpha + share.channel), range);
+    each<false, false>(share, step.quick, x, x, static_cast<T*>(job.out), [&](auto quick, float value, float) {
       return quantize<quick.value>(value, step, range).level;
     });
   }
@@ -31,23 +34,26 @@ __device__ __forceinline__ void fill_table(float* table, const float* grad_loss,
   __syncthreads();
 }
 
-// parts: per tensor [grid] double; per channel [channel_parts] float, of units or of thread columns.
-// A grid of one block writes dalpha itself.
-template <class T, Grad G, bool Channels>
-__global__ void __launch_bounds__(kThreads, kBlocksWide)
-bwd_kernel(const T* __restrict__ g, const float* __restrict__ grad_loss, const T* __restrict__ x,
-           const float* __restrict__ alpha, const double* __restrict__ bins, T* __restrict__ dx,
-           void* __restrict__ parts, float* __restrict__ dalpha, float grad_scale, Walk w, Range range) {
+// parts: per tensor [blocks] double; per channel [channel_parts] float, of units or of thread columns.
+// A block alone writes dalpha itself.
+template <class T, Grad G, int N>
+__global__ void __launch_bounds__(kThreads, kBlocksWide) bwd_kernel(const Jobs<N> jobs) {
   constexpr bool with_lsq = G == Grad::lsq || G == Grad::both, with_sum = G != Grad::bin;
   __shared__ double reduce[kWarps];
   __shared__ float table[G == Grad::lsq ? 1 : 256];
-  if (G != Grad::lsq) fill_table<G>(table, grad_loss, bins, range);
+  const auto [job, block] = place_of(jobs);
+  const T *x = static_cast<const T*>(job.x), *g = static_cast<const T*>(job.g);
+  const Walk w = job.walk;
+  const Range range = job.range;
+  const bool channels = w.cut != Cut::flat;
+  if (G != Grad::lsq) fill_table<G>(table, job.grad_loss, job.bins, range);
   double total = 0;
-  for (int64_t tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
-    const Share share = share_of<Channels>(w, tile);
-    const Step step = step_of(alpha[share.channel], range);
+  for (int64_t tile = block; tile < w.tiles; tile += w.blocks) {
+    const Share share = share_of(w, tile);
+    const Step step = step_of(__ldg(job.alpha + share.channel), range);
     float sum = 0.f;
-    each<with_lsq, G == Grad::bin_alpha>(share, step.quick, x, g, dx, [&](auto quick, float value, float grad) {
+    each<with_lsq, G == Grad::bin_alpha>(share, step.quick, x, g, static_cast<T*>(job.out),
+                                         [&](auto quick, float value, float grad) {
       const Quantized e = quantize<quick.value>(value, step, range);
       float dy = 0.f;
       if (with_lsq) {
@@ -64,40 +70,43 @@ bwd_kernel(const T* __restrict__ g, const float* __restrict__ grad_loss, const T
       return relu_masks(value, range) ? 0.f : dy;
     });
     if (!with_sum) continue;
-    if (!Channels) total += sum;
-    else if (w.by_column) static_cast<float*>(parts)[tile * kThreads + threadIdx.x] = sum;
+    if (!channels) total += sum;
+    else if (w.cut == Cut::columns) static_cast<float*>(job.parts)[tile * kThreads + threadIdx.x] = sum;
     else {
       sum = warp_sum(sum);
-      if (threadIdx.x % 32 == 0 && share.unit >= 0) static_cast<float*>(parts)[share.unit] = sum;
+      if (threadIdx.x % 32 == 0 && share.unit >= 0) static_cast<float*>(job.parts)[share.unit] = sum;
     }
   }
-  if (with_sum && !Channels) {
+  if (with_sum && !channels) {
     total = block_sum(total, reduce);
     if (threadIdx.x != 0) return;
-    if (gridDim.x == 1) dalpha[0] = float(total * double(grad_scale));
-    else static_cast<double*>(parts)[blockIdx.x] = total;
+    if (w.blocks == 1) job.dalpha[0] = float(total * double(job.grad_scale));
+    else static_cast<double*>(job.parts)[block] = total;
   }
 }
 
-// The second stage of one step per tensor, one block: dalpha = grad_scale * sum over the blocks, in their order.
-__global__ void __launch_bounds__(kThreads)
-lsq_dalpha_kernel(const double* __restrict__ parts, int64_t count, float grad_scale, float* __restrict__ dalpha) {
+// The second stage of one step per tensor, one block a job: dalpha = grad_scale * sum over the blocks, in their order.
+template <int N> __global__ void __launch_bounds__(kThreads) lsq_dalpha_kernel(const Jobs<N> jobs) {
   __shared__ double reduce[kWarps];
+  const Job& job = place_of(jobs).job;
+  const double* parts = static_cast<const double*>(job.parts);
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += parts[i];
+  for (uint32_t i = threadIdx.x; i < job.walk.blocks; i += kThreads) sum += parts[i];
   sum = block_sum(sum, reduce);
-  if (threadIdx.x == 0) dalpha[0] = float(sum * double(grad_scale));
+  if (threadIdx.x == 0) job.dalpha[0] = float(sum * double(job.grad_scale));
 }
 
 // The second stage of one step per channel: a warp adds its channel's parts in a fixed order.
-__global__ void __launch_bounds__(kThreads)
-channel_dalpha_kernel(const float* __restrict__ parts, Walk w, float grad_scale, float* __restrict__ dalpha) {
-  const int64_t channel = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+template <int N> __global__ void __launch_bounds__(kThreads) channel_dalpha_kernel(const Jobs<N> jobs) {
+  const auto [job, block] = place_of(jobs);
+  const float* parts = static_cast<const float*>(job.parts);
+  const Walk w = job.walk;
+  const int64_t channel = int64_t(block) * kWarps + threadIdx.x / 32;
   if (channel >= w.channels) return;
   double sum = 0;
   if (w.tiles == 0) {
     // No elements, no parts.
-  } else if (!w.by_column) {
+  } else if (w.cut == Cut::rows) {
     for (int64_t i = threadIdx.x % 32; i < w.outer * w.segments; i += 32) {
       const int64_t above = divide(i, w.segments);
       sum += parts[(above * w.channels + channel) * w.segments + (i - above * w.segments)];
@@ -112,7 +121,7 @@ channel_dalpha_kernel(const float* __restrict__ parts, Walk w, float grad_scale,
     }
   }
   sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) dalpha[channel] = float(sum * double(grad_scale));
+  if (threadIdx.x % 32 == 0) job.dalpha[channel] = float(sum * double(job.grad_scale));
 }
 
 }  // namespace cuda

@@ -23,32 +23,68 @@ constexpr int kMaxColumnDepth = 128;  // of a thread in columns where it may exc
 constexpr int kMinRow = 64;          // shorter rows leave most of a warp idle: go by columns
 constexpr int kFoldGroups = 16;      // rows left after the first stage of folding many wide rows
 
-// One call's range, ready for the elements: a kernel's argument, since operands in constant memory take no registers.
-// Without a ReLU low and high let everything pass.
+// One call's range, ready for the elements. Without a ReLU low and high let everything pass.
 struct Range {
   int levels;
   float qn, qp, low, high, masked;
   float split, below;  // binary: codes are `below` until `split` and 1 from there; else they change nothing
-  bool sign_matters;
+  float quick;         // the largest step for which the short division is exact (step_of); below 0 for none
+  Range() = default;
   explicit Range(const Quant& q)
       : levels(int(q.qp - q.qn) + 1), qn(q.qn), qp(q.qp), low(q.relu ? 0.f : -INFINITY),
         high(q.relu ? q.clip : INFINITY), masked(q.relu ? 0.f : NAN), split(q.binary ? 0.f : NAN),
-        below(q.binary ? -1.f : INFINITY),
-        sign_matters(q.binary || qp == 0.f || (qn == 0.f && !q.relu)) {}
+        below(q.binary ? -1.f : INFINITY) {
+    // Beyond 1 a quotient may underflow to zero, which takes its sign.
+    const bool sign_matters = q.binary || qp == 0.f || (qn == 0.f && !q.relu);
+    quick = std::fmax(std::fabs(qn), std::fabs(qp)) >= 0x1p19f ? -1.f : sign_matters ? 1.f : 0x1p60f;
+  }
 };
+
+enum class Cut : uint8_t { flat, rows, columns };
 
 // What the kernels need to find their elements.
 struct Walk {
-  int64_t numel, channels, inner, outer;
+  int64_t channels, inner, outer;
   int64_t tiles;
-  int64_t units, segments;  // flat, rows: how many in all, and in one row
-  int64_t width, strips;    // columns: channels * inner, and how many tiles lie below each other
-  int32_t origin;           // flat: where the first unit starts, <= 0, so that units lie on 16-byte boundaries
-  int32_t depth;            // columns: elements of a thread in one tile
-  int32_t abreast;          // columns: rows that a block reads at once, > 1 where they are short
-  bool by_column;
-  bool vector;              // units within bounds move in 16-byte accesses
+  union {
+    int64_t units;  // flat, rows: how many in all
+    int64_t width;  // columns: channels * inner
+  };
+  union {
+    int64_t segments;  // flat, rows: units in one row
+    int64_t strips;    // columns: how many tiles lie below each other
+  };
+  uint32_t blocks;  // that share the tiles; each takes every blocks-th
+  int32_t origin;   // flat: where the first unit starts, <= 0, so that units lie on 16-byte boundaries
+  int16_t depth;    // columns: elements of a thread in one tile
+  int16_t abreast;  // columns: rows that a block reads at once, > 1 where they are short
+  Cut cut;
+  bool vector;      // units within bounds move in 16-byte accesses
 };
+
+// What a kernel is told of one tensor; what it does not use is not set. Each thread block works on one job.
+struct Job {
+  const void *x, *g;  // g: the gradient of xhat
+  void* out;          // xhat or dx
+  const float* alpha;
+  float* dalpha;  // the gradient of alpha that the call gives: LSQ's backward, BR's forward
+  float* loss;
+  const float* grad_loss;
+  double* bins;
+  void* parts;  // scratch: what the blocks leave for the next stage
+  Walk walk;
+  Range range;
+  float grad_scale;
+};
+
+// A kernel's parameter: jobs, of which each block finds its own.
+template <int N> struct Jobs {
+  Job job[N];
+  uint32_t first_block[N];
+};
+// As many as fit into the 4 KB that every driver takes: the 21 weights of ResNet-18 do.
+constexpr int kJobs = 4096 / (sizeof(Job) + sizeof(uint32_t));
+static_assert(kJobs >= 21 && sizeof(Jobs<kJobs>) <= 4096);
 
 // How bin_fwd accumulates (cuda_bins.cuh); binary codes go by lanes too.
 enum class Method { binary, lanes, atomics };
@@ -56,7 +92,7 @@ enum class Method { binary, lanes, atomics };
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int blocks_of(Method m) { return m == Method::atomics ? kBlocksWide : kBlocks; }
 inline int levels(const Quant& q) { return int(q.qp - q.qn) + 1; }
-inline int bin_columns(const Quant& q) { return 3 * levels(q) + 2; }
+inline int bin_columns(const Range& r) { return 3 * r.levels + 2; }
 inline int element_size(DType t) { return t == DType::f32 ? 4 : 2; }
 inline size_t align16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -76,12 +112,13 @@ inline size_t bin_shared_bytes(const Quant& q) {
 // take more than kDepth elements of a column, which keeps the sums over channels few.
 inline Walk walk_of(const Layout& t, int size, uint64_t x, uint64_t g, uint64_t out, bool deep) {
   Walk w{};
-  w.numel = t.numel, w.channels = t.channels, w.inner = t.inner;
+  w.channels = t.channels, w.inner = t.inner;
   w.depth = kDepth, w.abreast = 1, w.outer = 1, w.segments = 1, w.strips = 1;
+  w.cut = t.channels == 1 ? Cut::flat : t.inner >= kMinRow ? Cut::rows : Cut::columns;
   if (t.numel == 0) return w;
   const int64_t vec = 16 / size, shift = int64_t(x % 16) / size;
   const bool alike = (!g || g % 16 == x % 16) && (!out || out % 16 == x % 16) && x % size == 0;
-  if (t.channels == 1) {
+  if (w.cut == Cut::flat) {
     w.inner = t.numel;
     w.vector = alike;
     w.origin = alike ? -int32_t(shift) : 0;
@@ -90,53 +127,37 @@ inline Walk walk_of(const Layout& t, int size, uint64_t x, uint64_t g, uint64_t 
     return w;
   }
   w.outer = t.numel / (t.channels * t.inner);
-  if (t.inner >= kMinRow) {
+  if (w.cut == Cut::rows) {
     w.vector = alike && shift == 0 && t.inner % vec == 0;
     w.segments = ceil_div(t.inner, kUnit);
     w.units = w.outer * t.channels * w.segments;
     w.tiles = ceil_div(w.units, kWarps);
     return w;
   }
-  w.by_column = true;
   w.width = t.channels * t.inner;
-  w.abreast = w.width < kThreads ? int32_t(kThreads / w.width) : 1;
+  w.abreast = w.width < kThreads ? int16_t(kThreads / w.width) : 1;
   const int64_t across = ceil_div(w.width, kThreads);
   if (deep) {
     const int64_t wanted = ceil_div(ceil_div(w.outer, w.abreast) * across, 1024);
-    w.depth = int32_t(wanted < kDepth ? kDepth : wanted > kMaxColumnDepth ? kMaxColumnDepth : wanted);
+    w.depth = int16_t(wanted < kDepth ? kDepth : wanted > kMaxColumnDepth ? kMaxColumnDepth : wanted);
   }
   w.strips = ceil_div(w.outer, int64_t(w.depth) * w.abreast);
   w.tiles = across * w.strips;
   return w;
 }
 
-// All blocks at once: more would only add rows to sum.
+// All blocks of a tensor at once: more would only add rows to sum. In a list they are as many as in a call of one, so
+// that the sums are the same.
 inline int grid_of(const Walk& w, int sms, int blocks) {
   const int64_t most = int64_t(sms) * blocks;
   return int(w.tiles < most ? w.tiles : most);
 }
 
 // Sums over a channel leave the main kernel as one float per unit or thread column, numbered within the workspace.
-inline int64_t channel_parts(const Walk& w) { return w.by_column ? w.tiles * kThreads : w.units; }
+inline int64_t channel_parts(const Walk& w) { return w.cut == Cut::columns ? w.tiles * kThreads : w.units; }
 
 // bin_fwd's rows are folded in two steps where one block would take long over them.
-inline bool folds_twice(const Quant& q, int grid) { return levels(q) > 16 && grid > 2 * kFoldGroups; }
-
-inline size_t workspace_bytes_of(Kernel kernel, const Layout& t, const Quant& q, bool alpha_gradient, int sms) {
-  // The widest misalignment, so that the answer holds for any pointers.
-  const Walk flat = walk_of(t, 2, 14, 0, 0, true);
-  size_t bytes = 16;
-  if (kernel == Kernel::bin_fwd) {
-    // Its own walk is never deep, so it may have more tiles.
-    const int grid = grid_of(walk_of(t, 2, 14, 0, 0, false), sms, blocks_of(method_of(q)));
-    bytes += align16(size_t(grid) * bin_columns(q) * sizeof(double));
-    if (folds_twice(q, grid)) bytes += align16(size_t(kFoldGroups) * bin_columns(q) * sizeof(double));
-    if (alpha_gradient && t.channels > 1) bytes += align16(channel_parts(flat) * sizeof(float));
-  } else if (alpha_gradient) {
-    bytes += t.channels > 1 ? channel_parts(flat) * sizeof(float) : grid_of(flat, sms, kBlocksWide) * sizeof(double);
-  }
-  return bytes;
-}
+inline bool folds_twice(const Range& r, int blocks) { return r.levels > 16 && blocks > 2 * kFoldGroups; }
 
 }  // namespace cuda
 }  // namespace qbr

@@ -63,8 +63,8 @@ __device__ __forceinline__ bool relu_masks(float x, const Range& r) { return (x 
 // A step and its reciprocal in two parts, for the short division.
 struct Step {
   float alpha, inverse, inverse_rest, limit;
-  bool quick;  // the short division is exact: alpha is far from under- and overflow, and no code hangs on whether a
-               // quotient underflows to zero
+  bool quick;  // the short division is exact: alpha is far from under- and overflow, codes are far below the limit, and
+               // none hangs on whether a quotient underflows to zero
 };
 
 __device__ __forceinline__ Step step_of(float alpha, const Range& r) {
@@ -73,8 +73,7 @@ __device__ __forceinline__ Step step_of(float alpha, const Range& r) {
   s.inverse = __frcp_rn(alpha);
   s.inverse_rest = __fmul_rn(__fmaf_rn(-alpha, s.inverse, 1.f), s.inverse);
   s.limit = __fmul_rn(alpha, 0x1p20f);
-  s.quick = alpha >= 0x1p-60f && alpha <= (r.sign_matters ? 1.f : 0x1p60f);
-  s.quick = s.quick && fabsf(r.qn) < 0x1p19f && fabsf(r.qp) < 0x1p19f;
+  s.quick = alpha >= 0x1p-60f && alpha <= r.quick;
   return s;
 }
 
@@ -106,7 +105,10 @@ __device__ __forceinline__ Quantized quantize(float x, const Step& s, const Rang
   e.v = quotient<Quick>(y, s);
   e.c = min_nan(max_nan(e.v, r.qn), r.qp);
   e.b = __fsub_rn(__fadd_rn(e.c, 12582912.f), 12582912.f);
-  if (Binary) e.b = e.v >= r.split ? 1.f : min_nan(e.b, r.below);
+  if (Binary) {
+    const float below = min_nan(e.b, r.below);  // outside of the choice, which would branch around it
+    e.b = e.v >= r.split ? 1.f : below;
+  }
   e.level = __fmul_rn(e.b, s.alpha);
   e.d = __fsub_rn(y, e.level);
   return e;
@@ -114,6 +116,21 @@ __device__ __forceinline__ Quantized quantize(float x, const Step& s, const Rang
 
 // The slot of a code in a table; 0 for a NaN, which the conversion turns into 0. Never outside [0, qp - qn].
 __device__ __forceinline__ int slot_of(float b, const Range& r) { return __float2int_rn(__fsub_rn(b, r.qn)); }
+
+// A block's job, and which of the job's blocks it is.
+struct Place {
+  const Job& job;
+  uint32_t block;
+};
+
+// Even for one job the index is no constant (it is 0, the grid having one row): what is known to lie at a fixed place
+// in constant memory is loaded anew for each element, 3 % more instructions, though registers are left for it.
+template <int N> __device__ __forceinline__ Place place_of(const Jobs<N>& jobs) {
+  uint32_t i = N == 1 ? blockIdx.y : 0;
+#pragma unroll
+  for (int k = 1; k < N; ++k) i += blockIdx.x >= jobs.first_block[k];
+  return {jobs.job[i], blockIdx.x - jobs.first_block[i]};
+}
 
 // 64-bit division takes five times as long, and few tensors need it.
 __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
@@ -130,11 +147,11 @@ struct Share {
   bool full;
 };
 
-template <bool Channels> __device__ __forceinline__ Share share_of(const Walk& w, int64_t tile) {
+__device__ __forceinline__ Share share_of(const Walk& w, int64_t tile) {
   Share s;
   const int lane = threadIdx.x % 32;
   s.channel = 0, s.full = false, s.count = 0, s.stride = 32, s.unit = -1, s.begin = s.at = 0;
-  if (Channels && w.by_column) {
+  if (w.cut == Cut::columns) {
     const int64_t across = divide(tile, w.strips), strip = tile - across * w.strips;
     int64_t column = across * kThreads + threadIdx.x;
     int64_t row = strip * w.depth * w.abreast;
@@ -157,8 +174,8 @@ template <bool Channels> __device__ __forceinline__ Share share_of(const Walk& w
   const int64_t unit = tile * kWarps + threadIdx.x / 32;
   if (unit >= w.units) return s;
   s.unit = unit;
-  int64_t first = 0, end = w.numel, begin = w.origin + unit * kUnit;
-  if (Channels) {
+  int64_t first = 0, end = w.inner, begin = w.origin + unit * kUnit;
+  if (w.cut == Cut::rows) {
     const int64_t row = divide(unit, w.segments);
     s.channel = row - divide(row, w.channels) * w.channels;
     first = row * w.inner, end = first + w.inner;
@@ -183,8 +200,8 @@ __device__ __forceinline__ void each(const Share& s, bool quick, const T* __rest
     Pack<T> px[packs], pg[packs];
 #pragma unroll
     for (int k = 0; k < packs; ++k) {
-      px[k].bits = *reinterpret_cast<const uint4*>(x + at + k * 32 * Pack<T>::size);
-      if (WithG) pg[k].bits = *reinterpret_cast<const uint4*>(g + at + k * 32 * Pack<T>::size);
+      px[k].bits = __ldg(reinterpret_cast<const uint4*>(x + at + k * 32 * Pack<T>::size));
+      if (WithG) pg[k].bits = __ldg(reinterpret_cast<const uint4*>(g + at + k * 32 * Pack<T>::size));
     }
 #pragma unroll
     for (int k = 0; k < packs; ++k) {
@@ -208,8 +225,8 @@ __device__ __forceinline__ void each(const Share& s, bool quick, const T* __rest
 #pragma unroll
     for (int j = 0; j < batch; ++j) {
       if (k + j >= s.count) break;
-      vx[j] = x[at + j * s.stride];
-      if (WithG) vg[j] = g[at + j * s.stride];
+      vx[j] = __ldg(x + at + j * s.stride);
+      if (WithG) vg[j] = __ldg(g + at + j * s.stride);
     }
 #pragma unroll
     for (int j = 0; j < batch; ++j) {

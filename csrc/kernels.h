@@ -1,5 +1,4 @@
-// What bindings.cpp calls: four kernels on the CPU (cpu.cpp), each over a list of tensors, and the same four on CUDA
-// (cuda.cu), one tensor at a time.
+// What bindings.cpp calls: four kernels, each over a list of tensors, on the CPU (cpu.cpp) and on CUDA (cuda.cu).
 //
 // Tensors are flat runs of `numel` elements of `dtype` in storage order. Element i has the step
 // alpha[(i / inner) % channels]; channels = 1 for one step per tensor. L = qp - qn + 1.
@@ -8,6 +7,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace qbr {
@@ -25,7 +25,6 @@ struct Layout {
   int64_t numel, channels, inner;
 };
 
-namespace cpu {
 // One tensor's share of a call. Each kernel names what it reads and writes of it; the rest is not looked at.
 struct Item {
   DType dtype;
@@ -45,28 +44,25 @@ struct Item {
 };
 using Items = std::vector<Item>;
 
-// One parallel region for all items; each item's results are those of a call of its own, to the bit.
+// On either device each item's results are those of a call of its own, to the bit. "Or null" is alike in all items.
+namespace cpu {
+// One parallel region for all items.
 void lsq_fwd(const Items&);  // xhat
 void lsq_bwd(const Items&);  // grad_xhat, grad_scale -> dx, dalpha
 void bin_fwd(const Items&);  // loss, bins; xhat and dloss_dalpha, each or null
 void bin_bwd(const Items&);  // grad_loss, bins -> dx; grad_xhat (with grad_scale) and dalpha, both or null
 }  // namespace cpu
 
-// The same on a CUDA stream. Device pointers throughout; nothing synchronises. `workspace` is scratch of at least
-// workspace_bytes(...) bytes, 16-byte aligned and uninitialised. Each returns the cudaError_t of its launches as an int.
+// The same on a CUDA stream of the current device, with device pointers; nothing synchronises. Items of one dtype (and,
+// in bin_fwd, of one Method of cuda_plan.h) share a launch, up to kJobs of them, and all share one for the sums that
+// blocks leave. Each returns the cudaError_t of its launches as an int.
 namespace cuda {
-enum class Kernel { lsq_bwd, bin_fwd, bin_bwd };
-size_t workspace_bytes(Kernel, Layout, Quant, bool alpha_gradient);
-int lsq_fwd(DType, const void* x, const float* alpha, void* xhat, Layout, Quant, void* stream);
-int lsq_bwd(DType, const void* grad_xhat, const void* x, const float* alpha, void* dx, float* dalpha, Layout, Quant,
-            float grad_scale, void* workspace, void* stream);
-// xhat or null (bin_loss alone); dloss_dalpha [channels] or null.
-int bin_fwd(DType, const void* x, const float* alpha, void* xhat, float* loss, double* bins, float* dloss_dalpha,
-            Layout, Quant, void* workspace, void* stream);
-// grad_xhat and dalpha, both or null (bin_loss alone); grad_loss is one float.
-int bin_bwd(DType, const void* grad_xhat, const float* grad_loss, const void* x, const float* alpha,
-            const double* bins, void* dx, float* dalpha, Layout, Quant, float grad_scale, void* workspace,
-            void* stream);
+// So many bytes of device memory, 16-byte aligned and uninitialised, that last until the stream has passed the call.
+using Scratch = std::function<void*(size_t bytes)>;
+int lsq_fwd(const Items&, void* stream);
+int lsq_bwd(const Items&, const Scratch&, void* stream);
+int bin_fwd(const Items&, const Scratch&, void* stream);
+int bin_bwd(const Items&, const Scratch&, void* stream);
 const char* error_string(int);
 }  // namespace cuda
 

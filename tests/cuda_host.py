@@ -1,8 +1,8 @@
 """csrc/cuda.cu without a GPU: its host code runs as it is, on a stand-in for the CUDA runtime that hands every launch
 to ptxrun, which executes the kernel's PTX on the CPU.
 
-``Emulator`` has the raw ops of qbr/ops.py as methods, on CPU tensors; ``launches`` holds the reports of the last call,
-whose ``buffers`` are named as the arguments here.
+``Emulator`` has the raw ops of qbr/ops.py and their list forms as methods, on CPU tensors; ``launches`` holds the
+reports of the last call, whose ``buffers`` are named as kernels.h's Item names them, with the place in a list behind.
 """
 
 from __future__ import annotations
@@ -69,25 +69,17 @@ int64_t test_walk(Layout t, int size, cuda::Walk* out) {
 }
 int test_range(Quant q, cuda::Range* out) { *out = cuda::Range(q); return sizeof(*out); }
 int test_walk_size() { return sizeof(cuda::Walk); }
-size_t test_workspace_bytes(int kernel, Layout t, Quant q, bool alpha_gradient) {
-  return cuda::workspace_bytes(cuda::Kernel(kernel), t, q, alpha_gradient);
+int test_call(int op, const Item* first, int count, void* (*scratch)(size_t)) {
+  const Items items(first, first + count);
+  switch (op) {
+    case 0: return cuda::lsq_fwd(items, nullptr);
+    case 1: return cuda::lsq_bwd(items, scratch, nullptr);
+    case 2: return cuda::bin_fwd(items, scratch, nullptr);
+    default: return cuda::bin_bwd(items, scratch, nullptr);
+  }
 }
-int test_lsq_fwd(int d, void* x, void* alpha, void* xhat, Layout t, Quant q) {
-  return cuda::lsq_fwd(DType(d), x, (float*)alpha, xhat, t, q, nullptr);
-}
-int test_lsq_bwd(int d, void* g, void* x, void* alpha, void* dx, void* dalpha, Layout t, Quant q, float s, void* work) {
-  return cuda::lsq_bwd(DType(d), g, x, (float*)alpha, dx, (float*)dalpha, t, q, s, work, nullptr);
-}
-int test_bin_fwd(int d, void* x, void* alpha, void* xhat, void* loss, void* bins, void* dloss, Layout t, Quant q,
-                 void* work) {
-  return cuda::bin_fwd(DType(d), x, (float*)alpha, xhat, (float*)loss, (double*)bins, (float*)dloss, t, q, work,
-                       nullptr);
-}
-int test_bin_bwd(int d, void* g, void* grad_loss, void* x, void* alpha, void* bins, void* dx, void* dalpha, Layout t,
-                 Quant q, float s, void* work) {
-  return cuda::bin_bwd(DType(d), g, (float*)grad_loss, x, (float*)alpha, (double*)bins, dx, (float*)dalpha, t, q, s,
-                       work, nullptr);
-}
+int test_item_size() { return sizeof(Item); }
+int test_jobs() { return cuda::kJobs; }
 }
 """
 
@@ -106,8 +98,30 @@ class Quant(ctypes.Structure):
     ]
 
 
+class Item(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("x", ctypes.c_void_p),
+        ("alpha", ctypes.c_void_p),
+        ("layout", Layout),
+        ("quant", Quant),
+        ("xhat", ctypes.c_void_p),
+        ("loss", ctypes.c_void_p),
+        ("bins", ctypes.c_void_p),
+        ("dloss_dalpha", ctypes.c_void_p),
+        ("grad_xhat", ctypes.c_void_p),
+        ("grad_loss", ctypes.c_void_p),
+        ("dx", ctypes.c_void_p),
+        ("dalpha", ctypes.c_void_p),
+        ("grad_scale", ctypes.c_float),
+    ]
+
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LSQ_BWD, BIN_FWD, BIN_BWD = range(3)
+LSQ_FWD, LSQ_BWD, BIN_FWD, BIN_BWD = range(4)
+# Addresses: a tag that no size or float in a kernel's parameter has, a buffer, and the byte within it.
+TAG, BUFFER_BITS, BYTE_BITS = 0x7FB1, 12, 36
+SCRATCH = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)
 ON_LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_char_p,
@@ -164,11 +178,12 @@ class Emulator:
             shutil.copy(library, mine)
         self.kernels = Kernels(ptx.read_text())
         self.library = ctypes.CDLL(str(mine))
-        self.library.test_workspace_bytes.restype = ctypes.c_size_t
+        assert self.library.test_item_size() == ctypes.sizeof(Item)
+        self.capacity = self.library.test_jobs()  # of one launch
         self.options = {}  # of every launch: seed, check
         self.launches = []
-        self._on_launch = ON_LAUNCH(self._launch)
-        self._buffers = {}  # slice of the address space -> name, array
+        self._on_launch, self._scratch = ON_LAUNCH(self._launch), SCRATCH(self._workspace)
+        self._buffers = []  # name, array
         self._error = None
         self.library.test_start(self._on_launch, multiprocessors)
 
@@ -183,35 +198,33 @@ class Emulator:
         """csrc/cuda_plan.h's Range of a QuantSpec."""
         out = ctypes.create_string_buffer(256)
         quant = Quant(spec.qn, spec.qp, spec.binary, False, float("inf"))
-        return out.raw[: self.library.test_range(quant, out)]
+        size = self.library.test_range(quant, out)
+        return out.raw[:size]
 
     # -- the device ------------------------------------------------------------------------------------
     def _launch(self, name, grid, block, shared, args) -> int:
-        import ptxrun
-
         try:
             name = name.decode()
             module = self.kernels[name]
-            values = []
-            for i, param in enumerate(module.kernels[name].params):
-                value = ctypes.string_at(args[i], param.size)
-                if param.size == 8 and param.type in ("u64", "b64"):
-                    address = int.from_bytes(value, "little")
-                    if address >> 36 in self._buffers:
-                        buffer, array = self._buffers[address >> 36]
-                        value = ptxrun.Buffer(array, address & ((1 << 36) - 1), buffer)
-                values.append(value)
+            (param,) = module.kernels[name].params  # Jobs
+            words = np.frombuffer(ctypes.string_at(args[0], param.size), np.uint64).copy()
+            kept = set(module._kept)  # ptxrun maps a pointer for all later launches: here, for this one
+            for i in np.flatnonzero(words >> np.uint64(BUFFER_BITS + BYTE_BITS) == TAG):
+                address = int(words[i])
+                buffer, array = self._buffers[address >> BYTE_BITS & (1 << BUFFER_BITS) - 1]
+                words[i] = module.pointer(array, address & (1 << BYTE_BITS) - 1, buffer)
             grid, block = tuple(grid.contents), tuple(block.contents)
-            self.launches.append(module.launch(name, grid, block, values, shared=shared, **self.options))
+            self.launches.append(module.launch(name, grid, block, [words.tobytes()], shared=shared, **self.options))
+            module._kept = kept
             return 0
         except BaseException as error:  # must not cross the C frames in between
             self._error = self._error or error
             return 1
 
     def _address(self, name, array, offset=0) -> int:
-        key = 1 + len(self._buffers)
-        self._buffers[key] = name, array
-        return (key << 36) + offset
+        self._buffers.append((name, array))
+        assert len(self._buffers) <= 1 << BUFFER_BITS
+        return ((TAG << BUFFER_BITS) + len(self._buffers) - 1 << BYTE_BITS) + offset
 
     def _input(self, name: str, t: torch.Tensor | None) -> int | None:
         """A tensor's elements in storage order, as far from a 16-byte boundary as in its own storage."""
@@ -242,79 +255,100 @@ class Emulator:
         flat = torch.from_numpy(np.asarray(array).copy()).view(like.dtype)
         return torch.as_strided(flat, like.size(), like.stride())
 
-    def _call(self, function, *args) -> None:
-        self.launches, self._error = [], None
-        code = getattr(self.library, function)(*[ctypes.c_void_p(a) if isinstance(a, int | None) else a for a in args])
-        if self._error is not None:
-            raise self._error
-        assert code == 0, f"{function} returned the error {code}"
-
-    def _workspace(self, kernel, layout, quant, alpha_gradient) -> int:
+    def _workspace(self, size) -> int:
         import ptxrun
 
-        size = self.library.test_workspace_bytes(kernel, layout, quant, alpha_gradient)
         return self._address("workspace", ptxrun.uninit(size, np.uint8))
 
-    @staticmethod
-    def _describe(x, alpha, qn, qp, binary, axis, relu, clip):
-        inner = 1 if axis < 0 else x.stride(axis)
-        return ctypes.c_int(DTYPES[x.dtype]), Layout(x.numel(), alpha.numel(), inner), Quant(qn, qp, binary, relu, clip)
+    def _call(self, op: int, items: list[dict], likes: list[dict]) -> list[list[torch.Tensor]]:
+        """The outputs of an op, a list for each name in `likes`; a field that is None or absent is null."""
+        names = [str(i) if len(items) > 1 else "" for i in range(len(items))]
+        outputs, raw = [], (Item * len(items))()
+        for name, item, like, to in zip(names, items, likes, raw, strict=True):
+            x, (qn, qp, binary, axis, relu, clip) = item["x"], item["plain"]
+            inner = 1 if axis < 0 else x.stride(axis)
+            to.dtype, to.layout = DTYPES[x.dtype], Layout(x.numel(), item["alpha"].numel(), inner)
+            to.quant, to.grad_scale = Quant(qn, qp, binary, relu, clip), item.get("grad_scale", 0.0)
+            for field in ("x", "alpha", "grad_xhat", "grad_loss", "bins"):
+                if field in item:
+                    setattr(to, field, self._input(field + name, item[field]))
+            outputs.append({field: self._output(field + name, t) for field, t in like.items()})
+            for field, (_, address) in outputs[-1].items():
+                setattr(to, field, address)
+        self.launches, self._error = [], None
+        code = self.library.test_call(op, raw, len(items), self._scratch)
+        self._buffers = []
+        if self._error is not None:
+            raise self._error
+        assert code == 0, f"op {op} returned the error {code}"
+        pairs = list(zip(outputs, likes, strict=True))
+        return [[self._result(made[field][0], like[field]) for made, like in pairs] for field in likes[0]]
 
-    # -- the raw ops -----------------------------------------------------------------------------------
+    # -- the raw ops over lists ------------------------------------------------------------------------
+    @staticmethod
+    def _items(xs, alphas, ranges, relu, clip, **more) -> list[dict]:
+        columns = [dict(zip(more, each, strict=True)) for each in zip(*more.values(), strict=True)] or [{}] * len(xs)
+        plains = [(*ranges[i : i + 4], relu, clip) for i in range(0, len(ranges), 4)]
+        return [dict(x=x, alpha=a, plain=p, **c) for x, a, p, c in zip(xs, alphas, plains, columns, strict=True)]
+
+    def foreach_lsq_fwd(self, xs, alphas, *plain):
+        return self._call(LSQ_FWD, self._items(xs, alphas, *plain), [dict(xhat=x) for x in xs])[0]
+
+    def foreach_lsq_bwd(self, grad_xhats, xs, alphas, *plain):
+        *plain, scales = plain
+        items = self._items(xs, alphas, *plain, grad_xhat=grad_xhats, grad_scale=scales)
+        return tuple(self._call(LSQ_BWD, items, [dict(dx=x, dalpha=a) for x, a in zip(xs, alphas, strict=True)]))
+
+    def _foreach_bin_fwd(self, xs, alphas, plain, with_xhat):
+        *plain, backprop_to_alpha = plain
+        items, likes = self._items(xs, alphas, *plain), []
+        for item in items:
+            qn, qp = item["plain"][:2]
+            bins = torch.empty(3 * (qp - qn + 1) + 2, dtype=torch.float64)
+            like = dict(loss=item["alpha"].new_empty(()), bins=bins)
+            like["dloss_dalpha"] = item["alpha"] if backprop_to_alpha else None
+            likes.append(dict(xhat=item["x"], **like) if with_xhat else like)
+        *results, dloss_dalphas = self._call(BIN_FWD, items, likes)
+        return *results, dloss_dalphas if backprop_to_alpha else [alpha.new_empty(0) for alpha in alphas]
+
+    def foreach_bin_loss_fwd(self, xs, alphas, *plain):
+        return self._foreach_bin_fwd(xs, alphas, plain, False)
+
+    def foreach_lsq_bin_fwd(self, xs, alphas, *plain):
+        return self._foreach_bin_fwd(xs, alphas, plain, True)
+
+    def foreach_bin_loss_bwd(self, grad_losses, xs, alphas, bins, *plain):
+        items = self._items(xs, alphas, *plain, grad_loss=grad_losses, bins=bins)
+        return self._call(BIN_BWD, items, [dict(dx=x) for x in xs])[0]
+
+    def foreach_lsq_bin_bwd(self, grad_xhats, grad_losses, xs, alphas, bins, *plain):
+        *plain, scales = plain
+        lists = dict(grad_xhat=grad_xhats, grad_loss=grad_losses, bins=bins, grad_scale=scales)
+        items = self._items(xs, alphas, *plain, **lists)
+        return tuple(self._call(BIN_BWD, items, [dict(dx=x, dalpha=a) for x, a in zip(xs, alphas, strict=True)]))
+
+    # -- the raw ops: lists of one, as in csrc/bindings.cpp --------------------------------------------
     def lsq_fwd(self, x, alpha, *plain):
-        self._buffers.clear()
-        dtype, layout, quant = self._describe(x, alpha, *plain)
-        xhat, p_xhat = self._output("xhat", x)
-        inputs = self._input("x", x), self._input("alpha", alpha)
-        self._call("test_lsq_fwd", dtype, *inputs, p_xhat, layout, quant)
-        return self._result(xhat, x)
+        return self.foreach_lsq_fwd([x], [alpha], plain[:4], *plain[4:])[0]
 
     def lsq_bwd(self, grad_xhat, x, alpha, *plain):
         *plain, scale = plain
-        self._buffers.clear()
-        dtype, layout, quant = self._describe(x, alpha, *plain)
-        (dx, p_dx), (dalpha, p_dalpha) = self._output("dx", x), self._output("dalpha", alpha)
-        inputs = self._input("g", grad_xhat), self._input("x", x), self._input("alpha", alpha)
-        work = self._workspace(LSQ_BWD, layout, quant, True)
-        self._call("test_lsq_bwd", dtype, *inputs, p_dx, p_dalpha, layout, quant, ctypes.c_float(scale), work)
-        return self._result(dx, x), self._result(dalpha, alpha)
-
-    def _bin_fwd(self, x, alpha, plain, with_xhat, backprop_to_alpha):
-        self._buffers.clear()
-        dtype, layout, quant = self._describe(x, alpha, *plain)
-        likes = {
-            "xhat": x if with_xhat else None,
-            "loss": alpha.new_empty(()),
-            "bins": torch.empty(3 * int(quant.qp - quant.qn + 1) + 2, dtype=torch.float64),
-            "dloss_dalpha": alpha if backprop_to_alpha else None,
-        }
-        arrays, pointers = zip(*[self._output(name, like) for name, like in likes.items()], strict=True)
-        inputs = self._input("x", x), self._input("alpha", alpha)
-        work = self._workspace(BIN_FWD, layout, quant, backprop_to_alpha)
-        self._call("test_bin_fwd", dtype, *inputs, *pointers, layout, quant, work)
-        xhat, loss, bins, dloss = [self._result(a, like) for a, like in zip(arrays, likes.values(), strict=True)]
-        results = loss, bins, alpha.new_empty(0) if dloss is None else dloss
-        return (xhat, *results) if with_xhat else results
+        return _first(self.foreach_lsq_bwd([grad_xhat], [x], [alpha], plain[:4], *plain[4:], [scale]))
 
     def bin_loss_fwd(self, x, alpha, *plain):
-        return self._bin_fwd(x, alpha, plain[:-1], False, plain[-1])
+        return _first(self.foreach_bin_loss_fwd([x], [alpha], plain[:4], *plain[4:]))
 
     def lsq_bin_fwd(self, x, alpha, *plain):
-        return self._bin_fwd(x, alpha, plain[:-1], True, plain[-1])
-
-    def _bin_bwd(self, grad_xhat, grad_loss, x, alpha, bins, plain, scale):
-        self._buffers.clear()
-        dtype, layout, quant = self._describe(x, alpha, *plain)
-        with_lsq = grad_xhat is not None
-        (dx, p_dx), (dalpha, p_dalpha) = self._output("dx", x), self._output("dalpha", alpha if with_lsq else None)
-        tensors = {"g": grad_xhat, "grad_loss": grad_loss, "x": x, "alpha": alpha, "bins": bins}
-        inputs = [self._input(name, t) for name, t in tensors.items()]
-        work = self._workspace(BIN_BWD, layout, quant, with_lsq)
-        self._call("test_bin_bwd", dtype, *inputs, p_dx, p_dalpha, layout, quant, ctypes.c_float(scale), work)
-        return self._result(dx, x), self._result(dalpha, alpha if with_lsq else None)
+        return _first(self.foreach_lsq_bin_fwd([x], [alpha], plain[:4], *plain[4:]))
 
     def bin_loss_bwd(self, grad_loss, x, alpha, bins, *plain):
-        return self._bin_bwd(None, grad_loss, x, alpha, bins, plain, 0.0)[0]
+        return self.foreach_bin_loss_bwd([grad_loss], [x], [alpha], [bins], plain[:4], *plain[4:])[0]
 
     def lsq_bin_bwd(self, grad_xhat, grad_loss, x, alpha, bins, *plain):
-        return self._bin_bwd(grad_xhat, grad_loss, x, alpha, bins, plain[:-1], plain[-1])
+        *plain, scale = plain
+        lists = [grad_xhat], [grad_loss], [x], [alpha], [bins]
+        return _first(self.foreach_lsq_bin_bwd(*lists, plain[:4], *plain[4:], [scale]))
+
+
+def _first(results):
+    return tuple(each[0] for each in results)

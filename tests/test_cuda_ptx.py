@@ -11,12 +11,14 @@ import subprocess
 
 import numpy as np
 import pytest
+import test_foreach
 import test_parity
 import torch
 from cases import DTYPES, SPECS, Shape
 from cuda_host import CSRC, Emulator
 
 from qbr import QuantSpec, ops
+from qbr.kernels import foreach
 
 ptxrun = pytest.importorskip("ptxrun", reason="needs ptxrun on PYTHONPATH, or PTXRUN_HOME")
 CASES = {case.name: case for case in SPECS}
@@ -71,11 +73,12 @@ def small_device(cache):
 @pytest.fixture
 def emulated(monkeypatch, small_device):
     """The backend "emulated", for the functions of qbr.functional and of test_parity.py."""
-    for op in ops.SCHEMAS:
+    for op in [*ops.SCHEMAS, *foreach.SCHEMAS]:
         monkeypatch.setitem(ops._ops, ("emulated", op), getattr(small_device, op))
     backend = ops._backend
     monkeypatch.setattr(ops, "_backend", lambda name, *rest: name if name == "emulated" else backend(name, *rest))
-    monkeypatch.setattr(test_parity, "load", lambda *_: None)
+    for module in (test_parity, test_foreach):
+        monkeypatch.setattr(module, "load", lambda *_: None)
     monkeypatch.setattr(small_device, "options", {})
     return small_device
 
@@ -156,7 +159,7 @@ def test_each_element_moves_once_in_accesses_of_16_bytes(emulated, name, dtype):
             lambda: emulated.lsq_bin_fwd(x, alpha, *plain, True),
         ],
         ("x",): [lambda: emulated.bin_loss_fwd(x, alpha, *plain, False)],
-        ("x", "g", "dx"): [
+        ("x", "grad_xhat", "dx"): [
             lambda: emulated.lsq_bwd(grad, x, alpha, *plain, 0.1),
             lambda: emulated.lsq_bin_bwd(grad, one, x, alpha, bins, *plain, 0.1),
         ],
@@ -166,11 +169,11 @@ def test_each_element_moves_once_in_accesses_of_16_bytes(emulated, name, dtype):
         for call in variants:
             call()
             first, rest = emulated.launches[0], emulated.launches[1:]
-            moved = {key: tuple(first.buffers[key]) for key in ("x", "g", "xhat", "dx") if key in first.buffers}
+            moved = {key: tuple(first.buffers[key]) for key in ("x", "grad_xhat", "xhat", "dx") if key in first.buffers}
             assert moved == {key: (0, size) if key in ("xhat", "dx") else (size, 0) for key in tensors}
             wide = first.loads.widths[16] + first.stores.widths[16]
             assert wide * 16 == len(tensors) * size
-            assert all(not set(launch.buffers) & {"x", "g", "xhat", "dx"} for launch in rest)
+            assert all(not set(launch.buffers) & {"x", "grad_xhat", "xhat", "dx"} for launch in rest)
 
 
 def test_a_tensor_of_one_tile_takes_one_launch(emulated):
@@ -195,6 +198,148 @@ def test_many_wide_rows_are_folded_twice(cache):
     assert torch.allclose(bins[512:], expected[512:], rtol=2e-5) and torch.allclose(loss, expected_loss, rtol=2e-5)
 
 
+# ---- lists ---------------------------------------------------------------------------------------------------------
+
+# Every dtype, every way to add up bins, one step and many by rows and by columns, no element, one, and misaligned ones.
+MEMBERS = [
+    ("w2", Shape("one", (1,)), "f32"),
+    ("w4", Shape("empty", (0, 3)), "f32"),
+    ("w4", Shape("tiles", (36_869,)), "f32"),
+    ("w4", Shape("offset", (1025,), "offset"), "f32"),
+    ("w8", Shape("offset", (1025,), "offset"), "f32"),
+    ("w1", Shape("63", (63,)), "f32"),
+    ("w4-channel1", Shape("rows", (2, 5, 3, 40)), "f32"),
+    ("w4-channel1", Shape("columns", (9, 300)), "f32"),
+    ("w8-channel0", Shape("rows", (3, 600)), "f32"),
+    ("w4-channel1", Shape("channels_last", (6, 40, 3, 3), "channels_last"), "bf16"),
+    ("w3", Shape("offset", (1025,), "offset"), "bf16"),
+    ("w8-channel0", Shape("short rows", (8, 27)), "f16"),
+    ("w4", Shape("63", (63,)), "f16"),
+]
+
+
+def the_list(members):
+    """xs, alphas, grads and their plain arguments; no ReLU."""
+    columns = []
+    for name, shape, dtype in members:
+        x, alpha, grad = test_parity.inputs(CASES[name], shape, DTYPES[dtype])
+        columns.append((*ops.check(x, alpha, CASES[name].spec, False, None), grad))
+    xs, alphas, plains, grads = (list(column) for column in zip(*columns))
+    return xs, alphas, grads, plains
+
+
+def both_ways(device, members):
+    """[(launches of the list's call, its results, the single calls' results)], each result a list of tuples."""
+    xs, alphas, grads, plains = the_list(members)
+    count, scales = len(xs), [0.1 + 0.01 * i for i in range(len(xs))]
+    quant = [value for plain in plains for value in plain[:4]], *plains[0][4:]
+    losses = [torch.tensor(0.5 + i) for i in range(count)]
+    made = []
+
+    def call(op, lists, *last, per_item=()):
+        results = getattr(device, f"foreach_{op}")(*lists, *quant, *last, *([list(per_item)] if per_item else []))
+        launches = [re.search(r"\d+([a-z_]+_kernel)", report.kernel).group(1) for report in device.launches]
+        columns = results if isinstance(results, tuple) else (results,)
+        singles = []
+        for i in range(count):
+            scale = [per_item[i]] if per_item else []
+            single = getattr(device, op)(*[each[i] for each in lists], *plains[i], *last, *scale)
+            singles.append(single if isinstance(single, tuple) else (single,))
+        made.append((launches, list(zip(*columns)), singles))
+        return results
+
+    call("lsq_fwd", (xs, alphas))
+    call("lsq_bwd", (grads, xs, alphas), per_item=scales)
+    bins = call("bin_loss_fwd", (xs, alphas), False)[1]
+    call("bin_loss_bwd", (losses, xs, alphas, bins))
+    call("lsq_bin_fwd", (xs, alphas), True)
+    call("lsq_bin_bwd", (grads, losses, xs, alphas, bins), per_item=scales)
+    return made
+
+
+def same_to_the_bit(made):
+    for launches, got, expected in made:
+        for i, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), (launches, i)
+
+
+def test_a_list_gives_what_single_calls_give(emulated):
+    """Whatever stands beside a tensor: to the bit, in one launch for each dtype (and way to add up bins)."""
+    made = both_ways(emulated, MEMBERS)
+    same_to_the_bit(made)
+    sums, steps = ["bin_finish_kernel"], ["lsq_dalpha_kernel", "channel_dalpha_kernel"]
+    assert [launches for launches, *_ in made] == [
+        3 * ["lsq_fwd_kernel"],
+        3 * ["bwd_kernel"] + steps,
+        6 * ["bin_fwd_kernel"] + sums,
+        3 * ["bwd_kernel"],
+        6 * ["bin_fwd_kernel"] + sums + 3 * ["bwd_kernel"] + steps[1:],
+        3 * ["bwd_kernel"] + steps,
+    ]
+
+
+def resnet18(divide: int) -> list[tuple[int, ...]]:
+    """The shapes of its 21 weights, all channels divided."""
+    inputs = 64 // divide
+    shapes = [(inputs, 3, 3, 3)]
+    for width in (64 // divide, 128 // divide, 256 // divide, 512 // divide):
+        shapes += [(width, inputs, 3, 3), *3 * [(width, width, 3, 3)]]
+        shapes += [(width, inputs, 1, 1)] if width != inputs else []
+        inputs = width
+    return [*shapes, (10, inputs)]
+
+
+@pytest.mark.parametrize("name", ["w2", "w8", "w4-channel1"])
+def test_the_weights_of_resnet18_take_one_launch(emulated, name):
+    """And one more where sums are left; every element moves once."""
+    shapes = resnet18(16)
+    assert len(shapes) == 21 <= emulated.capacity
+    xs, alphas, grads, plains = the_list([(name, Shape("weight", shape), "f32") for shape in shapes])
+    quant = [value for plain in plains for value in plain[:4]], *plains[0][4:]
+    bins = emulated.foreach_lsq_bin_fwd(xs, alphas, *quant, False)[2]
+    main, finish = emulated.launches
+    assert "bin_fwd_kernel" in main.kernel and "bin_finish_kernel" in finish.kernel
+    assert [main.buffers[f"x{i}"] for i in range(21)] == [[x.numel() * 4, 0] for x in xs]
+    assert [main.buffers[f"xhat{i}"] for i in range(21)] == [[0, x.numel() * 4] for x in xs]
+    emulated.foreach_lsq_bin_bwd(grads, 21 * [torch.ones(())], xs, alphas, bins, *quant, 21 * [0.1])
+    main, sums = emulated.launches
+    assert "bwd_kernel" in main.kernel and "dalpha_kernel" in sums.kernel
+    assert [main.buffers[f"grad_xhat{i}"] for i in range(21)] == [[x.numel() * 4, 0] for x in xs]
+    emulated.foreach_lsq_fwd(xs, alphas, *quant)
+    assert len(emulated.launches) == 1
+
+
+def test_lists_longer_than_a_launch_takes(emulated):
+    count = 2 * emulated.capacity + 1
+    xs, alphas, _, plains = the_list([("w2", Shape("few", (1 + i % 7,)), "f32") for i in range(count)])
+    quant = [value for plain in plains for value in plain[:4]], *plains[0][4:]
+    got = emulated.foreach_lsq_fwd(xs, alphas, *quant)
+    assert [report.grid[0] for report in emulated.launches] == [emulated.capacity, emulated.capacity, 1]
+    expected = [torch.ops.qbr_reference.lsq_fwd(*each) for each in zip(xs, alphas, *zip(*plains))]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_lists_of_many_wide_rows(cache):
+    """Folded twice or not, in one launch each."""
+    device = Emulator(cache, _nvcc(), 132)
+    sizes = 33 * 4096 + 1, 2 * 4096, 34 * 4096
+    xs, alphas, _, plains = the_list([("w8", Shape("long", (size,)), "f32") for size in sizes])
+    quant = [value for plain in plains for value in plain[:4]], *plains[0][4:]
+    got = zip(*device.foreach_bin_loss_fwd(xs, alphas, *quant, True))
+    assert len(device.launches) == 3
+    for mine, x, alpha, plain in zip(got, xs, alphas, plains):
+        assert all(torch.equal(a, b) for a, b in zip(mine, device.bin_loss_fwd(x, alpha, *plain, True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+@pytest.mark.parametrize("dtype", [*DTYPES, "mixed"])
+def test_lists_are_loops(emulated, dtype, relu):
+    test_foreach.test_lists_are_loops("emulated", "cpu", relu, dtype)
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------------
+
 PROBE = r"""
 #include "cuda_walk.cuh"
 using namespace qbr;
@@ -208,8 +353,8 @@ extern "C" __global__ void divide_kernel(const float* x, const float* alpha, flo
   quick[i] = quotient<true>(x[i], step);
   slow[i] = quotient<false>(x[i], step);
 }
-extern "C" __global__ void share_kernel(Walk w, int channels, long long tile, long long* out) {
-  const Share s = channels ? share_of<true>(w, tile) : share_of<false>(w, tile);
+extern "C" __global__ void share_kernel(Walk w, long long tile, long long* out) {
+  const Share s = share_of(w, tile);
   long long* mine = out + 4 * threadIdx.x;
   mine[0] = s.at, mine[1] = s.stride, mine[2] = s.count, mine[3] = s.channel;
 }
@@ -257,7 +402,7 @@ def test_indices_beyond_32_bits(probe, small_device, channels, inner):
     chosen = [tiles - 1, tiles // 2, (1 << 32) // 4096 + 3, 0]
     for tile in [t for t in chosen if t < tiles]:
         out = ptxrun.uninit((256, 4), np.int64)
-        probe.launch("share_kernel", 1, 256, [walk, int(channels > 1), tile, out])
+        probe.launch("share_kernel", 1, 256, [walk, tile, out])
         out = np.asarray(out)
         at = [start + step * np.arange(count) for start, step, count, _ in out if count]
         of_channel = [np.full(count, channel) for _, _, count, channel in out if count]

@@ -39,13 +39,9 @@ def quantize_together(model: nn.Module, *_) -> None:
     if torch.compiler.is_compiling():
         return
     groups: dict[bool, list] = {}
-    for module in model.modules():
-        quantizer = module._modules.get("weight_quantizer")
-        if quantizer is None:
-            continue
+    for quantizer, weight in weights(model):
         quantizer._ready = None
-        weight = module._parameters.get("weight")
-        if quantizer.alone or weight is None or not _is_there(weight):
+        if quantizer.alone or weight is None or not is_there(weight):
             continue
         if quantizer.training and not quantizer.initialised:
             continue  # its first forward sets alpha
@@ -55,16 +51,27 @@ def quantize_together(model: nn.Module, *_) -> None:
             _quantize(members, collects)
 
 
+def weights(model: nn.Module) -> list[tuple[nn.Module, Tensor | None]]:
+    """(quantizer, parameter) of all quantized weights: ``weight_quantizer`` is that of ``weight``, and so on for every
+    name that ends so. A quantizer that tied weights share comes once."""
+    found: dict[nn.Module, Tensor | None] = {}
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if name.endswith("weight_quantizer") and child is not None:
+                found.setdefault(child, module._parameters.get(name.removesuffix("_quantizer")))
+    return list(found.items())
+
+
 def _quantize(members: list, collects: bool) -> None:
-    weights = [weight for _, weight in members]
+    xs = [weight for _, weight in members]
     alphas = [quantizer.alpha for quantizer, _ in members]
     specs = [quantizer.spec for quantizer, _ in members]
     if collects:
         to_alpha = [quantizer.br_to_alpha if quantizer.alpha.requires_grad else False for quantizer, _ in members]
-        results = functional.foreach_fake_quantize_with_bin_loss(weights, alphas, specs, backprop_to_alpha=to_alpha)
+        results = functional.foreach_fake_quantize_with_bin_loss(xs, alphas, specs, backprop_to_alpha=to_alpha)
         made = [(each.xhat, BinLoss(each.loss, each.bins)) for each in results]
     else:
-        made = [(xhat, None) for xhat in functional.foreach_fake_quantize(weights, alphas, specs)]
+        made = [(xhat, None) for xhat in functional.foreach_fake_quantize(xs, alphas, specs)]
     with_grad = torch.is_grad_enabled()
     for (quantizer, weight), (xhat, entry) in zip(members, made):
         versions = weight._version, quantizer.alpha._version
@@ -91,14 +98,13 @@ def take(quantizer, weight: Tensor) -> Ready | None:
 
 def drop(model: nn.Module, *_) -> None:
     """Forget what the forward has not used; a layer that did not use it quantizes alone from now on. A forward hook."""
-    for module in model.modules():
-        quantizer = module._modules.get("weight_quantizer")
-        if quantizer is not None and quantizer._ready is not None:
+    for quantizer, _ in weights(model):
+        if quantizer._ready is not None:
             quantizer.alone = quantizer.alone or not quantizer._ready_used
             quantizer._ready = None
 
 
-def _is_there(weight: Tensor) -> bool:
+def is_there(weight: Tensor) -> bool:
     """Whether the weight can be read before its layer runs, and is an ordinary tensor."""
     ordinary = type(weight) in (nn.Parameter, Tensor)
     return ordinary and not weight.is_meta and (weight.numel() == 0 or weight.untyped_storage().size() > 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -14,7 +16,8 @@ from qbr.metrics import BinMetrics, LazyInfo
 from qbr.quantizers import check_bits, check_state_dict, quantizers
 from qbr.spec import QuantSpec
 
-_OWNED = ("weight_quantizer", "quantizer")  # a quantizer with one of these names is reported as its layer
+# A quantizer of one of these names is reported as its layer, those of further calls and other tensors with a suffix.
+_OWNED = re.compile(r"(?:weight_)?quantizer(?:_(?P<call>\d+))?|(?P<tensor>input|memory|\w+_weight)_quantizer")
 _LAYER_KEYS = (
     "loss", "mse", "var", "quantization_mse", "bins_used", "mean_distance", "effectiveness", "pct_near_levels",
 )  # fmt: skip
@@ -57,9 +60,11 @@ def bin_loss(model: nn.Module) -> ModelBinLoss:
         raise ValueError(f"model ({type(model).__name__}) has no quantizers: call qbr.prepare(model, config) first")
     layers: dict[str, BinLoss] = {}
     losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
+    steps = Counter(_layer_and_call(name)[0] for name in found)
     for name, quantizer in found.items():
-        for call, entry in enumerate(quantizer.take_retained(), start=1):
-            layers[_call_name(_layer_name(name), call)] = entry
+        layer, first = _layer_and_call(name)
+        for call, entry in enumerate(quantizer.take_retained()):
+            layers[_call_name(layer, first + call * steps[layer])] = entry
             losses[quantizer.kind].append(entry.loss)
     device = next(iter(found.values())).alpha.device
     return ModelBinLoss(
@@ -67,10 +72,16 @@ def bin_loss(model: nn.Module) -> ModelBinLoss:
     )
 
 
-def _layer_name(name: str) -> str:
-    """What a quantizer is reported as: its layer, without the prefix that torch.compile's wrapper adds."""
+def _layer_and_call(name: str) -> tuple[str, int]:
+    """What a quantizer is reported as: its layer, without the prefix that torch.compile's wrapper adds, and which of
+    the layer's calls is its first."""
     layer, _, last = name.replace("_orig_mod.", "").rpartition(".")
-    return layer if last in _OWNED else f"{layer}.{last}" if layer else last
+    owned = _OWNED.fullmatch(last)
+    if owned and owned["tensor"]:
+        last = owned["tensor"]
+    elif owned:
+        return layer, int(owned["call"] or 1)
+    return (f"{layer}.{last}" if layer else last), 1
 
 
 def _call_name(name: str, call: int) -> str:
@@ -110,6 +121,16 @@ def watch(model: nn.Module) -> None:
         model.register_forward_pre_hook(grouping.quantize_together)
         model.register_forward_hook(grouping.drop, always_call=True)
         model.register_load_state_dict_pre_hook(_check_before_loading)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Take back what watch() did."""
+    mine = (forget, grouping.quantize_together, grouping.drop, _check_before_loading)
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_pre_hooks):
+            for key in [key for key, hook in hooks.items() if any(getattr(hook, "hook", hook) is m for m in mine)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 class BinRegularizer:

@@ -112,7 +112,7 @@ def _fold(module: nn.Module, folded: dict) -> None:
             weight = module._parameters[parameter]
             key = id(weight), id(quantizer)  # tied weights stay tied
             if key not in folded:
-                value = functional.fake_quantize(weight.detach(), quantizer.alpha.detach(), quantizer.spec)
+                value = functional.fake_quantize(_renormalised(module, weight.detach()), quantizer.alpha.detach(), quantizer.spec)
                 folded[key] = weight, nn.Parameter(value, requires_grad=weight.requires_grad)
             module._parameters[parameter] = folded[key][1]
             del module._modules[name]
@@ -120,6 +120,16 @@ def _fold(module: nn.Module, folded: dict) -> None:
             module._modules[name] = FakeQuantize([quantizer])
     if "input_quantizer" not in module._modules and type(module) in _FLOAT_LAYERS:
         module.__class__ = _FLOAT_LAYERS[type(module)]
+
+
+def _renormalised(module: nn.Module, weight: Tensor) -> Tensor:
+    """An Embedding's rows within its max_norm, for good: torch would renormalise quantized rows at every look-up."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is None:
+        return weight
+    rows = torch.arange(len(weight), device=weight.device)
+    weight = torch.embedding_renorm_(weight.clone(), rows, module.max_norm, module.norm_type)
+    module.max_norm = None
+    return weight
 
 
 def _plain_relu(module: QuantizedClippedReLU) -> None:

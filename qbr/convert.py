@@ -112,7 +112,8 @@ def _fold(module: nn.Module, folded: dict) -> None:
             weight = module._parameters[parameter]
             key = id(weight), id(quantizer)  # tied weights stay tied
             if key not in folded:
-                value = functional.fake_quantize(_renormalised(module, weight.detach()), quantizer.alpha.detach(), quantizer.spec)
+                x = _renormalised(module, weight.detach())
+                value = functional.fake_quantize(x, quantizer.alpha.detach(), quantizer.spec)
                 folded[key] = weight, nn.Parameter(value, requires_grad=weight.requires_grad)
             module._parameters[parameter] = folded[key][1]
             del module._modules[name]

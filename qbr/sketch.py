@@ -1,7 +1,7 @@
 """What calibration keeps of the tensors it has seen, and the step sizes that follow: sums that add up over batches and
 over ranks, on the device.
 
-A Sketch is a histogram with 64 bins for each octave of |x| between 2^-32 and 2^32: no range is needed beforehand.
+A Sketch is a histogram with 512 bins for each octave of |x| between 2^-32 and 2^32: no range is needed beforehand.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qbr.spec import QuantSpec
 
-_PER_OCTAVE, _OCTAVES = 64, 64
+_PER_OCTAVE, _OCTAVES = 512, 64  # a bin is a third of a step wide at the largest of 256 levels
 _BINS = _PER_OCTAVE * _OCTAVES
 _COARSE = 2.0 ** torch.linspace(-12, 0.25, 99, dtype=torch.float64)  # of the step that reaches the largest |x|
 _FINE = 2.0 ** torch.linspace(-0.125, 0.125, 33, dtype=torch.float64)  # around the best of those

@@ -90,7 +90,7 @@ def test_mse_finds_the_best_step_from_bins_and_from_elements(bits, signed):
     bins = sketch.Sketch("cpu")
     for part in x.split(7000):
         bins.add(part)
-    assert error(x, sketch.mse_step(bins.bins(), spec), spec) < 1.01 * least
+    assert error(x, sketch.mse_step(bins.bins(), spec), spec) < 1.003 * least
     assert error(x, sketch.mse_step(sketch.elements(x[None]), spec), spec) < 1.003 * least
 
 
@@ -102,7 +102,7 @@ def test_the_percentile_lands_on_the_outermost_level():
     pre = model[0](x_(50, 100)).relu().detach().flatten()
     assert model[1].quantizer.alpha.item() * 7 == pytest.approx(pre.quantile(0.99).item(), rel=0.02)
     calibrate(model, [x_(50, 100)], method="percentile", percentile=100)
-    assert model[0].weight_quantizer.alpha.item() * 8 == pytest.approx(weight.max().item(), rel=0.012)
+    assert model[0].weight_quantizer.alpha.item() * 8 == pytest.approx(weight.max().item(), rel=0.002)
 
 
 @pytest.mark.parametrize("method", ["mse", "percentile"])

@@ -1,4 +1,4 @@
-"""QATConfig by name, first and last layers, JSON; and plan(): the table, and what is refused before anything changes."""
+"""QATConfig by name, first and last layers, JSON; and plan(): the table, and what is refused beforehand."""
 
 from __future__ import annotations
 

@@ -104,12 +104,8 @@ def test_compiled_whole_without_recompiling():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for _ in range(3):
             got = gradients(model, compiled)
-            assert [n for n in qbr.bin_loss(compiled).layers if n[2:6] == "relu"] == [
-                "0.relu",
-                "0.relu@2",
-                "1.relu",
-                "1.relu@2",
-            ]
+            relus = [name for name in qbr.bin_loss(compiled).layers if "relu" in name]
+            assert relus == ["0.relu", "0.relu@2", "1.relu", "1.relu@2"]
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

@@ -20,10 +20,11 @@ _IN_PROJ = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 @dataclass
 class PlannedWeight:
-    """``parameter`` of ``module`` gets ``<parameter>_quantizer``."""
+    """``parameter`` of ``module`` gets ``<parameter>_quantizer``; ``layer`` is whose forward uses it."""
 
     name: str
     module: nn.Module
+    layer: nn.Module
     parameter: str
     spec: QuantSpec
 
@@ -118,14 +119,16 @@ class _Planner:
             _count_by_running(model, example, self.reading)
         self.layers = list(self.reading.inputs)
         self._check_patterns()
+        functions: dict[nn.Module, dict[str, FunctionalReLU]] = {}
+        for name, function in self.reading.functional.items():
+            functions.setdefault(function.owner, {})[name] = function
         for name, module in model.named_modules():
             if type(module) in WEIGHT_LAYERS or type(module) in ATTENTION:
                 self._layer(name, module)
             elif type(module) in RELUS:
                 self._relu(name, module, None)
-            for function in self.reading.functional.values():
-                if function.owner is module:
-                    self._relu(next(n for n, f in self.reading.functional.items() if f is function), None, function)
+            for function_name, function in functions.get(module, {}).items():
+                self._relu(function_name, None, function)
         self._check_ties()
         self._check_found()
         self._warn()
@@ -187,7 +190,7 @@ class _Planner:
             own = config if owner is module else self.config.layer(owner_name, self._policy(module))
             if own.weight_bits is not None:
                 spec = _weight_spec(owner_name, owner, parameter, own)
-                self.plan.weights.append(PlannedWeight(owner_name, owner, parameter, spec))
+                self.plan.weights.append(PlannedWeight(owner_name, owner, module, parameter, spec))
                 bits = f"{own.weight_bits} bits" + (", per channel" if own.weight_per_channel else "")
             else:
                 bits = "float (skip)" if own.skipped else "float"

@@ -75,12 +75,12 @@ def _quantize_weights(planned: Plan) -> None:
                 spec.bits, channel_axis=spec.channel_axis, channels=spec.channels(weight.shape), device=weight.device
             ).train(each.module.training)
             remember_weight(made[key], weight)
-        _become_quantized(each.module)
+        _become_quantized(each.layer)
         each.module.add_module(f"{each.parameter}_quantizer", made[key])
 
 
 def _become_quantized(module: nn.Module) -> None:
-    """Change a layer's class; out_proj of an attention keeps its own, which nobody calls."""
+    """Change a layer's class, once."""
     module.__class__ = {**WEIGHT_LAYERS, **ATTENTION}.get(type(module), type(module))
 
 

@@ -105,8 +105,7 @@ def _fixed(entries) -> list[BinLoss]:
 def forget(model: nn.Module, *_) -> None:
     """Drop what earlier forwards of model have collected; as a forward pre-hook, at the start of each new one."""
     for module in quantizers(model).values():
-        if module._retained:
-            module._retained = []
+        module._retained = []  # unseen: to look at it first would compile a graph for each of its lengths
 
 
 def _check_before_loading(model, state_dict, prefix, *_) -> None:

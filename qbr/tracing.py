@@ -25,12 +25,25 @@ class Untraceable(Exception):
     """Why a forward could not be read."""
 
 
-class _Tracer(torch.fx.Tracer):
-    """Every child is a leaf; arguments that are not named keep their default."""
+def _modes() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+
+class _Tracer(torch.fx.Tracer):
+    """Every child is a leaf; arguments that are not named keep their default.
+
+    With ``strict``, a call under another gradient or autocast mode is refused: a graph would not keep the mode.
+    """
+
+    def __init__(self, names: tuple[str, ...], strict: bool) -> None:
         super().__init__()
         self.names = names
+        self.modes = _modes() if strict else None
+
+    def create_node(self, *args, **kwargs):
+        if self.modes not in (None, _modes()):
+            raise Untraceable("it switches gradients or autocast, which a graph does not keep")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module, name) -> bool:
         return True
@@ -48,7 +61,10 @@ def parameters(owner: nn.Module) -> dict[str, object]:
     """
     if "forward" in owner.__dict__:
         raise Untraceable("its forward was replaced on the instance")
-    found = list(inspect.signature(type(owner).forward).parameters.values())[1:]
+    try:
+        found = list(inspect.signature(type(owner).forward).parameters.values())[1:]
+    except (TypeError, ValueError) as error:
+        raise Untraceable("its forward is no Python function") from error
     odd = [p.name for p in found if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if odd:
         raise Untraceable(f"forward takes {', '.join(odd)}")
@@ -74,21 +90,24 @@ def _has_nodes(value) -> bool:
     return bool(found)
 
 
-def trace(owner: nn.Module, names: tuple[str, ...], training: bool = True) -> Graph:
+def trace(owner: nn.Module, names: tuple[str, ...], training: bool = True, strict: bool = False) -> Graph:
     """The graph of owner's forward in training or in eval mode, with all its children as leaves.
 
     Nothing is left behind: owner's attributes, its mode and the random number generator are as before.
 
     Args:
         names: the arguments that are given; all others keep their defaults.
+        strict: refuse what a graph cannot repeat.
 
     Raises:
         Untraceable: with torch.fx's reason.
     """
     try:
-        with _untouched(owner), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with _untouched(owner), torch.random.fork_rng(devices=[]), torch.enable_grad():
             owner.__dict__["training"] = training
-            return _Tracer(names).trace(owner)
+            return _Tracer(names, strict).trace(owner)
+    except Untraceable:
+        raise
     except Exception as error:  # the forward is anyone's code, run on stand-ins for tensors: it may raise anything
         reason = str(error).strip().split("\n")[0]
         raise Untraceable(f"{type(error).__name__}: {reason}" if reason else type(error).__name__) from error
@@ -143,14 +162,15 @@ class TracedForward:
         relus: the name that a ReLU module has in owner for each functional call, in order; None leaves one alone.
 
     Raises:
-        Untraceable: if a mode does not trace, the modes call different ReLUs, or forward makes tensors of its own.
+        Untraceable: if a mode does not trace, the modes call different ReLUs, forward makes tensors of its own, or
+            switches gradients or autocast.
     """
 
     def __init__(self, owner: nn.Module, given: tuple[str, ...], relus: list[str | None]) -> None:
         self.owner = owner
         self.given = given
         self.defaults = parameters(owner)
-        self._code = {mode: _rewritten(trace(owner, given, mode), relus) for mode in (True, False)}
+        self._code = {mode: _rewritten(trace(owner, given, mode, strict=True), relus) for mode in (True, False)}
         self._compile()
 
     def _compile(self) -> None:

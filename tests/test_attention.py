@@ -116,6 +116,11 @@ def test_inputs_of_attention():
 def test_out_proj_and_in_proj_by_name():
     model = prepare(nn.Sequential(nn.MultiheadAttention(8, 2)), QATConfig(act_bits=None, skip=["*.out_proj"]))
     assert set(model[0]._modules) == {"out_proj", "in_proj_weight_quantizer"} and not model[0].out_proj._modules
+    values = {"0": {"weight_bits": 32}, "0.out_proj": {"weight_bits": 2}}
+    model = prepare(nn.Sequential(nn.MultiheadAttention(8, 2)), QATConfig(act_bits=None, overrides=values))
+    assert set(model[0]._modules) == {"out_proj"} and type(model[0]) is qbr.QuantizedMultiheadAttention
+    model[0](x_(3, 8), x_(3, 8), x_(3, 8))
+    assert list(qbr.bin_loss(model).layers) == ["0.out_proj"]
     model = prepare(nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(2, 2)), QATConfig(act_bits=None, skip=["0"]))
     assert type(model[0]) is nn.MultiheadAttention
 

@@ -273,6 +273,25 @@ def test_a_forward_with_tensors_of_its_own_is_not_rewritten():
     assert "forward" not in model.__dict__ and model(x_(2, 4)).shape == (2, 4)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad(), torch.autocast("cpu")])
+def test_a_forward_that_switches_modes_is_not_rewritten(mode):
+    class Switches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.helper(F.relu(self.fc(x)))
+
+        def helper(self, x):
+            with mode:
+                return x.sigmoid()
+
+    with pytest.warns(UserWarning, match="switches gradients or autocast"):
+        model = prepare(Switches(), QATConfig(act_bits=2, quantize_inputs=True))
+    assert "forward" not in model.__dict__
+
+
 def test_reading_a_forward_leaves_no_attribute_behind():
     class Remembers(nn.Module):
         def __init__(self):

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("page, examples", [("README.md", 2), ("docs/drop_in.md", 3)])
+@pytest.mark.parametrize("page, examples", [("README.md", 2), ("docs/drop_in.md", 3), ("docs/prepare.md", 2)])
 def test_the_examples_run(page, examples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

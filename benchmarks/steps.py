@@ -41,7 +41,9 @@ def step_of(kind: str, base, images, labels):
     if kind == "predecessor":
         predecessor.prepare(model, 2, 2)
     elif kind != "float":
-        qbr.prepare(model, qbr.QATConfig(weight_bits=2, act_bits=2, collect_bin_loss=kind == "fused"))
+        # One step for both calls of a block's ReLU, as the predecessor has it: the losses are compared.
+        config = qbr.QATConfig(weight_bits=2, act_bits=2, collect_bin_loss=kind == "fused", step_per_call=False)
+        qbr.prepare(model, config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def step():

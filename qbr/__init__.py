@@ -2,13 +2,26 @@
 
 from qbr import functional, schedules
 from qbr.alpha_control import AlphaControl, parameter_groups
+from qbr.calibrate import calibrate
 from qbr.compat import ActivationHookManager, grad_scale, round_pass
+from qbr.config import QATConfig
+from qbr.convert import convert
 from qbr.freezing import Freeze
 from qbr.kernels import BackendUnavailable, backends, use_backend
 from qbr.layer_summary import summary
-from qbr.layers import QuantizedClippedReLU, QuantizedConv2d, QuantizedLinear
+from qbr.layers import (
+    QuantizedClippedReLU,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedConvTranspose2d,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedMultiheadAttention,
+)
 from qbr.monitor import Monitor
-from qbr.prepare import QATConfig, prepare
+from qbr.plan import plan
+from qbr.prepare import prepare
 from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer
 from qbr.regularizer import BinRegularizer, bin_loss, set_regularizer
 from qbr.spec import QuantSpec
@@ -29,14 +42,22 @@ __all__ = [
     "QATConfig",
     "QuantSpec",
     "QuantizedClippedReLU",
+    "QuantizedConv1d",
     "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedConvTranspose2d",
+    "QuantizedEmbedding",
     "QuantizedLinear",
+    "QuantizedMultiheadAttention",
     "TensorBoardWriter",
     "backends",
     "bin_loss",
+    "calibrate",
+    "convert",
     "functional",
     "grad_scale",
     "parameter_groups",
+    "plan",
     "prepare",
     "round_pass",
     "schedules",

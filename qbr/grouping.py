@@ -43,12 +43,9 @@ def quantize_together(model: nn.Module, *_) -> None:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     groups: dict[bool, list] = {}
-    for module in walk(model):
-        quantizer = module._modules.get("weight_quantizer")
-        if quantizer is None:
-            continue
-        weight = module._parameters.get("weight")
-        if quantizer.alone or weight is None or not _is_there(weight):
+    for quantizer, owner, name in weights(model):
+        weight = owner._parameters.get(name)
+        if quantizer.alone or weight is None or not is_there(weight):
             continue
         if quantizer.training and not quantizer.initialised:
             continue  # its first forward sets alpha
@@ -61,8 +58,19 @@ def quantize_together(model: nn.Module, *_) -> None:
     assign(model, "_qbr_grouped", grouped)
 
 
+def weights(model: nn.Module) -> list[tuple[nn.Module, nn.Module, str]]:
+    """(quantizer, layer, name of the weight) of all quantized weights: ``weight_quantizer`` is that of ``weight``, and
+    so on for every name that ends so. A quantizer that tied weights share comes once."""
+    found: dict[nn.Module, tuple[nn.Module, nn.Module, str]] = {}
+    for module in walk(model):
+        for name, child in module._modules.items():
+            if name.endswith("weight_quantizer") and child is not None and child not in found:
+                found[child] = child, module, name.removesuffix("_quantizer")
+    return list(found.values())
+
+
 def _quantize(members: list, with_bins: bool) -> None:
-    weights = [weight for _, weight in members]
+    xs = [weight for _, weight in members]
     alphas = [quantizer.alpha for quantizer, _ in members]
     specs = [quantizer.spec for quantizer, _ in members]
     alpha_grads = [quantizer.alpha_grad() for quantizer, _ in members]
@@ -70,13 +78,11 @@ def _quantize(members: list, with_bins: bool) -> None:
         to_alpha = [quantizer.bin_loss_to_alpha() for quantizer, _ in members]
         regularizers = [quantizer.regularizer for quantizer, _ in members]
         results = functional.foreach_fake_quantize_with_bin_loss(
-            weights, alphas, specs, backprop_to_alpha=to_alpha, regularizer=regularizers, alpha_grad=alpha_grads
+            xs, alphas, specs, backprop_to_alpha=to_alpha, regularizer=regularizers, alpha_grad=alpha_grads
         )
         made = [(each.xhat, BinLoss(each.loss, each.bins)) for each in results]
     else:
-        made = [
-            (xhat, None) for xhat in functional.foreach_fake_quantize(weights, alphas, specs, alpha_grad=alpha_grads)
-        ]
+        made = [(xhat, None) for xhat in functional.foreach_fake_quantize(xs, alphas, specs, alpha_grad=alpha_grads)]
     with_grad = torch.is_grad_enabled()
     for (quantizer, weight), alpha, (xhat, entry) in zip(members, alphas, made):
         versions = weight._version, alpha._version
@@ -112,7 +118,7 @@ def drop(model: nn.Module, *_) -> None:
         assign(quantizer, "_ready", None)
 
 
-def _is_there(weight: Tensor) -> bool:
+def is_there(weight: Tensor) -> bool:
     """Whether the weight can be read before its layer runs, and is an ordinary tensor."""
     ordinary = type(weight) in (nn.Parameter, Tensor)
     return ordinary and not weight.is_meta and (weight.numel() == 0 or weight.untyped_storage().size() > 0)

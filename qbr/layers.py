@@ -1,4 +1,4 @@
-"""Drop-in layers: convolution and linear with a quantized weight, and ReLU with clip and quantization fused."""
+"""Drop-in layers: those of torch.nn with a quantized weight, and ReLU with clip and quantization fused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,39 @@ from torch.nn import functional as F
 from torch.utils.weak import TensorWeakRef
 
 from qbr import ops
+from qbr.calls import Counted
 from qbr.grouping import assign
 from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, check_clip
 
 
-class QuantizedConv2d(nn.Conv2d):
+class _QuantizedWeight(nn.Module):
+    """What the layers share: the weight's quantizer, and one of the layer's input where prepare() gave it one."""
+
+    def quantized_weight(self) -> Tensor:
+        return through(self, "weight_quantizer", self.weight)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return through(self, "input_quantizer", x)
+
+
+def through(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    """x through the quantizer that module has under that name; x itself if it has none."""
+    quantizer = module._modules.get(name)
+    return x if quantizer is None else quantizer(x)
+
+
+class _QuantizedConv(_QuantizedWeight):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+
+class _NumBits(_QuantizedWeight):
+    def __init__(self, *args, num_bits: int = 2, **options) -> None:
+        super().__init__(*args, **options)
+        self.weight_quantizer: LSQQuantizer = LSQ_WeightQuantizer(num_bits, device=self.weight.device)
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
     """nn.Conv2d whose weight goes through ``weight_quantizer``, in training and in eval mode.
 
     Args:
@@ -29,11 +57,30 @@ class QuantizedConv2d(nn.Conv2d):
         )
         self.weight_quantizer: LSQQuantizer = LSQ_WeightQuantizer(num_bits, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+
+class QuantizedConv1d(_NumBits, _QuantizedConv, nn.Conv1d):
+    """nn.Conv1d, as QuantizedConv2d; ``num_bits`` by name."""
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedConv3d(_NumBits, _QuantizedConv, nn.Conv3d):
+    """nn.Conv3d, as QuantizedConv2d; ``num_bits`` by name."""
+
+
+class QuantizedConvTranspose2d(_NumBits, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d, as QuantizedConv2d; ``num_bits`` by name. A step per channel runs along dimension 1 of the
+    weight, the output channels of a group."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = self.quantized_input(x)
+        padding = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
+        return F.conv_transpose2d(
+            x, self.quantized_weight(), self.bias, self.stride, self.padding, padding, self.groups, self.dilation
+        )
+
+
+class QuantizedLinear(_QuantizedWeight, nn.Linear):
     """nn.Linear whose weight goes through ``weight_quantizer``, in training and in eval mode.
 
     Args:
@@ -48,11 +95,74 @@ class QuantizedLinear(nn.Linear):
         self.weight_quantizer: LSQQuantizer = LSQ_WeightQuantizer(num_bits, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
 
 
-class QuantizedClippedReLU(nn.Module):
+class QuantizedEmbedding(_NumBits, nn.Embedding):
+    """nn.Embedding whose table goes through ``weight_quantizer``; ``num_bits`` by name.
+
+    ``max_norm`` renormalises the rows of the float weight, as in nn.Embedding, before they are quantized. Gradients
+    are dense (``sparse`` is refused by prepare()).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.max_norm is not None:
+            torch.embedding_renorm_(self.weight.detach(), x, self.max_norm, self.norm_type)
+        weight = self.quantized_weight()
+        return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
+class QuantizedMultiheadAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention whose projections' weights are quantized; prepare() makes it.
+
+    ``in_proj_weight_quantizer`` (or those of q_proj_weight, k_proj_weight and v_proj_weight) and
+    ``out_proj.weight_quantizer``; ``input_quantizer`` for the query, ``memory_quantizer`` for a key that is not the
+    query (without it, and for a value that is not the key, the same step as for the tensor before). Any of them may
+    be absent. What goes into ``out_proj`` stays in float. torch's fused inference path, which would read the float
+    weights, is not taken.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        key_padding_mask = F._canonical_mask(
+            key_padding_mask, "key_padding_mask", F._none_or_dtype(attn_mask), "attn_mask", query.dtype
+        )
+        attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", query.dtype, check_other=False)
+        query, key, value = self._inputs(query, key, value)
+        names = ("in_proj_weight",) if self._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        weights = {name: through(self, f"{name}_quantizer", getattr(self, name)) for name in names}
+        output, attention = F.multi_head_attention_forward(
+            query, key, value, self.embed_dim, self.num_heads, weights.pop("in_proj_weight", None), self.in_proj_bias,
+            self.bias_k, self.bias_v, self.add_zero_attn, self.dropout,
+            through(self.out_proj, "weight_quantizer", self.out_proj.weight), self.out_proj.bias,
+            training=self.training, key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
+            use_separate_proj_weight=not self._qkv_same_embed_dim, average_attn_weights=average_attn_weights,
+            is_causal=is_causal, **weights,
+        )  # fmt: skip
+        return (output.transpose(1, 0) if self.batch_first and output.dim() == 3 else output), attention
+
+    def _inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantized where there are quantizers, and in the order (length, batch, channels); what was one tensor stays
+        one, since torch then multiplies by all projections at once."""
+        memory = "memory_quantizer" if "memory_quantizer" in self._modules else "input_quantizer"
+        same_key, same_value = key is query, value is key
+        query = self._laid_out(through(self, "input_quantizer", query))
+        key = query if same_key else self._laid_out(through(self, memory, key))
+        value = key if same_value else self._laid_out(through(self, memory, value))
+        return query, key, value
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 0) if self.batch_first and x.dim() == 3 else x
+
+
+class QuantizedClippedReLU(Counted, nn.Module):
     """ReLU, clip and fake quantization in one pass: fake_quantize(min(max(x, 0), clip_value)).
+
+    Where prepare() found that it is called several times, each call has a quantizer of its own: ``quantizer``,
+    ``quantizer_2``, and so on (qbr/calls.py). A state_dict that has the first one only sets all from it.
 
     Args:
         clip_value: upper bound of the ReLU, positive; None for none.
@@ -69,13 +179,19 @@ class QuantizedClippedReLU(nn.Module):
         super().__init__()
         self.set_up(clip_value, num_bits, keep_pre_quant_activation, device)
 
-    def set_up(self, clip_value, num_bits, keep_pre_quant_activation=False, device=None) -> None:
-        """What __init__ does beyond nn.Module's own, for a module that becomes a QuantizedClippedReLU."""
+    def set_up(self, clip_value, num_bits, keep_pre_quant_activation=False, device=None, calls=1) -> None:
+        """What __init__ does beyond nn.Module's own, for a module that becomes a QuantizedClippedReLU.
+
+        Args:
+            calls: how many quantizers it has; qbr.calls.count_calls() has to tell it which call is which.
+        """
         check_clip(clip_value, "clip_value")
         self.clip_value = None if clip_value is None else float(clip_value)
         self.num_bits = num_bits
         self.keep_pre_quant_activation = keep_pre_quant_activation
         self.quantizer: LSQQuantizer = LSQ_ActivationQuantizer(num_bits, clip_value, device=device)
+        for name in call_names("quantizer", calls)[1:]:
+            self.add_module(name, LSQ_ActivationQuantizer(num_bits, clip_value, device=device))
         self._input: TensorWeakRef | None = None
         self._kept: Tensor | None = None
 
@@ -86,7 +202,17 @@ class QuantizedClippedReLU(nn.Module):
             self._kept = clipped_relu(x, self.clip_value) if self.keep_pre_quant_activation else None
         # Weak: the input lives as long as the graph that needs it, and not because of this module.
         assign(self, "_input", None if torch.compiler.is_compiling() else TensorWeakRef(x))
-        return self.quantizer(x, relu=True, clip=self.clip_value)
+        quantizer = self.quantizer
+        if self.calls > 1:
+            quantizer = self._modules[call_names("quantizer", self.calls)[self.next_call()]]
+        return quantizer(x, relu=True, clip=self.clip_value)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in call_names(prefix + "quantizer", self.calls)[1:]:
+            for key in ("alpha", "init_state"):
+                if f"{prefix}quantizer.{key}" in state_dict:
+                    state_dict.setdefault(f"{name}.{key}", state_dict[f"{prefix}quantizer.{key}"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def pre_quant_activation(self) -> Tensor | None:
@@ -113,6 +239,19 @@ def clipped_relu(x: Tensor, clip: float | None) -> Tensor:
     return y if clip is None else torch.where(x > clip, clip, y)
 
 
+def call_names(name: str, calls: int) -> list[str]:
+    """The name of what a module has for each of its calls: ``name``, ``name_2``, ``name_3``."""
+    return [name, *(f"{name}_{call}" for call in range(2, calls + 1))]
+
+
 # What prepare() turns into what: exact types only, since a subclass may use its weight in a way of its own.
-WEIGHT_LAYERS = {nn.Conv2d: QuantizedConv2d, nn.Linear: QuantizedLinear}
+WEIGHT_LAYERS = {
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.Linear: QuantizedLinear,
+    nn.Embedding: QuantizedEmbedding,
+}
+ATTENTION = {nn.MultiheadAttention: QuantizedMultiheadAttention}
 RELUS = (nn.ReLU, nn.ReLU6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 import weakref
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import TensorWeakRef
 
 from qbr import distributed, functional, grouping
 from qbr.functional import BinLoss, Bins
@@ -230,7 +232,12 @@ class LSQQuantizer(nn.Module):
         usable = torch.isfinite(step) & (step > 0)
         if not force:
             usable = usable & (self.init_state == 0)
-        self.alpha.copy_(torch.where(usable, step, self.alpha))
+        self.set_alpha(torch.where(usable, step, self.alpha))
+
+    @torch.no_grad()
+    def set_alpha(self, alpha: Tensor) -> None:
+        """Set the steps, positive, [1] or [C]; the first training forward then leaves them alone."""
+        self.alpha.copy_(alpha)
         self.init_state.fill_(1)
         self._initialised = True
 
@@ -256,12 +263,7 @@ class LSQQuantizer(nn.Module):
         return f"{self.kind}, bits={self.spec.bits}, codes {self.spec.qn}..{self.spec.qp}{axis}"
 
     def _apply(self, fn, recurse=True):
-        # A cast of the model (.half(), .to(torch.bfloat16)) moves alpha but never rounds it.
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.check_state(state_dict, prefix)
@@ -295,6 +297,17 @@ class LSQQuantizer(nn.Module):
         _register(self)
 
 
+def keeping_dtype(fn):
+    """fn for nn.Module._apply, so that a cast of the model (.half(), .to(torch.bfloat16)) moves a step size but never
+    rounds it."""
+
+    def keep(t: Tensor) -> Tensor:
+        moved = fn(t)
+        return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+    return keep
+
+
 class LSQ_WeightQuantizer(LSQQuantizer):
     """LSQQuantizer of a weight: signed, alpha = 0.1 / max(|qn|, |qp|) before data.
 
@@ -315,18 +328,21 @@ class LSQ_WeightQuantizer(LSQQuantizer):
 
 
 class LSQ_ActivationQuantizer(LSQQuantizer):
-    """LSQQuantizer of a non-negative activation: unsigned, alpha = (clip_value or 4.0) / qp before data.
+    """LSQQuantizer of an activation: alpha = (clip_value or 4.0) / max(qp, 1) before data.
 
     Args:
         num_bits: 1 to 8.
         clip_value: only sets the first alpha; QuantizedClippedReLU is what clips.
+        signed: True for an activation that follows no ReLU.
         device: where alpha is made.
     """
 
-    def __init__(self, num_bits: int = 2, clip_value: float | None = None, *, device=None) -> None:
-        spec = QuantSpec(check_bits(num_bits, "num_bits"), signed=False)
+    def __init__(
+        self, num_bits: int = 2, clip_value: float | None = None, *, signed: bool = False, device=None
+    ) -> None:
+        spec = QuantSpec(check_bits(num_bits, "num_bits"), signed=signed)
         check_clip(clip_value, "clip_value")
-        super().__init__(spec, "activation", initial_alpha=(clip_value or 4.0) / spec.qp, device=device)
+        super().__init__(spec, "activation", initial_alpha=(clip_value or 4.0) / max(spec.qp, 1), device=device)
 
 
 def check_clip(clip: float | None, argument: str) -> None:
@@ -361,6 +377,8 @@ def check_state_dict(model: nn.Module, state_dict, prefix: str = "") -> None:
 # survives deepcopy, pickle, .to() and load_state_dict(assign=True), as no mark on the parameter does.
 _live: weakref.WeakSet[LSQQuantizer] = weakref.WeakSet()
 _before: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
+_weights: weakref.WeakKeyDictionary[LSQQuantizer, TensorWeakRef] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _hooks: list = []
 
 
@@ -370,10 +388,38 @@ def _register(quantizer: LSQQuantizer) -> None:
         _hooks.extend([register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(guard_step)])
 
 
+def remember_weight(quantizer: LSQQuantizer, weight: Tensor) -> None:
+    """Note which weight a quantizer that prepare() made is for, so that an optimizer without its alpha is noticed."""
+    _weights[quantizer] = TensorWeakRef(weight)
+
+
+def _check_optimizer(optimizer: Optimizer, owned: set[int]) -> None:
+    """At an optimizer's first step: raise RuntimeError if it moves weights whose step sizes no optimizer has."""
+    _checked.add(optimizer)
+    alphas = {
+        id(q.alpha)
+        for q, weight in _weights.items()
+        if q.alpha.requires_grad and id(q.alpha) not in owned and id(weight()) in owned
+    }
+    if not alphas:
+        return
+    for other in gc.get_objects():  # torch keeps no list of optimizers
+        if issubclass(type(other), Optimizer):  # and not isinstance, which asks lazy objects what they stand for
+            alphas -= {id(p) for group in other.param_groups for p in group["params"]}
+    if alphas:
+        raise RuntimeError(
+            f"this {type(optimizer).__name__} has weights whose {len(alphas)} step sizes (alpha) are in no optimizer, "
+            "so they would never be trained. Was it built before prepare()? Build it afterwards, from "
+            "qbr.parameter_groups(model, ...); to keep step sizes as they are, set their requires_grad to False"
+        )
+
+
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, args, kwargs) -> None:
     """Note the least value that each of this optimizer's alphas may have after the step."""
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if optimizer not in _checked:
+        _check_optimizer(optimizer, owned)
     mine = [q for q in _live if id(q._parameters.get("alpha")) in owned]
     for q in mine:
         if q.frozen:

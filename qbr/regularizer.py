@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,10 +13,11 @@ from torch import Tensor, nn
 from qbr import distributed, functional, grouping, metrics, ops
 from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
-from qbr.quantizers import LSQQuantizer, check_bits, check_state_dict, quantizers, require_quantizers
+from qbr.quantizers import LSQQuantizer, check_bits, check_state_dict, require_quantizers
 from qbr.spec import QuantSpec, ToAlpha, check_regularizer
 
-_OWNED = ("weight_quantizer", "quantizer")  # a quantizer with one of these names is reported as its layer
+# A quantizer of one of these names is reported as its layer, those of further calls and other tensors with a suffix.
+_OWNED = re.compile(r"(?:weight_)?quantizer(?:_(?P<call>\d+))?|(?P<tensor>input|memory|\w+_weight)_quantizer")
 _LAYER_KEYS = (
     "loss", "mse", "var", "quantization_mse", "bins_used", "mean_distance", "effectiveness", "pct_near_levels",
 )  # fmt: skip
@@ -61,9 +64,11 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False) -> ModelBinLoss:
     taken = {name: quantizer.take_retained() for name, quantizer in found.items()}
     if global_bins and distributed.ranks() > 1:
         taken |= _with_global_bins({n: found[n] for n in taken if found[n].kind == "activation" and taken[n]}, taken)
+    steps = Counter(_layer_and_call(name)[0] for name in found)
     for name, quantizer in found.items():
-        for call, entry in enumerate(taken[name], start=1):
-            layers[_call_name(_layer_name(name), call)] = entry
+        layer, first = _layer_and_call(name)
+        for call, entry in enumerate(taken[name]):
+            layers[_call_name(layer, first + call * steps[layer])] = entry
             losses[quantizer.kind].append(entry.loss)
     device = next(iter(found.values())).alpha.device
     return ModelBinLoss(
@@ -99,25 +104,19 @@ def by_layer(model: nn.Module) -> dict[str, LSQQuantizer]:
     """
     found: dict[str, LSQQuantizer] = {}
     for name, quantizer in require_quantizers(model).items():
-        layer = _layer_name(name)
+        layer = _call_name(*_layer_and_call(name))
         found[name if layer in found else layer] = quantizer
     return found
 
 
 def quantized_weights(model: nn.Module) -> dict[LSQQuantizer, Tensor]:
-    """{quantizer: its weight}: that of ``weight`` is ``weight_quantizer``, and so on for other names of weights."""
-    found = {}
-    for name, quantizer in quantizers(model).items():
-        owner, _, last = name.rpartition(".")
-        weight = getattr(model.get_submodule(owner), last.removesuffix("_quantizer"), None)
-        if last.endswith("weight_quantizer") and isinstance(weight, Tensor):
-            found[quantizer] = weight
-    return found
+    """{quantizer: its weight}."""
+    return {quantizer: getattr(layer, name) for quantizer, layer, name in grouping.weights(model)}
 
 
 def _with_global_bins(acts: dict[str, LSQQuantizer], taken: dict[str, list[BinLoss]]) -> dict[str, list[BinLoss]]:
     for name, quantizer in acts.items():
-        layer = _layer_name(name)
+        layer, _ = _layer_and_call(name)
         if quantizer._saved_elsewhere:
             raise ValueError(f"global_bins=True: {layer} runs under activation checkpointing or saved-tensor hooks, "
                              "whose backward has this rank's bins only; leave it out of them, or use global_bins=False")
@@ -143,10 +142,16 @@ def _to_alpha_factor(quantizer: LSQQuantizer, bins: Bins) -> float:
     return ops.br_to_alpha_factor(quantizer.bin_loss_to_alpha(), scale)
 
 
-def _layer_name(name: str) -> str:
-    """What a quantizer is reported as: its layer, without the prefix that torch.compile's wrapper adds."""
+def _layer_and_call(name: str) -> tuple[str, int]:
+    """What a quantizer is reported as: its layer, without the prefix that torch.compile's wrapper adds, and which of
+    the layer's calls is its first."""
     layer, _, last = name.replace("_orig_mod.", "").rpartition(".")
-    return layer if last in _OWNED else f"{layer}.{last}" if layer else last
+    owned = _OWNED.fullmatch(last)
+    if owned and owned["tensor"]:
+        last = owned["tensor"]
+    elif owned:
+        return layer, int(owned["call"] or 1)
+    return (f"{layer}.{last}" if layer else last), 1
 
 
 def _call_name(name: str, call: int) -> str:
@@ -173,7 +178,8 @@ def forget(model: nn.Module, *_) -> None:
     fresh = False
     for module in modules:
         if isinstance(module, LSQQuantizer):
-            if module._retained:
+            # Unseen in compiled code: to look at it would compile a graph for each of its lengths.
+            if torch.compiler.is_compiling() or module._retained:
                 module._retained = []
             fresh = fresh or (module.training and not module.initialised)
     if fresh and distributed.is_sharded(modules):
@@ -193,6 +199,16 @@ def watch(model: nn.Module) -> None:
         model.register_forward_pre_hook(grouping.quantize_together)
         model.register_forward_hook(grouping.drop, always_call=True)
         model.register_load_state_dict_pre_hook(_check_before_loading)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Take back what watch() did."""
+    mine = (forget, grouping.quantize_together, grouping.drop, _check_before_loading)
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_pre_hooks):
+            for key in [key for key, hook in hooks.items() if any(getattr(hook, "hook", hook) is m for m in mine)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 class BinRegularizer:

@@ -202,5 +202,5 @@ def test_a_sharded_weight_is_left_to_its_layer():
 
     weight.untyped_storage().resize_(0)
     model[0].register_forward_pre_hook(gather)
-    assert not grouping._is_there(weight)
+    assert not grouping.is_there(weight)
     assert torch.equal(model(images()), alone(make())(images()))

@@ -113,8 +113,8 @@ def test_subclasses_are_left_alone():
     [
         (_model(), {"weight_bits": None, "act_bits": 32}, "nothing to quantize"),
         (_model(), {"skip": ["0.0", "layer9*"]}, r"skip=\['layer9\*'\]"),
-        (nn.Linear(2, 2), {}, "act_bits=2: no ReLU or ReLU6 module to quantize"),
-        (nn.ReLU(), {}, "weight_bits=2: no Conv2d or Linear"),
+        (nn.Linear(2, 2), {}, "act_bits=2: no ReLU or ReLU6 to quantize"),
+        (nn.ReLU(), {}, "weight_bits=2: no layer with a weight"),
         (_model(), {"skip": ["*.0", "3"]}, "all 3 are skipped"),
         (nn.Sequential(), {}, "weight_bits=2"),
     ],

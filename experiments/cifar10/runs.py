@@ -197,7 +197,10 @@ class Run:
             qbr.prepare(
                 self.model,
                 qbr.QATConfig(
-                    weight_bits=options.num_bits_weight, act_bits=options.num_bits_act, clip=options.clip_value
+                    weight_bits=options.num_bits_weight,
+                    act_bits=options.num_bits_act,
+                    clip=options.clip_value,
+                    step_per_call=False,  # as the predecessor, and as the results that are kept here
                 ),
             )
             control = qbr.AlphaControl(

@@ -1,0 +1,43 @@
+"""torchvision's ResNet-18 with 4 bits, 8 in its first and last layer.
+
+Prepare, calibrate, train, compile, save; then restore in a fresh process and convert:
+    python examples/resnet18.py resnet18.pt && python examples/resnet18.py resnet18.pt --restore
+"""
+
+import sys
+
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+import qbr
+
+path, restore = sys.argv[1], "--restore" in sys.argv
+torch.manual_seed(0)
+batches = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(5)]
+model = resnet18(num_classes=10)
+
+if not restore:
+    config = qbr.QATConfig(weight_bits=4, act_bits=4, first_layer=8, last_layer=8)
+    print(qbr.plan(model, config))
+    qbr.prepare(model, config)
+    qbr.calibrate(model, batches[:2])
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.01, weight_decay=1e-4))
+    compiled = torch.compile(model, fullgraph=True)
+    for x, y in batches:
+        loss = nn.functional.cross_entropy(compiled(x), y)
+        br = qbr.bin_loss(model)
+        (loss + br.weights + br.activations).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        outputs = model.eval()(batches[0][0])
+    torch.save({"config": config.to_json(), "model": model.state_dict(), "outputs": outputs}, path)
+else:
+    saved = torch.load(path, weights_only=True)
+    qbr.prepare(model, qbr.QATConfig.from_json(saved["config"])).load_state_dict(saved["model"])
+    plain = qbr.convert(model.eval())
+    with torch.no_grad():
+        assert torch.equal(model(batches[0][0]), saved["outputs"])
+        assert torch.equal(plain(batches[0][0]), saved["outputs"])
+    print("restored and converted: the same outputs")

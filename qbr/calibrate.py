@@ -1,0 +1,204 @@
+"""calibrate(model, batches): set every step size from data before training starts, the same on every rank."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qbr import grouping, running
+from qbr.quantizers import LSQQuantizer, require_quantizers
+from qbr.sketch import Bins, Mean, Sketch, elements, mean_step, mse_step, quantile_step
+
+METHODS = ("lsq", "mse", "percentile")
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    method: str = "lsq",
+    percentile: float = 99.9,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> nn.Module:
+    """Set every alpha of a prepared model, so that the first training forward need not.
+
+    Weights are set from the weights. Then the batches run through the model in the mode it is in (train: BatchNorm
+    uses the batch), without gradients; afterwards buffers and random number generators are as before. Each activation
+    is set from all batches seen so far and quantized with that step on its way to the next layer, so that a layer is
+    calibrated on what the quantized layers before it give: after one batch, method "lsq" has set every alpha to what
+    the first training forward on that batch would have. At the end statistics of all ranks are summed (one collective
+    per quantizer, so ranks may have different numbers of batches) and every rank sets the same steps from them.
+
+    Methods (binary tensors always take mean|x|, their least-squares step):
+        "lsq": 2 * mean|x| / sqrt(max(qp, 1)); Esser et al., Learned Step Size Quantization, ICLR 2020, section 2.1.
+        "mse": the step with the least squared error; from a histogram with 512 bins per octave for whole tensors, from
+            the elements for a step per channel.
+        "percentile": the step that puts that percentile of |x| on the outermost level, within a bin of 0.14 %.
+
+    Args:
+        model: a prepared model; wrappers of torch.compile and DistributedDataParallel are looked through.
+        batches: an iterable of tensors, of tuples or lists that start with the model's input (as a data loader gives
+            them), or of dicts of the model's arguments. Moved to the model's device. None will do where only weights
+            are quantized.
+        method, percentile: above; percentile in (0, 100].
+        forward: ``forward(model, batch)`` instead, for a model that is called in another way.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for a model without quantizers, an unknown method, a percentile out of range, and where there are
+            activations and no rank has a batch. TypeError: for batches that are no iterable of batches.
+
+    Warns:
+        UserWarning: of activations that no batch reached (the first training forward sets those) or whose data had no
+            usable step (all 0, or not finite: their alpha stays as it was).
+    """
+    found = require_quantizers(model)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: expected one of {METHODS}")
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile={percentile}: expected more than 0, at most 100")
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise TypeError(f"batches is one {type(batches).__name__}: expected an iterable of batches; pass [batch]")
+    calibrator = _Calibrator(method, percentile / 100)
+    names = {quantizer: name for name, quantizer in found.items()}
+    for quantizer, layer, name in grouping.weights(model):
+        weight = layer._parameters.get(name)
+        if quantizer in names and weight is not None and grouping.is_there(weight):
+            calibrator.set_weight(quantizer, weight)
+    waiting = [quantizer for quantizer in found.values() if quantizer not in calibrator.done]
+    if waiting:
+        count = _run(running.unwrapped(model), batches, forward or running.run, calibrator, waiting)
+        if not _sum(torch.tensor(float(count), device=waiting[0].alpha.device)).item():
+            raise ValueError(f"batches has no batch, and {len(waiting)} step sizes are to be set from data: pass at "
+                             "least one batch (an iterator may have been used up before)")  # fmt: skip
+    for quantizer in waiting:
+        calibrator.finish(quantizer)
+    _report(names, waiting, calibrator)
+    return model
+
+
+def _run(model: nn.Module, batches, forward, calibrator: _Calibrator, waiting: list[LSQQuantizer]) -> int:
+    """Run the batches with a hook on every quantizer that waits for data; how many there were."""
+    count = 0
+    hooks = [q.register_forward_pre_hook(calibrator.see, with_kwargs=True) for q in waiting]
+    try:
+        with running.undisturbed(model):
+            for batch in _with_progress(() if batches is None else batches):
+                forward(model, batch)
+                count += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return count
+
+
+def _with_progress(batches):
+    """batches, with tqdm's bar (if it is installed, on a terminal, after five seconds)."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return batches
+    return tqdm(batches, "calibrate", unit="batch", disable=None, delay=5, leave=False)
+
+
+def _report(names: dict[LSQQuantizer, str], waiting: list[LSQQuantizer], calibrator: _Calibrator) -> None:
+    """Warn of what has no step from data."""
+    unseen = [names[q] for q in waiting if q not in calibrator.done]
+    if unseen:
+        message = f"no batch reached {unseen}: their first training forward sets them"
+        warnings.warn(message, stacklevel=3)
+    bad = [names[q] for q, usable in calibrator.done.items() if not usable.any()]
+    if bad:
+        message = f"the data of {bad} is all 0 or not finite: their step sizes stay as they were"
+        warnings.warn(message, stacklevel=3)
+
+
+class _Calibrator:
+    """Statistics of each quantizer's inputs, and the steps that follow from them.
+
+    Attributes:
+        done: {quantizer: which of its steps could be set}, tensors of bool on the device.
+    """
+
+    def __init__(self, method: str, quantile: float) -> None:
+        self.method = method
+        self.quantile = quantile
+        self.done: dict[LSQQuantizer, Tensor] = {}
+        self._statistics: dict[LSQQuantizer, Mean | Sketch] = {}
+
+    def set_weight(self, quantizer: LSQQuantizer, weight: Tensor) -> None:
+        """Set the step of a weight that is at hand; each rank's weight counts."""
+        axis = quantizer.spec.channel_axis
+        if axis is None or self.method == "lsq" or quantizer.spec.binary:
+            statistics = self._new(quantizer)
+            statistics.add(weight.detach())
+            statistics.reduce(_sum)
+            self._set(quantizer, self._step(quantizer, statistics))
+            return
+        rows = weight.detach().movedim(axis, 0).flatten(1)
+        step = self._search(quantizer, elements(rows))
+        self._set(quantizer, _sum(step) / _world())
+
+    def see(self, quantizer: LSQQuantizer, args, kwargs) -> None:
+        """A pre-hook of the quantizer: note its input, and set alpha from all that was seen here."""
+        x = args[0].detach()
+        if quantizer.kind == "weight" and quantizer.spec.channel_axis is not None and self.method != "lsq":
+            if quantizer not in self.done:
+                self.set_weight(quantizer, x)
+            return
+        if kwargs.get("relu"):
+            x = x.clamp(min=0, max=kwargs.get("clip"))
+        if quantizer.kind == "weight" and quantizer in self._statistics:
+            return
+        statistics = self._statistics.setdefault(quantizer, self._new(quantizer))
+        statistics.add(x)
+        self._set(quantizer, self._step(quantizer, statistics))
+
+    def finish(self, quantizer: LSQQuantizer) -> None:
+        """Set alpha from what all ranks have seen; every rank has to come here, in the same order."""
+        if quantizer in self.done and quantizer not in self._statistics:
+            return
+        statistics = self._statistics.get(quantizer) or self._new(quantizer)
+        statistics.reduce(_sum)
+        if bool(statistics.count.sum() > 0):
+            self._set(quantizer, self._step(quantizer, statistics))
+
+    def _new(self, quantizer: LSQQuantizer) -> Mean | Sketch:
+        if self.method == "lsq" or quantizer.spec.binary:
+            return Mean(quantizer.alpha, quantizer.spec.channel_axis)
+        return Sketch(quantizer.alpha.device)
+
+    def _step(self, quantizer: LSQQuantizer, statistics) -> Tensor:
+        if self.method == "lsq" or quantizer.spec.binary:
+            return mean_step(statistics, quantizer.spec)
+        return self._search(quantizer, statistics.bins())
+
+    def _search(self, quantizer: LSQQuantizer, bins: Bins) -> Tensor:
+        if self.method == "mse":
+            return mse_step(bins, quantizer.spec)
+        return quantile_step(bins, quantizer.spec, self.quantile)
+
+    @torch.no_grad()
+    def _set(self, quantizer: LSQQuantizer, step: Tensor) -> None:
+        step = step.to(quantizer.alpha.dtype).reshape(quantizer.alpha.shape)
+        self.done[quantizer] = usable = torch.isfinite(step) & (step > 0)
+        quantizer.set_alpha(torch.where(usable, step, quantizer.alpha))
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _sum(values: Tensor) -> Tensor:
+    """The sum over all ranks, the same bits on each."""
+    if _world() > 1:
+        values = values.contiguous()
+        dist.all_reduce(values)
+    return values

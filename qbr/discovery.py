@@ -1,0 +1,233 @@
+"""What a model calls, and what flows into its layers: the graphs of qbr/tracing.py, followed from the root."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.nn import functional as F
+
+from qbr import tracing
+from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
+from qbr.tracing import Untraceable
+
+# What is known of a tensor's values, from good to bad; a join is the maximum.
+QUANTIZED, NON_NEGATIVE, SIGNED = 0, 1, 2
+
+_TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+# Modules and calls whose results are values of their (first) input, moved: what was on a grid stays there.
+_MOVING_MODULES = (
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d,
+    nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.PixelShuffle,
+    nn.PixelUnshuffle, nn.ChannelShuffle, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
+)  # fmt: skip
+_AVERAGING_MODULES = (
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+)  # fmt: skip
+_NON_NEGATIVE_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softplus, nn.ReLU, nn.ReLU6)
+_MOVING = {
+    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.cat,
+    torch.stack, torch.chunk, torch.split, operator.getitem, F.dropout, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.pixel_shuffle, torch.max_pool2d, "flatten", "view", "reshape",
+    "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "chunk", "split", "expand", "clone", "detach", "to",
+}  # fmt: skip
+_AVERAGING = {
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    torch.mean, "mean",
+}  # fmt: skip
+_ADDING = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+@dataclass
+class FunctionalReLU:
+    """A ReLU that owner's forward calls as a function: the ``index``-th of ``of`` there, from 0.
+
+    ``given`` are the arguments of that forward that its graph has; None where the ReLU is the ``activation`` of a
+    torch.nn transformer layer, which is an attribute.
+    """
+
+    owner: nn.Module
+    name: str
+    index: int
+    clip: float | None
+    given: tuple[str, ...] | None
+
+
+@dataclass
+class Reading:
+    """What was found.
+
+    Attributes:
+        calls: {ReLU module: {owner: how many calls the owner's forward makes}}.
+        functional: the ReLUs called as functions, by name (owner.functional_relu_1 ...; owner.activation).
+        inputs: {layer with a weight: the worst of what flows into it, over all calls}, in the order of first calls.
+        memory: attention layers whose key is not their query.
+        untraced: {module name: why its forward could not be read}; ``hidden``: those of them that seem to call a
+            ReLU as a function.
+    """
+
+    calls: dict[nn.Module, dict[nn.Module, int]] = field(default_factory=dict)
+    functional: dict[str, FunctionalReLU] = field(default_factory=dict)
+    inputs: dict[nn.Module, int] = field(default_factory=dict)
+    memory: set[nn.Module] = field(default_factory=set)
+    untraced: dict[str, str] = field(default_factory=dict)
+    hidden: list[str] = field(default_factory=list)
+
+
+def read(model: nn.Module, quantized: Callable[[str, nn.Module | None], bool]) -> Reading:
+    """Follow the forwards of model and all it calls, without data.
+
+    Args:
+        quantized: whether the ReLU of a name (and module; None: a function) will put out quantized values.
+    """
+    reader = _Reader(model, quantized)
+    reader.visit("", model, None, {})
+    for name, module in model.named_modules():  # what nothing calls, as far as is known
+        if module not in reader.visited:
+            reader.visit(name, module, None, {})
+    return reader.reading
+
+
+class _Reader:
+    def __init__(self, model: nn.Module, quantized) -> None:
+        self.quantized = quantized
+        self.names = {module: name for name, module in model.named_modules()}
+        self.reading = Reading()
+        self.visited: set[nn.Module] = set()
+
+    def visit(self, name: str, module: nn.Module, node: Node | None, states: dict[Node, int]) -> int:
+        """What a call of module puts out; what is called inside is noted. Without node: nothing is known of it."""
+        self.visited.add(module)
+        kind = type(module)
+        inputs = [_state(value, states) for value in (*node.args, *node.kwargs.values())] if node is not None else []
+        first = inputs[0] if inputs else SIGNED
+        if kind in WEIGHT_LAYERS or kind in ATTENTION:
+            self._enter(module, first)
+            if kind in ATTENTION:
+                self.visited.update(module.children())
+                given = node is not None and [node.kwargs.get("query"), node.kwargs.get("key")]
+                given = given and [node.args[i] if len(node.args) > i else given[i] for i in (0, 1)]
+                if given and given[0] is not given[1]:
+                    self.reading.memory.add(module)
+            return SIGNED
+        if kind in RELUS and self.quantized(name, module):
+            return QUANTIZED
+        if kind in _MOVING_MODULES:
+            return first
+        if kind in _AVERAGING_MODULES:
+            return max(first, NON_NEGATIVE)
+        if kind in _NON_NEGATIVE_MODULES:
+            return NON_NEGATIVE
+        if kind in _TRANSFORMER_LAYERS:
+            return self._transformer_layer(name, module)
+        if _is_torchs(kind):
+            self._children(module)
+            return SIGNED
+        return self._follow(name, module, node, states)
+
+    def _enter(self, layer: nn.Module, state: int) -> None:
+        self.reading.inputs[layer] = max(state, self.reading.inputs.get(layer, state))
+
+    def _children(self, module: nn.Module) -> None:
+        for child in module.children():
+            if child not in self.visited:
+                self.visit(self.names[child], child, None, {})
+
+    def _follow(self, name: str, owner: nn.Module, node: Node | None, outside: dict[Node, int]) -> int:
+        try:
+            given = tracing.arguments(owner, node)
+            graph = tracing.trace(owner, tuple(given))
+        except Untraceable as error:
+            if _has_forward(owner):
+                self.reading.untraced[name] = str(error)
+                if tracing.may_call_relu(owner) and name not in self.reading.hidden:
+                    self.reading.hidden.append(name)
+            self._children(owner)
+            return SIGNED
+        relus = tracing.relu_calls(graph)
+        counts: dict[nn.Module, int] = {}
+        states: dict[Node, int] = {}
+        for each in graph.nodes:
+            if each.op == "placeholder":
+                states[each] = _state(given[each.target], outside) if given.get(each.target) is not None else SIGNED
+            elif each.op == "call_module":
+                called = owner.get_submodule(each.target)
+                if type(called) in RELUS:
+                    counts[called] = counts.get(called, 0) + 1
+                states[each] = self.visit(self.names[called], called, each, states)
+            elif each in relus:
+                index = relus.index(each)
+                states[each] = self._function(name, owner, tuple(given), index, tracing.bound(each))
+            elif each.op in ("call_function", "call_method"):
+                states[each] = _called(each, states)
+            elif each.op == "output":
+                return_state = _state(each.args[0], states)
+        for relu, count in counts.items():
+            self.reading.calls.setdefault(relu, {})[owner] = count
+        return return_state
+
+    def _function(self, name: str, owner: nn.Module, given: tuple[str, ...], index: int, clip: float | None) -> int:
+        full = _join(name, f"functional_relu_{index + 1}")
+        self.reading.functional.setdefault(full, FunctionalReLU(owner, name, index, clip, given))
+        return QUANTIZED if self.quantized(full, None) else NON_NEGATIVE
+
+    def _transformer_layer(self, name: str, layer: nn.Module) -> int:
+        """torch.nn's own layers do not trace; what they call, once each, is known."""
+        state = SIGNED
+        activation = layer.activation
+        if isinstance(activation, nn.Module):
+            self.visited.add(activation)
+            if type(activation) in RELUS:
+                full = self.names[activation]
+                state = QUANTIZED if self.quantized(full, activation) else NON_NEGATIVE
+        elif activation in tracing.RELU_FUNCTIONS:
+            full = _join(name, "activation")
+            clip = tracing.RELU_FUNCTIONS[activation]
+            self.reading.functional[full] = FunctionalReLU(layer, name, 0, clip, None)
+            state = QUANTIZED if self.quantized(full, None) else NON_NEGATIVE
+        for child in layer.children():
+            self.visited.add(child)
+            if type(child) in WEIGHT_LAYERS:
+                self._enter(child, state if child is layer.linear2 else SIGNED)
+            elif type(child) in ATTENTION:
+                self._enter(child, SIGNED)
+                self.visited.update(child.children())
+                if child is getattr(layer, "multihead_attn", None):
+                    self.reading.memory.add(child)
+        return SIGNED
+
+
+def _has_forward(owner: nn.Module) -> bool:
+    """Whether owner has a forward of its own (a ModuleList has none)."""
+    return type(owner).forward is not nn.Module.forward
+
+
+def _is_torchs(kind: type) -> bool:
+    """Whether a class is torch.nn's, so that its forward is not looked into; a Sequential is."""
+    return kind.__module__.startswith(("torch.nn.", "torch.ao.")) and kind is not nn.Sequential
+
+
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
+
+
+def _state(value, states: dict[Node, int]) -> int:
+    """The worst of the nodes in an argument; what is not a tensor of the graph counts as SIGNED."""
+    found: list[Node] = []
+    torch.fx.map_arg(value, found.append)
+    return max((states.get(node, SIGNED) for node in found), default=SIGNED)
+
+
+def _called(node: Node, states: dict[Node, int]) -> int:
+    operands = [*node.args, *node.kwargs.values()]
+    if node.target in _MOVING:
+        return _state(operands[0], states)
+    if node.target in _AVERAGING:
+        return max(_state(operands[0], states), NON_NEGATIVE)
+    if node.target in _ADDING and all(isinstance(value, Node) or value >= 0 for value in operands):
+        return max(_state([value for value in operands if isinstance(value, Node)], states), NON_NEGATIVE)
+    return SIGNED

@@ -1,0 +1,341 @@
+"""plan(model, config): what prepare() would do to a model, as data and as a table, before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from qbr import discovery, running
+from qbr.config import LayerConfig, QATConfig, matches
+from qbr.discovery import NON_NEGATIVE, QUANTIZED, FunctionalReLU, Reading
+from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
+from qbr.quantizers import quantizers
+from qbr.spec import QuantSpec
+from qbr.tracing import TracedForward, Untraceable
+
+_IN_PROJ = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass
+class PlannedWeight:
+    """``parameter`` of ``module`` gets ``<parameter>_quantizer``; ``layer`` is whose forward uses it."""
+
+    name: str
+    module: nn.Module
+    layer: nn.Module
+    parameter: str
+    spec: QuantSpec
+
+
+@dataclass
+class PlannedReLU:
+    """A ReLU that becomes a QuantizedClippedReLU: a module, or the call of a function.
+
+    ``places``: {owner: how many calls its forward makes} where each call gets its own step.
+    """
+
+    name: str
+    module: nn.Module | None
+    function: FunctionalReLU | None
+    bits: int
+    clip: float | None
+    places: dict[nn.Module, int] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return max(sum(self.places.values()), 1)
+
+
+@dataclass
+class PlannedInput:
+    """``module`` gets the quantizer ``attribute`` for what flows into it."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    bits: int
+    signed: bool
+
+
+@dataclass
+class Plan:
+    """What prepare() would do; ``print(plan)`` shows it as a table.
+
+    Attributes:
+        weights, relus, inputs: what becomes quantized.
+        forwards: {module: the forward that takes the place of its own, with its functional ReLUs as modules}.
+        rows: the table: name, type, weight, activation, note.
+        warnings: ReLUs that stay in float because a forward could not be read.
+    """
+
+    weights: list[PlannedWeight] = field(default_factory=list)
+    relus: list[PlannedReLU] = field(default_factory=list)
+    inputs: list[PlannedInput] = field(default_factory=list)
+    forwards: dict[nn.Module, TracedForward] = field(default_factory=dict)
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [("name", "type", "weight", "activation", "note"), *self.rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, *(f"warning: {each}" for each in self.warnings)])
+
+
+def plan(model: nn.Module, config: QATConfig | None = None, *, example: Any = None) -> Plan:
+    """What ``prepare(model, config)`` would do; model is unchanged.
+
+    Args:
+        model: any module that is not prepared yet.
+        config: QATConfig() if not given.
+        example: one batch, as in ``calibrate``. It is run once where a forward does not trace, to count how often it
+            calls a ReLU module; without it such a module has one step for all calls. Buffers and random number
+            generators are as before afterwards.
+
+    Raises:
+        ValueError: if the model was prepared before, has nothing to quantize on a side that config quantizes, if a
+            pattern in config matches nothing, or if a layer cannot have what config says. TypeError: for a config that
+            is none.
+    """
+    config = QATConfig() if config is None else config
+    if not isinstance(config, QATConfig):
+        raise TypeError(f"config={config!r}: expected a qbr.QATConfig")
+    before = next(iter(quantizers(model)), None)
+    if before is not None:
+        raise ValueError(f"model has quantizers already ({before!r}): prepare it once, from its float form")
+    return _Planner(model, config, example).plan
+
+
+class _Planner:
+    def __init__(self, model: nn.Module, config: QATConfig, example) -> None:
+        self.config = config
+        self.plan = Plan()
+        self.names = {module: name for name, module in model.named_modules()}
+        self.given_up: dict[str, str] = {}  # functional ReLUs whose owner cannot be rewritten, and why
+        self.reading = self._read(model)
+        if example is not None and self.reading.untraced:
+            _count_by_running(model, example, self.reading)
+        self.layers = list(self.reading.inputs)
+        self._check_patterns()
+        functions: dict[nn.Module, dict[str, FunctionalReLU]] = {}
+        for name, function in self.reading.functional.items():
+            functions.setdefault(function.owner, {})[name] = function
+        for name, module in model.named_modules():
+            if type(module) in WEIGHT_LAYERS or type(module) in ATTENTION:
+                self._layer(name, module)
+            elif type(module) in RELUS:
+                self._relu(name, module, None)
+            for function_name, function in functions.get(module, {}).items():
+                self._relu(function_name, None, function)
+        self._check_ties()
+        self._check_found()
+        self._warn()
+
+    # What there is
+
+    def _read(self, model: nn.Module) -> Reading:
+        """The reading of model, with a rewritten forward for every owner of a functional ReLU to be quantized."""
+        while True:
+            reading = discovery.read(model, lambda name, module: self._bits_of_relu(name) is not None)
+            failed = self._rewrite(reading)
+            if not failed:
+                return reading
+            self.given_up.update(failed)
+
+    def _bits_of_relu(self, name: str) -> int | None:
+        return None if name in self.given_up else self.config.layer(name).act_bits
+
+    def _rewrite(self, reading: Reading) -> dict[str, str]:
+        """Fill plan.forwards; {name: why} of the functional ReLUs for which that is impossible."""
+        self.plan.forwards = {}
+        owners: dict[nn.Module, dict[str, FunctionalReLU]] = {}
+        for name, function in reading.functional.items():
+            if function.given is not None and name not in self.given_up:
+                owners.setdefault(function.owner, {})[name] = function
+        for owner, mine in owners.items():
+            wanted = [name.rpartition(".")[2] if self._bits_of_relu(name) is not None else None for name in mine]
+            if any(wanted):
+                try:
+                    self.plan.forwards[owner] = TracedForward(owner, next(iter(mine.values())).given, wanted)
+                except Untraceable as error:
+                    return dict.fromkeys(mine, str(error))
+        return {}
+
+    def _policy(self, layer: nn.Module) -> int | None:
+        first, last = layer is self.layers[0], layer is self.layers[-1]
+        if first and last and None not in (self.config.first_layer, self.config.last_layer):
+            if self.config.first_layer != self.config.last_layer:
+                raise ValueError(f"first_layer={self.config.first_layer} and last_layer={self.config.last_layer}: the "
+                                 "model has one layer with a weight, which is both; name one")  # fmt: skip
+        if first and self.config.first_layer is not None:
+            return self.config.first_layer
+        return self.config.last_layer if last else None
+
+    # What becomes of it
+
+    def _layer(self, name: str, module: nn.Module) -> None:
+        config = self.config.layer(name, self._policy(module))
+        attention = type(module) in ATTENTION
+        parameters = [(name, module, each) for each in _IN_PROJ if getattr(module, each, None) is not None]
+        if attention:
+            parameters.append((_join(name, "out_proj"), module.out_proj, "weight"))
+        else:
+            parameters = [(name, module, "weight")]
+        inputs, note = self._inputs(name, module, config), ""
+        if attention and inputs:
+            note = "the input of out_proj stays in float"
+        for owner_name, owner, parameter in parameters:
+            own = config if owner is module else self.config.layer(owner_name, self._policy(module))
+            if own.weight_bits is not None:
+                spec = _weight_spec(owner_name, owner, parameter, own)
+                self.plan.weights.append(PlannedWeight(owner_name, owner, module, parameter, spec))
+                bits = f"{own.weight_bits} bits" + (", per channel" if own.weight_per_channel else "")
+            else:
+                bits = "float (skip)" if own.skipped else "float"
+            label = owner_name if parameter == "weight" else f"{owner_name} {parameter}".strip()
+            self._row(label, owner, bits, ", ".join(inputs) if owner is module else "", note)
+            inputs, note = [], ""
+
+    def _inputs(self, name: str, module: nn.Module, config: LayerConfig) -> list[str]:
+        state = self.reading.inputs[module]
+        if not config.quantize_inputs or config.act_bits is None or state == QUANTIZED or type(module) is nn.Embedding:
+            return []
+        signed = state != NON_NEGATIVE if config.input_signed is None else config.input_signed
+        attributes = ["input_quantizer", *(["memory_quantizer"] if module in self.reading.memory else [])]
+        self.plan.inputs += [PlannedInput(name, module, each, config.act_bits, signed) for each in attributes]
+        kind = "signed" if signed else "unsigned"
+        return [f"{each.partition('_')[0]} {config.act_bits} bits {kind}" for each in attributes]
+
+    def _relu(self, name: str, module: nn.Module | None, function: FunctionalReLU | None) -> None:
+        config = self.config.layer(name)
+        owner = module if function is None else function.owner
+        kind = type(module).__name__ if function is None else "function"
+        bits = self._bits_of_relu(name)
+        if bits is None:
+            reason = " (skip)" if config.skipped else " (not rewritten)" if name in self.given_up else ""
+            self._row(name, kind, "", "float" + reason, self.given_up.get(name, ""))
+            return
+        bound = function.clip if function is not None else 6.0 if type(owner) is nn.ReLU6 else None
+        clip = bound if config.clip is None else config.clip
+        callers = self.reading.calls.get(module, {}) if function is None else {}
+        calls = sum(callers.values())
+        planned = PlannedReLU(name, module, function, bits, clip)
+        note = "part of a rewritten forward" if function is not None and function.given is not None else ""
+        if calls > 1:
+            planned.places = callers if self.config.step_per_call else {}
+            note = f"called {calls} times, {planned.steps} {'steps' if planned.steps > 1 else 'step'}"
+        elif not callers and self._may_be_repeated(name):
+            note = "one step for all calls: its parent's forward does not trace"
+        self.plan.relus.append(planned)
+        self._row(name, kind, "", f"{bits} bits" + ("" if clip is None else f", clip {clip:g}"), note)
+
+    def _may_be_repeated(self, name: str) -> bool:
+        parents = [""] + [name[:i] for i, letter in enumerate(name) if letter == "."]
+        return any(parent in self.reading.untraced for parent in parents[-1:])
+
+    def _row(self, name: str, kind, weight: str, activation: str, note: str) -> None:
+        kind = kind if isinstance(kind, str) else type(kind).__name__
+        self.plan.rows.append((name or "(root)", kind, weight, activation, note))
+
+    # What cannot be
+
+    def _check_patterns(self) -> None:
+        candidates = [self.names[m] for m in self.names if type(m) in (*WEIGHT_LAYERS, *ATTENTION, *RELUS)]
+        candidates += [_join(self.names[m], "out_proj") for m in self.names if type(m) in ATTENTION]
+        candidates += self.reading.functional
+        for argument in ("skip", "overrides"):
+            lost = [p for p in getattr(self.config, argument) if not any(matches(name, p) for name in candidates)]
+            if lost:
+                raise ValueError(f"{argument}={sorted(lost)}: nothing that can be quantized has such a name; see "
+                                 "model.named_modules(), or print(qbr.plan(model))")  # fmt: skip
+
+    def _check_ties(self) -> None:
+        seen: dict[int, PlannedWeight] = {}
+        for each in self.plan.weights:
+            other = seen.setdefault(id(getattr(each.module, each.parameter)), each)
+            if other.spec != each.spec:
+                raise ValueError(f"{other.name} and {each.name} share one weight, and config gives them {other.spec} "
+                                 f"and {each.spec}: override both alike, or skip one")  # fmt: skip
+
+    def _check_found(self) -> None:
+        config = self.config
+        sides = {"weight_bits": [each.weight_bits for each in self._configs(layers=True)],
+                 "act_bits": [each.act_bits for each in self._configs(layers=False)]}  # fmt: skip
+        if not (self.plan.weights or self.plan.relus or self.plan.inputs):
+            if config.weight_bits is None and config.act_bits is None:
+                message = "weight_bits=None and act_bits=None (32 means the same): nothing to quantize; name one"
+                raise ValueError(message)
+        for argument, found, what in (
+            ("weight_bits", self.plan.weights, "layer with a weight"),
+            ("act_bits", [*self.plan.relus, *self.plan.inputs], "ReLU or ReLU6"),
+        ):
+            bits, all_ = getattr(config, argument), sides[argument]
+            if bits is not None and not found:
+                reason = f"all {len(all_)} are skipped or in float" if all_ else "the model has none"
+                if argument == "act_bits" and not all_:
+                    reason += "; quantize_inputs=True quantizes what flows into layers instead"
+                raise ValueError(f"{argument}={bits}: no {what} to quantize ({reason}); pass {argument}=None to leave "
+                                 "that side out")  # fmt: skip
+
+    def _configs(self, layers: bool) -> list[LayerConfig]:
+        if layers:
+            return [self.config.layer(self.names[layer]) for layer in self.layers]
+        names = [self.names[module] for module in self.names if type(module) in RELUS]
+        return [self.config.layer(name) for name in [*names, *self.reading.functional]]
+
+    def _warn(self) -> None:
+        remedy = "that ReLU stays in float; use an nn.ReLU module there"
+        owners = {name.rpartition(".")[0]: why for name, why in self.given_up.items()}
+        owners |= {name: self.reading.untraced[name] for name in self.reading.hidden}
+        for name, why in owners.items():
+            if self.config.layer(_join(name, "functional_relu_1")).act_bits is not None:
+                text = f"{name or 'the model'} calls a ReLU as a function, and its forward cannot be read ({why}): "
+                self.plan.warnings.append(text + remedy)
+
+
+def _weight_spec(name: str, module: nn.Module, parameter: str, config: LayerConfig) -> QuantSpec:
+    if isinstance(module, nn.Embedding):
+        if module.sparse:
+            raise ValueError(f"{name} is an Embedding with sparse=True: a quantized weight has a dense gradient; "
+                             f"make it with sparse=False, or skip it: QATConfig(skip=[{name!r}])")  # fmt: skip
+        if config.weight_bits == 1 and module.padding_idx is not None:
+            raise ValueError(f"{name} is an Embedding with padding_idx={module.padding_idx} and weight_bits=1: binary "
+                             "codes have no 0 for it; give it 2 bits or more by overrides")  # fmt: skip
+    axis = None
+    if config.weight_per_channel:
+        axis = 1 if isinstance(module, nn.ConvTranspose2d) else 0
+    return QuantSpec(config.weight_bits, signed=True, channel_axis=axis)
+
+
+def _count_by_running(model: nn.Module, example, reading: Reading) -> None:
+    """Add to reading.calls what forwards that do not trace call, from one run on example."""
+    untraced = {model.get_submodule(name) for name in reading.untraced}
+    running_now: list[tuple[nn.Module, dict[nn.Module, int]]] = []
+
+    def enter(module, *_):
+        if type(module) in RELUS and running_now and running_now[-1][0] in untraced:
+            counts = running_now[-1][1]
+            counts[module] = counts.get(module, 0) + 1
+        running_now.append((module, {}))
+
+    def leave(module, *_):
+        for relu, count in running_now.pop()[1].items():
+            callers = reading.calls.setdefault(relu, {})
+            callers[module] = max(count, callers.get(module, 0))
+
+    hooks = []
+    try:
+        for module in model.modules():
+            hooks.append(module.register_forward_pre_hook(enter))
+            hooks.append(module.register_forward_hook(leave, always_call=True))
+        with running.undisturbed(model):
+            running.run(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child

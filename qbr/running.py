@@ -1,0 +1,62 @@
+"""Running a model on data without leaving a trace in it: what a batch is, and what is put back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qbr.quantizers import LSQQuantizer
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's and DistributedDataParallel's wrappers: hooks work on it, and its forward
+    waits for no other process."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+@contextmanager
+def undisturbed(model: nn.Module):
+    """No gradients; afterwards all buffers (those of quantizers excepted) and the random number generators are as
+    before."""
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    skipped = {id(b) for module in model.modules() if isinstance(module, LSQQuantizer) for b in module.buffers()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in skipped]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """That of the first parameter or buffer."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def run(model: nn.Module, batch) -> None:
+    """model(batch) for a tensor, model(batch[0]) for a tuple or list, model(**batch) for a dict; on model's device.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    device = device_of(model)
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        model(batch.to(device))
+    elif isinstance(batch, Mapping):
+        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+    else:
+        raise TypeError(f"a batch is a {type(batch).__name__}: expected a tensor, a tuple or list that starts with the "
+                        "model's input, or a dict of the model's arguments; or name forward=")  # fmt: skip

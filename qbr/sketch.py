@@ -1,0 +1,140 @@
+"""What calibration keeps of the tensors it has seen, and the step sizes that follow: sums that add up over batches and
+over ranks, on the device.
+
+A Sketch is a histogram with 512 bins for each octave of |x| between 2^-32 and 2^32: no range is needed beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qbr.spec import QuantSpec
+
+_PER_OCTAVE, _OCTAVES = 512, 64  # a bin is a third of a step wide at the largest of 256 levels
+_BINS = _PER_OCTAVE * _OCTAVES
+_COARSE = 2.0 ** torch.linspace(-12, 0.25, 99, dtype=torch.float64)  # of the step that reaches the largest |x|
+_FINE = 2.0 ** torch.linspace(-0.125, 0.125, 33, dtype=torch.float64)  # around the best of those
+
+
+class Mean:
+    """Sum of |x| and count for each step of a quantizer.
+
+    Attributes:
+        total, count: [C] float64.
+    """
+
+    def __init__(self, alpha: Tensor, axis: int | None) -> None:
+        self.axis = axis
+        self.total = torch.zeros(alpha.shape, dtype=torch.float64, device=alpha.device)
+        self.count = torch.zeros_like(self.total)
+
+    def add(self, x: Tensor) -> None:
+        count = x.numel() // self.total.numel()
+        if count == 0:
+            return
+        others = list(range(x.dim()))
+        if self.axis is not None:
+            del others[self.axis]
+        mean = x.abs().mean(others, dtype=torch.float32)  # as LSQQuantizer.initialise has it, to the bit
+        self.total += mean.reshape(self.total.shape).double() * count
+        self.count += count
+
+    def reduce(self, sum_) -> None:
+        self.total, self.count = sum_(self.total), sum_(self.count)
+
+
+class Bins(NamedTuple):
+    """Count, sum and sum of squares of the values in each of n bins, for C tensors: [C, n] float64."""
+
+    count: Tensor
+    total: Tensor
+    square: Tensor
+
+
+def elements(rows: Tensor) -> Bins:
+    """A tensor [C, n] that is at hand, every element a bin of its own; what is not finite counts nowhere."""
+    usable = torch.isfinite(rows)
+    total = torch.where(usable, rows, 0).double()
+    return Bins(usable.double(), total, total.square())
+
+
+class Sketch:
+    """A histogram of all values of a tensor: positive ones by size, negative ones by size, and zeros.
+
+    Attributes:
+        table: [3, 2 * bins + 1] float64: count, sum and sum of squares.
+    """
+
+    def __init__(self, device) -> None:
+        self.table = torch.zeros(3, 2 * _BINS + 1, dtype=torch.float64, device=device)
+
+    @property
+    def count(self) -> Tensor:
+        return self.table[0]
+
+    def add(self, x: Tensor) -> None:
+        """x may have any shape; what is not finite counts nowhere."""
+        for part in x.reshape(-1).split(1 << 20):  # what stays in cache, and bounds the memory
+            self._add(part.float())
+
+    def _add(self, x: Tensor) -> None:
+        usable = torch.isfinite(x)
+        octave = (torch.log2(x.abs()) + _OCTAVES / 2).nan_to_num(0, 0, 0)
+        index = (octave * _PER_OCTAVE).long().clamp_(0, _BINS - 1) + _BINS * (x < 0)
+        index = torch.where(usable & (x != 0), index, 2 * _BINS)
+        value = torch.where(usable, x, 0).double()
+        self.table[0].index_add_(0, index, usable.double())
+        self.table[1].index_add_(0, index, value)
+        self.table[2].index_add_(0, index, value.square())
+
+    def reduce(self, sum_) -> None:
+        self.table = sum_(self.table)
+
+    def bins(self) -> Bins:
+        """The bins that have values, [1, n]."""
+        return Bins(*self.table[:, self.count > 0][:, None])
+
+
+def mean_step(statistics: Mean, spec: QuantSpec) -> Tensor:
+    """2 * mean|x| / sqrt(max(qp, 1)), [C]; binary: mean|x|. NaN where nothing was seen."""
+    mean = (statistics.total / statistics.count).float()
+    return mean if spec.binary else mean * (2.0 / math.sqrt(max(spec.qp, 1)))
+
+
+def _reach(size: Tensor, spec: QuantSpec) -> Tensor:
+    """The step that puts |x| = size on the outermost level."""
+    return size / max(spec.qp, -spec.qn, 1)
+
+
+def mse_step(bins: Bins, spec: QuantSpec) -> Tensor:
+    """The step with the least sum of (x - xhat)^2, [C], within 0.6 %. NaN where all is 0 or nothing was seen."""
+    if not bins.count.numel():
+        return bins.count.new_full(bins.count.shape[:1], math.nan)
+    value = bins.total / bins.count.clamp(min=1)
+    largest = value.abs().amax(1)
+    best = largest / max(spec.qp, 1)  # beyond it, no code but the outermost gets closer
+    for factors in (_COARSE, _FINE):
+        candidates = best[:, None] * factors.to(best.device)
+        errors = torch.stack([_error(bins, value, alpha[:, None], spec) for alpha in candidates.unbind(1)], 1)
+        best = candidates.gather(1, errors.argmin(1, keepdim=True))[:, 0]
+    return torch.where(largest > 0, best, math.nan)
+
+
+def _error(bins: Bins, value: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:
+    """Sum of (x - xhat)^2, [C]; all of a bin take the code of the bin's mean ``value``."""
+    level = (value / alpha).round_().clamp_(spec.qn, spec.qp) * alpha
+    return (bins.square - 2 * level * bins.total + level.square() * bins.count).sum(1)
+
+
+def quantile_step(bins: Bins, spec: QuantSpec, quantile: float) -> Tensor:
+    """The step that puts the quantile of |x| on the outermost level, [C]. NaN where nothing was seen."""
+    if not bins.count.numel():
+        return bins.count.new_full(bins.count.shape[:1], math.nan)
+    size, order = (bins.total / bins.count.clamp(min=1)).abs().sort(1)
+    share = bins.count.gather(1, order).cumsum(1)
+    first = (share >= quantile * share[:, -1:]).double().argmax(1, keepdim=True)
+    return size.gather(1, first)[:, 0] / max(spec.qp, -spec.qn)

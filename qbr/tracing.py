@@ -1,0 +1,253 @@
+"""What the forward of a module calls, read with torch.fx: one graph for each module, with its children as leaves.
+
+Reading module by module needs no model that traces as a whole: where one forward does not trace, only what it calls
+itself is unknown. The graphs also rewrite a forward so that a ReLU called as a function becomes a module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from contextlib import contextmanager
+
+import torch
+import torch.fx
+from torch import nn
+from torch.fx import Graph, Node
+from torch.nn import functional as F
+
+RELU_FUNCTIONS = {F.relu: None, F.relu_: None, torch.relu: None, torch.relu_: None, F.relu6: 6.0}  # and their bounds
+_RELU_METHODS = ("relu", "relu_")
+_RELU_NAMES = {"relu", "relu_", "relu6"}
+
+
+class Untraceable(Exception):
+    """Why a forward could not be read."""
+
+
+def _modes() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+
+
+class _Tracer(torch.fx.Tracer):
+    """Every child is a leaf; arguments that are not named keep their default.
+
+    With ``strict``, a call under another gradient or autocast mode is refused: a graph would not keep the mode.
+    """
+
+    def __init__(self, names: tuple[str, ...], strict: bool) -> None:
+        super().__init__()
+        self.names = names
+        self.modes = _modes() if strict else None
+
+    def create_node(self, *args, **kwargs):
+        if self.modes not in (None, _modes()):
+            raise Untraceable("it switches gradients or autocast, which a graph does not keep")
+        return super().create_node(*args, **kwargs)
+
+    def is_leaf_module(self, module, name) -> bool:
+        return True
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in self.names}
+        return (lambda root, *values: root_fn(root, **dict(zip(self.names, values)))), [self.root, *proxies.values()]
+
+
+def parameters(owner: nn.Module) -> dict[str, object]:
+    """{argument of forward: its default, or inspect.Parameter.empty}, in order.
+
+    Raises:
+        Untraceable: for *args, **kwargs, positional-only arguments and a forward that was replaced on the instance.
+    """
+    if "forward" in owner.__dict__:
+        raise Untraceable("its forward was replaced on the instance")
+    try:
+        found = list(inspect.signature(type(owner).forward).parameters.values())[1:]
+    except (TypeError, ValueError) as error:
+        raise Untraceable("its forward is no Python function") from error
+    odd = [p.name for p in found if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if odd:
+        raise Untraceable(f"forward takes {', '.join(odd)}")
+    return {p.name: p.default for p in found}
+
+
+def arguments(owner: nn.Module, node: Node | None) -> dict[str, object]:
+    """{argument: graph node} that a call passes to owner's forward; of all arguments without a default at the root."""
+    names = parameters(owner)
+    if node is None:
+        return {name: None for name, default in names.items() if default is inspect.Parameter.empty}
+    given = {**dict(zip(names, node.args)), **node.kwargs}
+    return {
+        name: given.get(name)
+        for name, default in names.items()
+        if default is inspect.Parameter.empty or _has_nodes(given.get(name))
+    }
+
+
+def _has_nodes(value) -> bool:
+    found = []
+    torch.fx.map_arg(value, found.append)
+    return bool(found)
+
+
+def trace(owner: nn.Module, names: tuple[str, ...], training: bool = True, strict: bool = False) -> Graph:
+    """The graph of owner's forward in training or in eval mode, with all its children as leaves.
+
+    Nothing is left behind: owner's attributes, its mode and the random number generator are as before.
+
+    Args:
+        names: the arguments that are given; all others keep their defaults.
+        strict: refuse what a graph cannot repeat.
+
+    Raises:
+        Untraceable: with torch.fx's reason.
+    """
+    try:
+        with _untouched(owner), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            owner.__dict__["training"] = training
+            return _Tracer(names, strict).trace(owner)
+    except Untraceable:
+        raise
+    except Exception as error:  # the forward is anyone's code, run on stand-ins for tensors: it may raise anything
+        reason = str(error).strip().split("\n")[0]
+        raise Untraceable(f"{type(error).__name__}: {reason}" if reason else type(error).__name__) from error
+
+
+@contextmanager
+def _untouched(owner: nn.Module):
+    tables = ("_parameters", "_buffers", "_modules")
+    before = {**owner.__dict__, **{name: dict(owner.__dict__[name]) for name in tables}}
+    kept = {name: owner.__dict__[name] for name in tables}
+    try:
+        yield
+    finally:
+        owner.__dict__.clear()
+        owner.__dict__.update(before)
+        for name, table in kept.items():
+            table.clear()
+            table.update(before[name])
+            owner.__dict__[name] = table
+
+
+def relu_calls(graph: Graph) -> list[Node]:
+    """The calls of a ReLU as a function or method, in order."""
+    return [
+        node
+        for node in graph.nodes
+        if (node.op == "call_function" and node.target in RELU_FUNCTIONS)
+        or (node.op == "call_method" and node.target in _RELU_METHODS)
+    ]
+
+
+def bound(node: Node) -> float | None:
+    """The upper bound of a functional ReLU: 6 for relu6."""
+    return RELU_FUNCTIONS.get(node.target)
+
+
+def may_call_relu(owner: nn.Module) -> bool:
+    """Whether a forward that cannot be read names a ReLU that is no child of owner; its source is not needed."""
+    code = getattr(inspect.unwrap(type(owner).forward), "__code__", None)
+    return code is not None and bool((set(code.co_names) & _RELU_NAMES) - set(owner._modules))
+
+
+class TracedForward:
+    """A forward read by torch.fx in both modes, in which some ReLUs are modules; it takes forward's place on owner.
+
+    An attribute that the original forward reads, other than parameters, buffers, modules and ``training``, has the
+    value of the time of reading.
+
+    Args:
+        owner: whose forward it is.
+        given: the arguments that the graphs have; others must keep their defaults.
+        relus: the name that a ReLU module has in owner for each functional call, in order; None leaves one alone.
+
+    Raises:
+        Untraceable: if a mode does not trace, the modes call different ReLUs, forward makes tensors of its own, or
+            switches gradients or autocast.
+    """
+
+    def __init__(self, owner: nn.Module, given: tuple[str, ...], relus: list[str | None]) -> None:
+        self.owner = owner
+        self.given = given
+        self.defaults = parameters(owner)
+        self._code = {mode: _rewritten(trace(owner, given, mode, strict=True), relus) for mode in (True, False)}
+        self._compile()
+
+    def _compile(self) -> None:
+        self._functions = {}
+        for mode, (source, names) in self._code.items():
+            scope = dict(names)
+            exec(compile(source, f"<forward of {type(self.owner).__name__}, read by qbr>", "exec"), scope)
+            self._functions[mode] = scope["forward"]
+
+    def __call__(self, *args, **kwargs):
+        if len(args) != len(self.given) or kwargs:
+            args = self._bind(args, kwargs)
+        return self._functions[self.owner.training](self.owner, *args)
+
+    def _bind(self, args, kwargs) -> list:
+        values = {**dict(zip(self.defaults, args)), **kwargs}
+        if len(args) > len(self.defaults) or len(values) < len(args) + len(kwargs):
+            raise TypeError(f"{type(self.owner).__name__}.forward was called with arguments that it does not have")
+        for name, value in values.items():
+            if name not in self.given and value is not self.defaults.get(name, self):
+                call = f"{type(self.owner).__name__}.forward({name}=<{type(value).__name__}>)"
+                raise TypeError(f"{call}: this forward calls a ReLU as a function and was read by torch.fx with "
+                                f"{name!r} at its default; use nn.ReLU there, or QATConfig(skip=...)")  # fmt: skip
+        return [values[name] if name in values else self.defaults[name] for name in self.given]
+
+    def __getstate__(self):
+        code = {
+            mode: (source, {name: _Module(value.__name__) if inspect.ismodule(value) else value
+                            for name, value in names.items()})
+            for mode, (source, names) in self._code.items()
+        }  # fmt: skip
+        return {**{name: value for name, value in self.__dict__.items() if name != "_functions"}, "_code": code}
+
+    def __setstate__(self, state) -> None:
+        self.__dict__.update(state)
+        self._code = {
+            mode: (source, {name: value.load() if isinstance(value, _Module) else value
+                            for name, value in names.items()})
+            for mode, (source, names) in self._code.items()
+        }  # fmt: skip
+        self._compile()
+
+
+class _Module:
+    """A Python module in a pickle."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def load(self):
+        return importlib.import_module(self.name)
+
+
+def _rewritten(graph: Graph, relus: list[str | None]) -> tuple[str, dict]:
+    """(source of a function ``forward(self, ...)``, the names it uses) of graph with modules for its ReLU calls."""
+    if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in graph.nodes):
+        raise Untraceable("its forward makes a tensor of its own, which would never change again")
+    calls = relu_calls(graph)
+    if len(calls) != len(relus):
+        raise Untraceable("it calls different ReLUs in training and in eval mode")
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for call, name in zip(calls, relus):
+        if name is None:
+            continue
+        x = call.args[0] if call.args else call.kwargs["input"]
+        with graph.inserting_after(call):
+            module = graph.call_module(name, (x,))
+        if _in_place(call):  # whoever reads x afterwards has read the result
+            for user in [user for user in x.users if order.get(user, -1) > order[call]]:
+                user.replace_input_with(x, module)
+        call.replace_all_uses_with(module)
+        graph.erase_node(call)
+    code = graph.python_code("self")
+    return code.src, dict(code.globals)
+
+
+def _in_place(call: Node) -> bool:
+    if call.target in (F.relu_, torch.relu_, "relu_"):
+        return True
+    return call.target in (F.relu, F.relu6) and bool([*call.args[1:2], call.kwargs.get("inplace", False)][0])

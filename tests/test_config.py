@@ -1,0 +1,165 @@
+"""QATConfig by name, first and last layers, JSON; and plan(): the table, and what is refused beforehand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import qbr
+from qbr import QATConfig, plan, prepare
+from qbr.config import OVERRIDABLE
+
+
+def make() -> nn.Module:
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU6()),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
+
+
+FULL = QATConfig(
+    weight_bits=3, act_bits=4, clip=2.5, skip=["1.1"], weight_per_channel=True, collect_bin_loss=False, first_layer=8,
+    last_layer=32, quantize_inputs=True, input_signed=True, step_per_call=False,
+    overrides={"0": {"weight_bits": 5, "clip": None}, "0.1": {"act_bits": 32}, "1.*": {"weight_per_channel": False}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [QATConfig(), FULL])
+def test_json_gives_the_same_config_back(config):
+    text = config.to_json()
+    assert QATConfig.from_json(text) == config
+    assert set(json.loads(text)) == set(QATConfig.__dataclass_fields__)
+    assert hash(QATConfig.from_json(text)) == hash(config)
+
+
+def test_json_may_name_some_fields_and_no_others():
+    assert QATConfig.from_json('{"act_bits": 32}') == QATConfig(act_bits=None)
+    with pytest.raises(ValueError, match="'bits'"):
+        QATConfig.from_json('{"bits": 3}')
+    with pytest.raises(TypeError, match="list"):
+        QATConfig.from_json("[]")
+
+
+def test_overrides_the_later_pattern_wins_field_by_field():
+    config = QATConfig(
+        overrides={"a*": {"weight_bits": 4, "act_bits": 5}, "a.b": {"weight_bits": 32}, "*": {"clip": 3.0}}
+    )
+    assert (config.layer("a.x").weight_bits, config.layer("a.x").act_bits) == (4, 5)
+    assert (config.layer("a.b.c").weight_bits, config.layer("a.b.c").act_bits) == (None, 5)
+    assert config.layer("c").weight_bits == 2 and config.layer("c").clip == 3.0
+    assert QATConfig(skip=["a"], overrides={"a": {"weight_bits": 4}}).layer("a").weight_bits is None
+
+
+def test_each_field_reaches_its_module():
+    model = prepare(make(), QATConfig(
+        weight_bits=3, act_bits=4,
+        overrides={"1": {"weight_bits": 6, "weight_per_channel": True}, "0.1": {"act_bits": 7, "clip": 1.5}},
+    ))  # fmt: skip
+    assert [model[i][0].weight_quantizer.num_bits for i in (0, 1)] == [3, 6]
+    assert [model[i][0].weight_quantizer.alpha.numel() for i in (0, 1)] == [1, 4]
+    assert [(model[i][1].num_bits, model[i][1].clip_value) for i in (0, 1)] == [(7, 1.5), (4, 6.0)]
+
+
+@pytest.mark.parametrize(
+    "first, last, overrides, expected",
+    [
+        (8, 8, {}, [8, 2, 8]),
+        (32, None, {}, [None, 2, 2]),
+        (8, 32, {"3": {"weight_bits": 5}}, [8, 2, 5]),
+        (None, None, {}, [2, 2, 2]),
+    ],
+)
+def test_first_and_last_layer(first, last, overrides, expected):
+    model = prepare(make(), QATConfig(first_layer=first, last_layer=last, overrides=overrides))
+    layers = [model[0][0], model[1][0], model[3]]
+    assert [getattr(m, "weight_quantizer", None) and m.weight_quantizer.num_bits for m in layers] == expected
+    assert [type(m) for m in layers if not hasattr(m, "weight_quantizer")] == [nn.Conv2d] * expected.count(None)
+
+
+class _CalledBackwards(nn.Module):
+    """Its last registered layer is called first."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.relu, self.stem = nn.Linear(4, 2), nn.ReLU(), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.head(self.relu(self.stem(x)))
+
+
+def test_first_and_last_are_those_of_the_calls():
+    model = prepare(_CalledBackwards(), QATConfig(first_layer=8, last_layer=6))
+    assert (model.stem.weight_quantizer.num_bits, model.head.weight_quantizer.num_bits) == (8, 6)
+    with pytest.raises(ValueError, match="first_layer=8 and last_layer=4"):
+        prepare(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), QATConfig(first_layer=8, last_layer=4))
+
+
+@pytest.mark.parametrize(
+    "values, error, message",
+    [
+        ({"overrides": [("a", {})]}, TypeError, "overrides="),
+        ({"overrides": {"a": 3}}, TypeError, r"overrides\['a'\]=3"),
+        ({"overrides": {"a": {"bits": 3}}}, ValueError, r"overrides\['a'\] has \['bits'\]"),
+        ({"overrides": {"a": {"weight_bits": 9}}}, ValueError, r"overrides\['a'\]\['weight_bits'\]=9"),
+        ({"overrides": {"a": {"clip": -1}}}, ValueError, r"overrides\['a'\]\['clip'\]=-1"),
+        ({"overrides": {"a": {"quantize_inputs": 1}}}, TypeError, r"\['quantize_inputs'\]=1"),
+        ({"first_layer": 16}, ValueError, "first_layer=16"),
+        ({"last_layer": "8"}, TypeError, "last_layer='8'"),
+        ({"quantize_inputs": "yes"}, TypeError, "quantize_inputs='yes'"),
+        ({"input_signed": 0}, TypeError, "input_signed=0"),
+        ({"weight_per_channel": None}, TypeError, "weight_per_channel=None"),
+    ],
+)
+def test_bad_fields(values, error, message):
+    with pytest.raises(error, match=message):
+        QATConfig(**values)
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"overrides=\['layer9'\]"):
+        plan(make(), QATConfig(overrides={"layer9": {"weight_bits": 4}}))
+    with pytest.raises(ValueError, match=r"skip=\['2'\]"):  # a Flatten: nothing to skip
+        plan(make(), QATConfig(skip=["2"]))
+    assert set(OVERRIDABLE) < set(QATConfig.__dataclass_fields__)
+
+
+def test_the_plan_shows_everything_and_changes_nothing():
+    model = make()
+    before = [(type(m), dict(m.__dict__)) for m in model.modules()]
+    table = str(plan(model, QATConfig(act_bits=4, skip=["1.0"], quantize_inputs=True, first_layer=8)))
+    assert [(type(m), dict(m.__dict__)) for m in model.modules()] == before
+    rows = [line.split() for line in table.splitlines()]
+    assert rows[0] == ["name", "type", "weight", "activation", "note"]
+    assert rows[1] == ["0.0", "Conv2d", "8", "bits", "input", "8", "bits", "signed"]
+    assert rows[2] == ["0.1", "ReLU", "4", "bits"]
+    assert rows[3] == ["1.0", "Conv2d", "float", "(skip)"]
+    assert rows[4] == ["1.1", "ReLU6", "4", "bits,", "clip", "6"]
+    assert rows[5] == ["3", "Linear", "2", "bits"] and len(rows) == 6
+
+
+def test_a_prepared_model_has_the_plan():
+    config = QATConfig(weight_bits=3, act_bits=4, quantize_inputs=True)
+    planned, model = plan(make(), config), prepare(make(), config)
+    names = [f"{each.name}.weight_quantizer" for each in planned.weights]
+    names += [f"{each.name}.quantizer" for each in planned.relus]
+    names += [f"{each.name}.{each.attribute}" for each in planned.inputs]
+    assert sorted(names) == sorted(n for n, m in model.named_modules() if isinstance(m, qbr.LSQQuantizer))
+    with pytest.raises(ValueError, match="quantizers already"):
+        plan(model, config)
+
+
+def test_restored_from_json_in_the_same_shape(tmp_path):
+    torch.manual_seed(0)
+    model = prepare(make(), FULL)
+    model(torch.randn(2, 3, 8, 8))
+    torch.save({"config": FULL.to_json(), "model": model.state_dict()}, tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    other = prepare(make(), QATConfig.from_json(saved["config"]))
+    other.load_state_dict(saved["model"])
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(other(x), model(x))

@@ -36,7 +36,7 @@ def calibrate(
 
     Methods (binary tensors always take mean|x|, their least-squares step):
         "lsq": 2 * mean|x| / sqrt(max(qp, 1)); Esser et al., Learned Step Size Quantization, ICLR 2020, section 2.1.
-        "mse": the step with the least squared error; from a histogram with 512 bins per octave for whole tensors, from
+        "mse": the step with the least squared error; from a histogram for whole tensors, from
             the elements for a step per channel.
         "percentile": the step that puts that percentile of |x| on the outermost level, within a bin of 0.14 %.
 
@@ -178,7 +178,8 @@ class _Calibrator:
     def _step(self, quantizer: LSQQuantizer, statistics) -> Tensor:
         if self.method == "lsq" or quantizer.spec.binary:
             return mean_step(statistics, quantizer.spec)
-        return self._search(quantizer, statistics.bins())
+        few_levels = self.method == "mse" and max(quantizer.spec.qp, -quantizer.spec.qn) <= 32
+        return self._search(quantizer, statistics.bins(8 if few_levels else 1))  # a bin: a third of a step at most
 
     def _search(self, quantizer: LSQQuantizer, bins: Bins) -> Tensor:
         if self.method == "mse":

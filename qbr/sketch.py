@@ -94,9 +94,10 @@ class Sketch:
     def reduce(self, sum_) -> None:
         self.table = sum_(self.table)
 
-    def bins(self) -> Bins:
-        """The bins that have values, [1, n]."""
-        return Bins(*self.table[:, self.count > 0][:, None])
+    def bins(self, merged: int = 1) -> Bins:
+        """The bins that have values, [1, n], ``merged`` neighbours (1, 2, 4, ... 512) as one."""
+        table = torch.cat([self.table[:, :-1].reshape(3, -1, merged).sum(2), self.table[:, -1:]], 1)
+        return Bins(*table[:, table[0] > 0][:, None])
 
 
 def mean_step(statistics: Mean, spec: QuantSpec) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import runpy
 import subprocess
@@ -43,14 +42,22 @@ def check(name: str, path: Path, monkeypatch, capsys, compile) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_an_example_runs_uncompiled(name, tmp_path, monkeypatch, capsys):
-    check(name, tmp_path / "saved.pt", monkeypatch, capsys, lambda model, fullgraph: model)
+    check(name, tmp_path / "saved.pt", monkeypatch, capsys, lambda model, fullgraph, backend: model)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, backend", [*((name, "aot_eager") for name in NAMES), ("resnet18", "inductor")])
-def test_an_example_runs_compiled(name, backend, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_runs_compiled(name, tmp_path, monkeypatch, capsys):
     torch._dynamo.reset()
-    check(name, tmp_path / "saved.pt", monkeypatch, capsys, functools.partial(torch.compile, backend=backend))
+    check(name, tmp_path / "saved.pt", monkeypatch, capsys, torch.compile)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="inductor lays out a convolution's result and its gradient differently")
+def test_an_example_runs_compiled_by_inductor(tmp_path, monkeypatch, capsys):
+    torch._dynamo.reset()
+    real = torch.compile
+    check("resnet18", tmp_path / "saved.pt", monkeypatch, capsys, lambda model, fullgraph, backend: real(model))
 
 
 def test_examples_are_short():

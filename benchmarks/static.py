@@ -30,10 +30,10 @@ OPS = ("lsq_fwd", "lsq_bwd", "lsq_bin_fwd", "lsq_bin_bwd")
 STREAMS = {"lsq_fwd": (1, 1), "lsq_bwd": (2, 1), "lsq_bin_fwd": (1, 1), "lsq_bin_bwd": (2, 1)}  # tensors read, written
 CUDA_TYPES = {"float32": "float", "bfloat16": "__nv_bfloat16"}
 CUDA_KERNELS = {
-    "lsq_fwd": "lsq_fwd_kernel<{type}, false>",
-    "lsq_bwd": "bwd_kernel<{type}, (qbr::cuda::Grad)0, false>",
-    "lsq_bin_fwd": "bin_fwd_kernel<{type}, (qbr::cuda::Method){method}, false>",
-    "lsq_bin_bwd": "bwd_kernel<{type}, (qbr::cuda::Grad)2, false>",
+    "lsq_fwd": "lsq_fwd_kernel<{type}, 1>",
+    "lsq_bwd": "bwd_kernel<{type}, (qbr::cuda::Grad)0, 1>",
+    "lsq_bin_fwd": "bin_fwd_kernel<{type}, (qbr::cuda::Method){method}, 1>",
+    "lsq_bin_bwd": "bwd_kernel<{type}, (qbr::cuda::Grad)2, 1>",
 }
 
 
@@ -77,7 +77,7 @@ def cuda_rows(arch: int, bits: list[int]) -> list[dict]:
     source = measure.ROOT / "csrc" / "cuda.cu"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = ["nvcc", "-cubin", "-O3", "-std=c++17", f"-arch=sm_{arch}", "-o", str(cubin), str(source)]
+        command = ["nvcc", "-cubin", "-O3", "-std=c++17", "-fmad=false", f"-arch=sm_{arch}", "-o", str(cubin), str(source)]
         subprocess.run(command, check=True)
         found = sass.functions(cubin)
     names = subprocess.run(["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True).stdout

@@ -81,7 +81,7 @@ def test_a_module_that_is_called_twice_is_pooled():
         def forward(self, x):
             return self.relu(self.relu(x) * 2)
 
-    model = qbr.prepare(Twice(), QATConfig(weight_bits=None))
+    model = qbr.prepare(Twice(), QATConfig(weight_bits=None, step_per_call=False))
     model(torch.rand(10))
     (row,) = qbr.summary(model, torch.rand(10)).rows
     assert row.numel == 20

@@ -77,8 +77,8 @@ def cuda_rows(arch: int, bits: list[int]) -> list[dict]:
     source = measure.ROOT / "csrc" / "cuda.cu"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = ["nvcc", "-cubin", "-O3", "-std=c++17", "-fmad=false", f"-arch=sm_{arch}", "-o", str(cubin), str(source)]
-        subprocess.run(command, check=True)
+        options = ["-cubin", "-O3", "-std=c++17", "-fmad=false", f"-arch=sm_{arch}"]
+        subprocess.run(["nvcc", *options, "-o", str(cubin), str(source)], check=True)
         found = sass.functions(cubin)
     names = subprocess.run(["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True).stdout
     plain = dict(zip(names.split("\n"), found.values()))
@@ -114,14 +114,19 @@ def row(backend, op, dtype, bits, arch, function, threads, shared) -> dict:
     compute_us = NUMEL * cycle.clocks / elements / hardware.multiprocessors / hardware.ghz / 1e3
     return {
         **result,
-        "load_bytes": min(cycle.loads),
-        "store_bytes": min(cycle.stores, default=None),
+        "load_bytes": _widths(cycle.loads),
+        "store_bytes": _widths(cycle.stores),
         "instructions": round(cycle.instructions / elements, 1),
         "busiest": cycle.unit,
         "compute_us": round(compute_us, 1),
         "predicted_us": round(max(bytes_us, compute_us), 1),
         "predicted_of_limit": round(max(1.0, compute_us / bytes_us), 2),
     }
+
+
+def _widths(accesses: dict[int, int]) -> str:
+    """The bytes of the loop's accesses: 16 for the tensors; 4 beside it is a look into a table of factors."""
+    return " + ".join(str(width) for width in sorted(accesses, reverse=True))
 
 
 COLUMNS = (

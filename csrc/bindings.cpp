@@ -100,11 +100,11 @@ Tensors lsq_fwd(const Calls& calls) {
 template <class On>
 std::tuple<Tensors, Tensors> lsq_bwd(const Tensors& grad_xhats, const Calls& calls, const std::vector<double>& scales) {
   Items items = items_of(calls);
-  Tensors dxs, dalphas;
+  Tensors grads, dxs, dalphas;
   for (size_t i = 0; i < calls.size(); ++i) {
-    calls[i].check_grad_xhat(grad_xhats[i]);
+    grads.push_back(calls[i].laid_out(grad_xhats[i]));
     dxs.push_back(like(calls[i].x)), dalphas.push_back(like(calls[i].alpha));
-    items[i].grad_xhat = grad_xhats[i].const_data_ptr(), items[i].grad_scale = float(scales[i]);
+    items[i].grad_xhat = grads[i].const_data_ptr(), items[i].grad_scale = float(scales[i]);
     items[i].dx = dxs[i].mutable_data_ptr(), items[i].dalpha = out<float>(dalphas[i]);
   }
   On::lsq_bwd(calls, items);
@@ -136,7 +136,7 @@ template <class On>
 std::tuple<Tensors, Tensors> bin_bwd(const Tensors* grad_xhats, const Tensors& grad_losses, const Calls& calls,
                                      const Tensors& bins, const std::vector<double>* scales) {
   Items items = items_of(calls);
-  Tensors dxs, dalphas;
+  Tensors grads, dxs, dalphas;
   for (size_t i = 0; i < calls.size(); ++i) {
     calls[i].check_grad_loss(grad_losses[i]);
     calls[i].check_bins(bins[i]);
@@ -145,9 +145,9 @@ std::tuple<Tensors, Tensors> bin_bwd(const Tensors* grad_xhats, const Tensors& g
     dxs.push_back(like(calls[i].x));
     items[i].dx = dxs[i].mutable_data_ptr();
     if (!grad_xhats) continue;
-    calls[i].check_grad_xhat((*grad_xhats)[i]);
+    grads.push_back(calls[i].laid_out((*grad_xhats)[i]));
     dalphas.push_back(like(calls[i].alpha));
-    items[i].grad_xhat = (*grad_xhats)[i].const_data_ptr(), items[i].grad_scale = float((*scales)[i]);
+    items[i].grad_xhat = grads[i].const_data_ptr(), items[i].grad_scale = float((*scales)[i]);
     items[i].dalpha = out<float>(dalphas[i]);
   }
   On::bin_bwd(calls, items);

@@ -46,10 +46,17 @@ bool is_dense(const Tensor& t) {
   return true;
 }
 
-bool same_layout(const Tensor& a, const Tensor& b) {
+bool same_sizes(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != b.size(d) || (a.size(d) != 1 && a.numel() != 0 && a.stride(d) != b.stride(d))) return false;
+    if (a.size(d) != b.size(d)) return false;
+  return true;
+}
+
+// Of tensors of the same sizes.
+bool same_layout(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.numel() != 0 && a.stride(d) != b.stride(d)) return false;
   return true;
 }
 
@@ -109,10 +116,14 @@ struct Call {
                     " is on another device than x: move it there");
   }
 
-  void check_grad_xhat(const Tensor& g) const {
-    same_device("grad_xhat", g);
-    STD_TORCH_CHECK(dtype_of(g) == dtype_of(x) && same_layout(g, x),
-                    "grad_xhat differs from x in dtype, shape or strides: pass torch.empty_like(x).copy_(grad_xhat)");
+  // grad_xhat in x's dtype and strides: code that inductor has compiled may lay the two out differently.
+  Tensor laid_out(const Tensor& grad_xhat) const {
+    same_device("grad_xhat", grad_xhat);
+    STD_TORCH_CHECK(same_sizes(grad_xhat, x), "grad_xhat has another shape than x");
+    if (dtype_of(grad_xhat) == dtype_of(x) && same_layout(grad_xhat, x)) return grad_xhat;
+    Tensor copy = like(x);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), grad_xhat.get(), 0));
+    return copy;
   }
 
   void check_grad_loss(const Tensor& g) const {

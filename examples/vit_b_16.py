@@ -24,7 +24,7 @@ if not restore:
     qbr.prepare(model, config)
     qbr.calibrate(model, batches[:2])
     optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.01, weight_decay=1e-4))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # inductor on the CPU: see docs/prepare.md
+    compiled = torch.compile(model, fullgraph=True)
     for x, y in batches:
         loss = nn.functional.cross_entropy(compiled(x), y)
         br = qbr.bin_loss(model)

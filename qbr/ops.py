@@ -106,13 +106,6 @@ def is_dense(x: Tensor) -> bool:
     )
 
 
-def _laid_out_like(grad: Tensor, x: Tensor) -> Tensor:
-    """grad in x's dtype and strides, copied only where they differ: kernels walk both in storage order."""
-    if grad.dtype == x.dtype and grad.stride() == x.stride():
-        return grad
-    return torch.empty_like(x).copy_(grad)
-
-
 def check(x: Tensor, alpha, spec: QuantSpec, relu: bool, clip: float | None) -> tuple[Tensor, Tensor, tuple]:
     """Check one call's arguments; return dense x, alpha as [C] in the compute dtype, and the ops' plain arguments.
 
@@ -172,7 +165,7 @@ class _LSQ(torch.autograd.Function):
     def backward(ctx, grad_xhat):
         x, alpha = ctx.saved_tensors
         backend, plain, grad_scale = ctx.call
-        dx, dalpha = _ops[backend, "lsq_bwd"](_laid_out_like(grad_xhat, x), x, alpha, *plain, grad_scale)
+        dx, dalpha = _ops[backend, "lsq_bwd"](kernels.laid_out_like(grad_xhat, x), x, alpha, *plain, grad_scale)
         return dx, dalpha, None, None, None
 
 
@@ -212,7 +205,7 @@ class _LSQBin(torch.autograd.Function):
     def backward(ctx, grad_xhat, grad_loss, _):
         x, alpha, weights, dloss_dalpha = ctx.saved_tensors
         backend, plain, grad_scale, br_to_alpha = ctx.call
-        grad_xhat = torch.zeros_like(x) if grad_xhat is None else _laid_out_like(grad_xhat, x)
+        grad_xhat = torch.zeros_like(x) if grad_xhat is None else kernels.laid_out_like(grad_xhat, x)
         if grad_loss is None:  # nobody used the loss: what LSQ alone does, to the bit
             dx, dalpha = _ops[backend, "lsq_bwd"](grad_xhat, x, alpha, *plain, grad_scale)
             return dx, dalpha, None, None, None, None, None
@@ -247,7 +240,7 @@ class _ForeachLSQ(torch.autograd.Function):
         xs, alphas = _halves(ctx.saved_tensors)
         backend, (ranges, *relu), grad_scales = ctx.call
         used = [i for i, grad in enumerate(grad_xhats) if grad is not None]
-        grads = [_laid_out_like(grad_xhats[i], xs[i]) for i in used]
+        grads = [kernels.laid_out_like(grad_xhats[i], xs[i]) for i in used]
         xs, alphas, grad_scales = _at(used, xs, alphas, grad_scales)
         dxs, dalphas = _ops[backend, "foreach_lsq_bwd"](grads, xs, alphas, _ranges(used, ranges), *relu, grad_scales)
         return None, None, None, *_spread(used, dxs, len(grad_xhats)), *_spread(used, dalphas, len(grad_xhats))
@@ -296,7 +289,9 @@ class _ForeachLSQBin(torch.autograd.Function):
         count = len(xs)
         # A tensor that nobody used has no gradient, as one that was never quantized.
         used = [i for i in range(count) if grads[i] is not None or grads[count + i] is not None]
-        grad_xhats = [torch.zeros_like(xs[i]) if grads[i] is None else _laid_out_like(grads[i], xs[i]) for i in used]
+        grad_xhats = [
+            torch.zeros_like(xs[i]) if grads[i] is None else kernels.laid_out_like(grads[i], xs[i]) for i in used
+        ]
         without_loss = all(grad is None for grad in grads[count : 2 * count])
         grad_losses = [alphas[i].new_zeros(()) if grads[count + i] is None else grads[count + i] for i in used]
         xs, alphas, weights, grad_scales = _at(used, xs, alphas, weights, grad_scales)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import DTYPES, ELEMENT_TOLERANCE, SHAPES, SPECS, SUM_TOLERANCE, Case, Shape
 
-from qbr import BackendUnavailable, kernels
+from qbr import BackendUnavailable, kernels, ops
 from qbr import functional as F
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -189,6 +189,23 @@ def test_same_input_same_bits(backend, device, case: Case):
     for _ in range(2):
         again = run(backend, device, case, x, alpha, grad)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend, device", TARGETS)
+def test_a_gradient_laid_out_otherwise_than_x(backend, device):
+    """As inductor may hand it over, though the ops laid it out when they were traced."""
+    load(backend, device)
+    case = SPECS[1]
+    x, alpha, grad = (t.to(device) for t in case.inputs((4, 8, 5, 6)))
+    x, alpha, plain = ops.check(x, alpha, case.spec, case.relu, case.clip)
+    ops.implement(backend)
+    other = grad.contiguous(memory_format=torch.channels_last)
+    namespace = getattr(torch.ops, f"qbr_{backend}")
+    one, two = (namespace.lsq_bwd(g, x, alpha, *plain, 0.1) for g in (grad, other))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    ranges = [int(v) for v in plain[:4]]
+    listed = namespace.foreach_lsq_bwd([other], [x], [alpha], ranges, *plain[4:], [0.1])
+    assert torch.equal(one[0], listed[0][0])
 
 
 @pytest.mark.parametrize("backend, device", TARGETS)

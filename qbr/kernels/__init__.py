@@ -39,6 +39,16 @@ def list_functions(name: str) -> dict:
     return {op: function for op, function in found.items() if op.startswith("foreach_")}
 
 
+def laid_out_like(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """grad in x's dtype and strides, copied only where they differ: kernels walk both in storage order.
+
+    Backends ask again, though the ops have: code that inductor has compiled may lay the two out differently.
+    """
+    if grad.dtype == x.dtype and grad.stride() == x.stride():
+        return grad
+    return torch.empty_like(x).copy_(grad)
+
+
 @contextmanager
 def use_backend(name: str):
     """Prefer one backend ("auto", "triton", "native", "reference") for the calls inside that name none.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qbr.kernels import BackendUnavailable
+from qbr.kernels import BackendUnavailable, laid_out_like
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -280,6 +280,8 @@ def _bwd(grad_xhat, grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, rel
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx, torch.zeros_like(alpha)
+    if grad_xhat is not None:
+        grad_xhat = laid_out_like(grad_xhat, x)
     p = _plan_of(x, alpha, channel_axis)
     levels = qp - qn + 1
     lp = _power_of_two(levels)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qbr.kernels import laid_out_like
 from qbr.kernels import triton_backend as one
 from qbr.kernels.foreach import quants
 
@@ -163,6 +164,8 @@ def foreach_lsq_bin_bwd(grad_xhats, grad_losses, xs, alphas, bins, ranges, relu,
 
 def _bwd(grad_xhats, grad_losses, xs, alphas, bins, ranges, relu, clip, grad_scales):
     """dxs and dalphas (empty without grad_xhats)."""
+    if grad_xhats is not None:
+        grad_xhats = [laid_out_like(grad, x) for grad, x in zip(grad_xhats, xs)]
     dxs = [torch.empty_like(x) for x in xs]
     dalphas = [] if grad_xhats is None else [torch.empty_like(alpha) for alpha in alphas]
     for dalpha in (d for d, x in zip(dalphas, xs) if x.numel() == 0):

@@ -297,6 +297,8 @@ def _bwd(grad_xhat, grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, rel
             QN=qn, QP=qp, BINARY=binary, RELU=relu, SELECT=select, LP=lp, **_tile_options(p),
         )  # fmt: skip
         if dalpha is not None:
+            if kernels.interpreted:  # it would take a float as it is, where a compiled kernel takes a float32
+                grad_scale = torch.tensor(grad_scale, dtype=torch.float32).item()
             bc = _columns(p.channels)
             kernels.sum_rows[(-(-p.channels // bc),)](
                 partials, dalpha, p.splits, p.channels, grad_scale, BR=FINAL_TILE // bc, BC=bc, **_options(),

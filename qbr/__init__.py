@@ -1,6 +1,6 @@
 """qbr: quantization-aware training with learned step sizes (LSQ) and bin regularization (BR), fused."""
 
-from qbr import functional
+from qbr import export, functional
 from qbr.alpha_control import AlphaControl, parameter_groups
 from qbr.calibrate import calibrate
 from qbr.compat import ActivationHookManager, grad_scale, round_pass
@@ -46,6 +46,7 @@ __all__ = [
     "bin_loss",
     "calibrate",
     "convert",
+    "export",
     "functional",
     "grad_scale",
     "parameter_groups",

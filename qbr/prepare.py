@@ -62,6 +62,7 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any =
     for quantizer in quantizers(model).values():
         quantizer.collecting = config.collect_bin_loss
     watch(model)
+    model.qat_config = config  # what packed files keep, so that they load into a float model
     return model
 
 

@@ -56,6 +56,7 @@ def _open(model: str | bytes, runtime, exact: bool, threads: int | None):
     return runtime.InferenceSession(
         model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
     )
+_QUANTIZING = ("QuantizeLinear", "Where")  # what an activation's codes come from; Where: 1 bit, signed
 
 
 @dataclass
@@ -86,7 +87,8 @@ class Comparison:
         differing, total = (sum(pair[i] for pair in self.codes.values()) for i in (0, 1))
         return (f"top-1 equal for {self.top1_equal} of {self.rows}; outputs differ by {self.largest_difference:.3g} "
                 f"at most (largest magnitude {self.scale:.3g}); {differing} of {total} activation codes differ, in "
-                f"{self.rows_differing} samples, first within {self.from_tie:.1g} steps of a tie; given the same values, {sum(self.quantizers.values())} do")  # fmt: skip
+                f"{self.rows_differing} samples, first within {self.from_tie:.1g} steps of a tie; given the same "
+                f"values, {sum(self.quantizers.values())} do")  # fmt: skip
 
 
 def compare(
@@ -108,19 +110,20 @@ def compare(
     result = Comparison()
     _compare_outputs(result, expected, torch.from_numpy(plain.run(None, feed)[0]))
     proto = onnx.load(str(path))
-    tapped = {name: node for node in proto.graph.node if node.op_type == "QuantizeLinear"
-              for name in [node.name.removesuffix("/QuantizeLinear")]}  # fmt: skip
+    tapped = {node.name.rpartition("/")[0]: node for node in proto.graph.node if node.op_type in _QUANTIZING}
+    tapped = {name: node for name, node in tapped.items() if name in taps}
     inner = _with_outputs(onnx, proto, tapped)
-    values = dict(zip([each.name for each in inner.get_outputs()], inner.run(None, feed)))
+    values = {**feed, **dict(zip([each.name for each in inner.get_outputs()], inner.run(None, feed)))}
     seen = torch.zeros(result.rows, dtype=torch.bool)  # samples that differ
     for name, node in tapped.items():
         quantizer, x, xhat, relu, clip = taps[name]
-        theirs = torch.from_numpy(values[_dequantized(proto, node)])
-        result.codes[name] = _differing(theirs, xhat), xhat.numel()
-        _note_ties(result, seen, theirs != xhat, x, quantizer)
+        theirs = _codes(torch.from_numpy(values[_dequantized(proto, node)]), quantizer)
+        different = theirs != _codes(xhat, quantizer)
+        result.codes[name] = int(different.sum()), different.numel()
+        _note_ties(result, seen, different, x, quantizer)
         entered = torch.from_numpy(values[_entering(proto, node)])
         ours = functional.fake_quantize(entered, quantizer.alpha.detach(), quantizer.spec, relu=relu, clip=clip)
-        result.quantizers[name] = _differing(theirs, ours)
+        result.quantizers[name] = int((theirs != _codes(ours, quantizer)).sum())
     return result
 
 
@@ -132,7 +135,8 @@ def _run_torch(model: nn.Module, args, kwargs) -> tuple[Tensor, dict[str, tuple]
         def hook(module: LSQQuantizer, inputs, options, output):
             calls = sum(key.partition("@")[0] == name for key in taps)
             key = name if calls == 0 else f"{name}@{calls + 1}"
-            taps[key] = module, inputs[0].detach(), output.detach().float(), options.get("relu", False), options.get("clip")
+            relu, clip = options.get("relu", False), options.get("clip")
+            taps[key] = module, inputs[0].detach(), output.detach().float(), relu, clip
 
         return hook
 
@@ -171,8 +175,8 @@ def _compare_outputs(result: Comparison, expected: Tensor, got: Tensor) -> None:
     result.top1_equal = int((rows[0].argmax(1) == rows[1].argmax(1)).sum())
 
 
-def _differing(a: Tensor, b: Tensor) -> int:
-    return int((a.float() != b.float()).sum())
+def _codes(xhat: Tensor, quantizer: LSQQuantizer) -> Tensor:
+    return (xhat.float() / per_channel(quantizer.alpha.detach(), xhat.dim(), quantizer.spec)).round()
 
 
 def _note_ties(result: Comparison, seen: Tensor, different: Tensor, x: Tensor, quantizer: LSQQuantizer) -> None:
@@ -199,6 +203,8 @@ def _with_outputs(onnx, proto, tapped: dict):
 
 
 def _dequantized(proto, node) -> str:
+    if node.op_type == "Where":
+        return node.output[0]
     return next(n.output[0] for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in node.output)
 
 
@@ -206,6 +212,6 @@ def _entering(proto, node) -> str:
     """What a quantizer reads: before its Clip."""
     producers = {output: each for each in proto.graph.node for output in each.output}
     name = node.input[0]
-    while name in producers and producers[name].op_type in ("Clip", "Max", "Min"):
+    while name in producers and producers[name].name.rpartition("/")[0] == node.name.rpartition("/")[0]:
         name = producers[name].input[0]
     return name

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _model(export, required=True)
     export.add_argument("--input", metavar="C,H,W", required=True, type=_sizes,
                         help="the size of one input without the batch, such as 3,32,32")  # fmt: skip
-    export.add_argument("--keep-batchnorm", action="store_true",
+    export.add_argument("--fold-batchnorm", action="store_true",
                         help="leave BatchNorms as they are instead of folding them into scales and biases")  # fmt: skip
     _bits(export)
 
@@ -151,7 +151,7 @@ def _loaded(path: Path, options: argparse.Namespace) -> nn.Module:
 
 def _export(options: argparse.Namespace) -> None:
     model = _loaded(options.checkpoint, options)
-    to_onnx(model, torch.zeros(2, *options.input), options.out, fold_batchnorm=not options.keep_batchnorm)
+    to_onnx(model, torch.zeros(2, *options.input), options.out, fold_batchnorm=options.fold_batchnorm)
     print(inspect(options.out))
 
 

@@ -21,6 +21,14 @@ def test_the_examples_run(page, examples, tmp_path, monkeypatch):
     assert names["br"].weights.item() > 0
 
 
+def test_the_export_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(compile(block, "docs/export.md", "exec"), names)
+    assert names["logits"].shape == (16, 10)
+
+
 def test_links_lead_somewhere():
     for page in [
         ROOT / "README.md",

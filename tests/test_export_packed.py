@@ -175,10 +175,13 @@ def test_without_a_config(tmp_path):
 
 
 class _Bomb:
-    ran = False
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
 
     def __reduce__(self):
-        return exec, ("import tests.test_export_packed as t; t._Bomb.ran = True",)
+        return open, (self.marker, "w")
 
 
 def _edited(tmp_path, change):
@@ -202,10 +205,10 @@ def _refused(path, message):
 
 
 def test_pickles_and_archives(tmp_path):
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(pickle.dumps(_Bomb()))
+    path, marker = tmp_path / "m.safetensors", tmp_path / "ran"
+    path.write_bytes(pickle.dumps(_Bomb(marker)))
     _refused(path, "a Python pickle, not safetensors; nothing in it was run")
-    torch.save({"state_dict": _Bomb()}, path)
+    torch.save({"state_dict": _Bomb(marker)}, path)
     _refused(path, "a checkpoint of torch.save, not safetensors; nothing in it was run; python -m qbr convert")
     path.write_bytes(b"")
     _refused(path, "empty")
@@ -213,7 +216,9 @@ def test_pickles_and_archives(tmp_path):
     _refused(path, "of no kind that is known here")
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_packed(_net(), tmp_path / "absent.safetensors")
-    assert not _Bomb.ran
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(_Bomb(marker)))
+    assert marker.exists()  # it would have
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.9, 0.999])
@@ -270,7 +275,9 @@ def _two_steps(about, tensors):
         (_set("weights", "0.weight", "quantizer", to="nobody"), "nobody"),
         (_set("weights", "0.weight", "dtype", to="object"), "object"),
         (_set("quantizers", "0.weight_quantizer", "bits", to=99), "bits=99"),
+        (_set("weights", "0.weight", "quantizer", to="2.quantizer"), "said to be quantized by '2.quantizer'"),
         (_set("quantizers", "0.weight_quantizer", "qp", to=1 << 40), "levels"),
+        (_set("quantizers", "0.weight_quantizer", to={"bits": 2, "qn": 1 << 40, "qp": 3 + (1 << 40)}), "within -32768"),
         (_set("config", to={"weight_bits": "2; import os"}), "weight_bits"),
         (_set("config", to={"colour": 1}), "colour"),
         (_set("aliases", to={"8.weight": "0.weight"}), "8.weight is said to be 0.weight"),

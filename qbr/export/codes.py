@@ -33,7 +33,12 @@ class QuantizedWeight:
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
-    """All of a model's, each once; ``<parameter>_quantizer`` is that of ``<parameter>`` (qbr/grouping.py)."""
+    """All of a model's, each once; ``<parameter>_quantizer`` is that of ``<parameter>`` (qbr/grouping.py).
+
+    Raises:
+        ValueError: for an Embedding with ``max_norm`` whose weight another layer uses, too: its rows are renormalised
+            as they are looked up, so that what the other layer sees depends on the data before.
+    """
     found: dict[tuple[int, int], QuantizedWeight] = {}
     for prefix, module in model.named_modules():
         for attribute, quantizer in module._modules.items():
@@ -42,7 +47,10 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
             if isinstance(quantizer, LSQQuantizer) and quantizer.kind == "weight" and weight is not None:
                 stem = f"{prefix}." if prefix else ""
                 each = QuantizedWeight(stem + parameter, stem + attribute, module, weight, quantizer)
-                found.setdefault((id(weight), id(quantizer)), each)
+                first = found.setdefault((id(weight), id(quantizer)), each)
+                if first is not each and any(getattr(m, "max_norm", None) is not None for m in (first.module, module)):
+                    raise ValueError(f"{first.name} is tied and has max_norm: what it holds depends on the data "
+                                     "before; set the Embedding's max_norm to None")  # fmt: skip
     return list(found.values())
 
 
@@ -61,6 +69,12 @@ def check_steps(name: str, alpha: Tensor) -> None:
         raise ValueError(f"{name} has a step size of {bad}: expected positive, finite step sizes")
 
 
+def check_range(name: str, spec: QuantSpec) -> None:
+    """Raise ValueError unless the codes are int16, as they are kept here; those that ``bits`` gives always are."""
+    if spec.qn < -(1 << 15) or spec.qp >= 1 << 15:
+        raise ValueError(f"{name} has the codes {spec.qn}..{spec.qp}: expected them within -32768..32767")
+
+
 def codes_of(name: str, weight: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:
     """The integer codes of a weight, int16, to the bit those of qbr's kernels: round(clamp(x / alpha, qn, qp)).
 
@@ -68,6 +82,7 @@ def codes_of(name: str, weight: Tensor, alpha: Tensor, spec: QuantSpec) -> Tenso
         ValueError: naming the tensor, where it or its steps cannot be quantized.
     """
     check_steps(name, alpha)
+    check_range(name, spec)
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{name} has values that are not finite: nothing to export")
     v = (weight if weight.dtype == torch.float64 else weight.float()) / per_channel(alpha, weight.dim(), spec)

@@ -18,8 +18,10 @@ from qbr.export.files import write_whole
 from qbr.export.lowering import IR_VERSIONS, Lowering, opset, translation
 from qbr.export.optional import need
 from qbr.quantizers import quantizers
+from qbr.running import unwrapped
 
 LARGEST_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GB
+
 
 def to_onnx(
     model: nn.Module,
@@ -28,7 +30,7 @@ def to_onnx(
     *,
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
-    fold_batchnorm: bool = True,
+    fold_batchnorm: bool = False,
     input_names: list[str] | None = None,
     output_names: list[str] | None = None,
 ) -> Path:
@@ -48,8 +50,9 @@ def to_onnx(
         dynamic_batch: whether dimension 0 of every tensor in ``example`` may vary, by one common size.
         dynamic_shapes: torch.export's own description of what may vary, instead of ``dynamic_batch``.
         fold_batchnorm: put a BatchNorm behind a quantized convolution or linear layer into the weight's scales and
-            the bias. No integer code changes, so that this is exact but for the rounding of float32; where a factor
-            is not positive, or the layer's output is read elsewhere too, the BatchNorm stays.
+            an Add. No code of a weight changes, which makes it exact in real numbers; in float32 it rounds at another
+            place, and moves activations that lie within rounding of a tie, which is why it is off. Where a factor is
+            not positive, or the layer's output is read elsewhere too, the BatchNorm stays.
         input_names, output_names: names in the file, by position; else the exporter's.
 
     Returns:
@@ -62,6 +65,7 @@ def to_onnx(
     """
     for name in ("onnx", "onnxscript"):
         need(name)
+    model = unwrapped(model)
     found = quantizers(model)
     if not found:
         raise ValueError(f"model ({type(model).__name__}) has no quantizers: qbr.prepare it, or load a prepared one; "

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qbr.config import QATConfig
 from qbr.export import bits
 from qbr.export.codes import (
+    check_range,
     check_steps,
     codes_of,
     from_unsigned,
@@ -248,7 +249,7 @@ def read_packed(path: str | os.PathLike) -> Packed:
         raise ValueError(f"{path} is safetensors, but not from qbr.export.save_packed: it has no qbr metadata")
     try:
         return _parse(json.loads(metadata["qbr"]), tensors)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: the file contradicts itself: {reason}") from error
 
@@ -259,6 +260,7 @@ def _parse(about: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
     config = None if about["config"] is None else QATConfig.from_json(json.dumps(about["config"]))
     packed = Packed(config, {name: _spec_from_json(values) for name, values in about["quantizers"].items()})
     for name, spec in packed.specs.items():
+        check_range(name, spec)
         alpha = tensors[f"{name}.alpha"]
         if alpha.dtype != torch.float32 or alpha.dim() != 1 or (spec.channel_axis is None and alpha.numel() != 1):
             raise ValueError(f"{name}.alpha is {alpha.dtype} {tuple(alpha.shape)}")
@@ -275,6 +277,8 @@ def _parse(about: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
 
 def _weight(name: str, values, specs, tensors) -> tuple[str, Tensor, torch.dtype]:
     quantizer, shape, dtype = values["quantizer"], values["shape"], DTYPES[values["dtype"]]
+    if quantizer != f"{name}_quantizer":
+        raise ValueError(f"{name} is said to be quantized by {quantizer!r}")
     spec, alpha, stored = specs[quantizer], tensors[f"{quantizer}.alpha"], tensors[name]
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
         raise ValueError(f"{name} has the shape {shape!r}")

@@ -23,6 +23,7 @@ INEXACT = [
     "WeightBiasQuantization", "ConvBNFusion", "ConvMulFusion", "ConvAddFusion", "MatMulAddFusion",
     "MatMulScaleFusion", "MatMulBNFusion", "BatchNormalizationAddFusion",
 ]  # fmt: skip
+_QUANTIZING = ("QuantizeLinear", "Where")  # what an activation's codes come from; Where: 1 bit, signed
 
 
 def session(path: str | os.PathLike, *, exact: bool = True, threads: int | None = None):
@@ -53,10 +54,7 @@ def _open(model: str | bytes, runtime, exact: bool, threads: int | None):
     if exact:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     disabled = INEXACT if exact else []
-    return runtime.InferenceSession(
-        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-    )
-_QUANTIZING = ("QuantizeLinear", "Where")  # what an activation's codes come from; Where: 1 bit, signed
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
 
 
 @dataclass

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--input", metavar="C,H,W", required=True, type=_sizes,
                         help="the size of one input without the batch, such as 3,32,32")  # fmt: skip
     export.add_argument("--fold-batchnorm", action="store_true",
-                        help="leave BatchNorms as they are instead of folding them into scales and biases")  # fmt: skip
+                        help="put BatchNorms into the weights' scales; rounds otherwise than the network in torch")  # fmt: skip
     _bits(export)
 
     look = _command(commands, "inspect", _inspect, "Show what an ONNX file, packed weights or a checkpoint hold.")

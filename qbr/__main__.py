@@ -60,8 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     _model(export, required=True)
     export.add_argument("--input", metavar="C,H,W", required=True, type=_sizes,
                         help="the size of one input without the batch, such as 3,32,32")  # fmt: skip
-    export.add_argument("--fold-batchnorm", action="store_true",
-                        help="put BatchNorms into the weights' scales; rounds otherwise than the network in torch")  # fmt: skip
+    export.add_argument(
+        "--fold-batchnorm",
+        action="store_true",
+        help="put BatchNorms into the scales of weights; rounds otherwise than torch does",
+    )
     _bits(export)
 
     look = _command(commands, "inspect", _inspect, "Show what an ONNX file, packed weights or a checkpoint hold.")

@@ -72,11 +72,13 @@ def _types(path):
 
 CASES = {
     "W2A4": (2, 4, {}, {"fold_batchnorm": True}, "INT2", 25, 13),
-    "W3A3 per channel, inputs": (3, 3, {"weight_per_channel": True, "quantize_inputs": True}, {"fold_batchnorm": True}, "INT4", 21, 10),
+    "W3A3 per channel, inputs": (
+        3, 3, {"weight_per_channel": True, "quantize_inputs": True}, {"fold_batchnorm": True}, "INT4", 21, 10,
+    ),
     "W8A8": (8, 8, {}, {}, "INT8", 21, 10),
     "W1A1 signed": (1, 1, {"quantize_inputs": True, "input_signed": True}, {"fold_batchnorm": True}, "INT2", 25, 13),
     "W4A2 clip": (4, 2, {"clip": 0.7}, {}, "INT4", 21, 10),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

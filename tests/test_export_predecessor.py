@@ -157,6 +157,18 @@ def test_more_claimed_than_there_is(tmp_path):
         read_checkpoint(path)
 
 
+class _Memory:
+    def __reduce__(self):
+        return bytearray, (1 << 40,)
+
+
+def test_memory_out_of_a_number(tmp_path):
+    path = tmp_path / "best.pth"
+    torch.save({"model_state_dict": {"w": torch.ones(1)}, "epoch": _Memory()}, path)
+    with pytest.raises(ValueError, match="makes a bytearray"):
+        read_checkpoint(path)
+
+
 @pytest.mark.parametrize("step", [0.0, -1.0, float("nan")])
 def test_a_dead_step(step, tmp_path):
     path, _ = _old(tmp_path / "best.pth", **{"relu.quantizer.alpha": torch.tensor([step])})

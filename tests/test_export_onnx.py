@@ -16,6 +16,7 @@ from experiments.cifar10.models import resnet20
 from qbr import QATConfig, QuantSpec
 from qbr.__main__ import main
 from qbr.export import compare, inspect, lowering, optional, save_packed, session, to_onnx
+from qbr.export.codes import codes_of
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -269,3 +270,28 @@ def test_resnet20(weight_bits, act_bits, tmp_path):
     second = ReferenceEvaluator(str(path)).run(None, {"x": images[:1].numpy()})[0]
     with torch.no_grad():
         assert np.argmax(second) == model(images[:1]).argmax()
+
+
+@pytest.mark.parametrize("type_name, spec", [("UINT8", QuantSpec(8, False)), ("INT8", QuantSpec(8))])
+def test_quantize_linear_divides_as_qbr_does(type_name, spec, tmp_path):
+    """At ties and up to two units in the last place beside them, where multiplying by 1 / scale gives other codes."""
+    ties = torch.arange(spec.qn - 1, spec.qp + 1) + 0.5
+    make, path, different = onnx.helper, tmp_path / "m.onnx", 0
+    for alpha in torch.rand(40, generator=torch.Generator().manual_seed(0)).add(1e-3).split(1):
+        x = [ties * alpha]
+        for _ in range(2):
+            x = [torch.nextafter(x[0], torch.tensor(-1e9)), *x, torch.nextafter(x[-1], torch.tensor(1e9))]
+        x = torch.cat(x)
+        scale = make.make_tensor("s", onnx.TensorProto.FLOAT, [], [alpha.item()])
+        zero = make.make_tensor("z", onnx.TensorProto.DataType.Value(type_name), [], [0])
+        node = make.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])
+        ends = [make.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [None])]
+        ends.append(make.make_tensor_value_info("y", onnx.TensorProto.DataType.Value(type_name), [None]))
+        graph = make.make_graph([node], "g", ends[:1], ends[1:], [scale, zero])
+        onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 21)], ir_version=10), path)
+        theirs = session(path).run(None, {"x": x.numpy()})[0].astype(np.int16)
+        expected = codes_of("x", x, alpha, spec)
+        assert np.array_equal(theirs, expected.numpy())
+        multiplied = (x * (1 / alpha)).clamp(spec.qn, spec.qp).round()
+        different += int((multiplied != expected).sum())
+    assert different > 0

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import zipfile
@@ -100,9 +101,30 @@ def test_what_only_a_model_tells_is_not_guessed(tmp_path):
     torch.save(model.state_dict(), tmp_path / "m.pth")
     with pytest.raises(ValueError, match="the range of .*input_quantizer.*save_packed"):
         convert_checkpoint(tmp_path / "m.pth", tmp_path / "m.safetensors", config=config)
+    assert {row.bits for row in inspect(tmp_path / "m.pth", config=config).rows} == {2, 3, None}
+    (tmp_path / "config.json").write_text(config.to_json())
+    made = ["convert", str(tmp_path / "m.pth"), str(tmp_path / "m.safetensors"), "--model", f"{__name__}:Block"]
+    assert main([*made, "--config", str(tmp_path / "config.json")]) == 0
+    assert torch.equal(load_packed(Block, tmp_path / "m.safetensors").eval()(X), model(X))
 
 
 # Hostile files
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_bytes_that_changed_are_a_value_error_or_harmless(suffix, tmp_path):
+    path, model = _old(tmp_path / "best.pth")
+    whole = path.read_bytes() if suffix == ".pth" else save_packed(model, tmp_path / "m.safetensors").read_bytes()
+    path, choose, refused = tmp_path / f"changed{suffix}", random.Random(0), 0
+    for _ in range(60):
+        changed = bytearray(whole)
+        changed[choose.randrange(min(len(whole), 3000))] = choose.randrange(256)
+        path.write_bytes(changed)
+        try:
+            str(inspect(path))
+        except ValueError as error:
+            refused += path.name in str(error)
+    assert refused > 10
 
 
 class _Bomb:

@@ -17,7 +17,7 @@ from qbr.export.codes import codes_of, width
 from qbr.export.files import CHECKPOINT, ONNX, PACKED, described, kind_of
 from qbr.export.optional import need
 from qbr.export.packed import read_packed
-from qbr.export.predecessor import read_checkpoint
+from qbr.export.predecessor import read_checkpoint, steps
 from qbr.spec import QuantSpec
 
 _HEAD = ("tensor", "kind", "shape", "bits", "step", "bins", "bytes")
@@ -128,17 +128,19 @@ def _checkpoint(path: Path, options) -> Inspection:
     who = "the predecessor's" if checkpoint.predecessor else "torch.save"
     found = Inspection("checkpoint", f"{who}, {config}", path.stat().st_size)
     counted = set()
-    for name, spec in (checkpoint.specs if checkpoint.config is not None else {}).items():
-        alpha = checkpoint.state[f"{name}.alpha"]
-        weight = name.removesuffix("_quantizer")
+    for key in steps(checkpoint.state) if checkpoint.config is not None else ():
+        name, alpha = key.removesuffix(".alpha"), checkpoint.state[key]
+        spec, weight = checkpoint.spec(name), name.removesuffix("_quantizer")
         if name.endswith("weight_quantizer"):
-            tensor = checkpoint.state[weight]
-            bins = _occupied(codes_of(weight, tensor, alpha, spec)), len(spec.codes)
-            found.rows.append(Row(weight, "weight", tuple(tensor.shape), spec.bits, alpha, bins, _nbytes([tensor])))
+            tensor, bins = checkpoint.state[weight], None
+            if spec is not None:
+                bins = _occupied(codes_of(weight, tensor, alpha, spec)), len(spec.codes)
+            known = None if spec is None else spec.bits
+            found.rows.append(Row(weight, "weight", tuple(tensor.shape), known, alpha, bins, _nbytes([tensor])))
             counted.add(weight)
         else:
             found.rows.append(_activation(name, spec, alpha))
-            counted.add(f"{name}.alpha")
+            counted.add(key)
     found.rest = _nbytes(tensor for name, tensor in checkpoint.state.items() if name not in counted)
     return found
 

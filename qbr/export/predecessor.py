@@ -40,28 +40,32 @@ class Checkpoint:
     config: QATConfig | None
     predecessor: bool
 
+    def spec(self, quantizer: str) -> QuantSpec | None:
+        """The range of a quantizer of the predecessor's layers, which qbr's scripts use, too; None where names and
+        config do not tell it."""
+        name = f"{quantizer}.alpha"
+        layer = self.config.layer(quantizer.rpartition(".")[0])
+        by_order = self.config.first_layer is not None or self.config.last_layer is not None
+        if name.endswith(_WEIGHT) and layer.weight_bits is not None and not by_order:
+            channels, shape = self.state[name].numel(), self.state[quantizer.removesuffix("_quantizer")].shape
+            axis = None if not layer.weight_per_channel else 0 if shape[0] == channels else 1
+            return QuantSpec(layer.weight_bits, channel_axis=axis)
+        if (name.endswith(_ACTIVATION) or _LATER_CALL.search(name)) and layer.act_bits is not None:
+            return QuantSpec(layer.act_bits, signed=False)
+        return None
+
     @property
     def specs(self) -> dict[str, QuantSpec]:
-        """{quantizer name: its range}, of the predecessor's layers, which qbr's scripts use too.
+        """{quantizer name: its range}.
 
         Raises:
-            ValueError: where names and config do not tell a range: the model does.
+            ValueError: where names and config do not tell a range.
         """
-        specs = {}
-        remedy = "load it into its model and use qbr.export.save_packed (on the command line --model)"
-        if self.config.first_layer is not None or self.config.last_layer is not None:
-            raise ValueError(f"first_layer and last_layer depend on the model: {remedy}")
-        for name in steps(self.state):
-            owner = name.removesuffix(".alpha")
-            layer = self.config.layer(owner.rpartition(".")[0])
-            if name.endswith(_WEIGHT) and layer.weight_bits is not None:
-                channels, shape = self.state[name].numel(), self.state[owner.removesuffix("_quantizer")].shape
-                axis = None if not layer.weight_per_channel else 0 if shape[0] == channels else 1
-                specs[owner] = QuantSpec(layer.weight_bits, channel_axis=axis)
-            elif (name.endswith(_ACTIVATION) or _LATER_CALL.search(name)) and layer.act_bits is not None:
-                specs[owner] = QuantSpec(layer.act_bits, signed=False)
-            else:
-                raise ValueError(f"names and config do not tell the range of {owner}: {remedy}")
+        specs = {name.removesuffix(".alpha"): self.spec(name.removesuffix(".alpha")) for name in steps(self.state)}
+        unknown = [name for name, spec in specs.items() if spec is None]
+        if unknown:
+            raise ValueError(f"names and config do not tell the range of {unknown[0]}: load the checkpoint into its "
+                             "model and use qbr.export.save_packed (on the command line --model)")  # fmt: skip
         return specs
 
     @property

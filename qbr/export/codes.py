@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qbr.quantizers import LSQQuantizer
+from qbr.quantizers import LSQQuantizer, quantizers
 from qbr.spec import QuantSpec
 
 
@@ -73,6 +74,14 @@ def check_range(name: str, spec: QuantSpec) -> None:
     """Raise ValueError unless the codes are int16, as they are kept here; those that ``bits`` gives always are."""
     if spec.qn < -(1 << 15) or spec.qp >= 1 << 15:
         raise ValueError(f"{name} has the codes {spec.qn}..{spec.qp}: expected them within -32768..32767")
+
+
+def warn_unset(model: nn.Module) -> None:
+    """Warn, at the caller's caller, of step sizes that were never set from data."""
+    unset = [name for name, quantizer in quantizers(model).items() if not quantizer.initialised]
+    if unset:
+        message = f"the step sizes of {unset} were never set from data: qbr.calibrate(model, batches) first, or train"
+        warnings.warn(message, stacklevel=3)
 
 
 def codes_of(name: str, weight: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:

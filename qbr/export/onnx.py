@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qbr import kernels
-from qbr.export.codes import check_steps, quantized_weights, renormalised
+from qbr.export.codes import check_steps, quantized_weights, renormalised, warn_unset
 from qbr.export.files import write_whole
 from qbr.export.lowering import IR_VERSIONS, Lowering, opset, translation
 from qbr.export.optional import need
@@ -62,6 +63,9 @@ def to_onnx(
         ImportError: naming the pip command, where onnx or onnxscript is missing.
         TypeError, ValueError: for a model without quantizers, with a step that is not positive and finite, in
             float64, or whose forward fixes the batch size.
+
+    Warns:
+        UserWarning: of step sizes that were never set from data.
     """
     for name in ("onnx", "onnxscript"):
         need(name)
@@ -72,6 +76,7 @@ def to_onnx(
                          "a float or converted model is torch.onnx.export's")  # fmt: skip
     for name, quantizer in found.items():
         check_steps(f"{name}.alpha", quantizer.alpha.detach())
+    warn_unset(model)
     version = opset([quantizer.spec for quantizer in found.values() if quantizer.kind == "weight"])
     args, kwargs = _arguments(example)
     shapes = dynamic_shapes
@@ -80,10 +85,12 @@ def to_onnx(
         shapes = _batch_shapes(args, kwargs)
     program = _torch_export(_for_export(model), args, kwargs, shapes)
     table = {getattr(torch.ops, f"qbr_{name}").lsq_fwd.default: translation for name in kernels.MODULES}
-    onnx_program = torch.onnx.export(
-        program, dynamo=True, dynamic_shapes=shapes, opset_version=version, custom_translation_table=table,
-        optimize=False, verbose=False, input_names=input_names, output_names=output_names,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*(axis name|LeafSpec)")  # the exporter's notes to itself
+        onnx_program = torch.onnx.export(
+            program, dynamo=True, dynamic_shapes=shapes, opset_version=version, custom_translation_table=table,
+            optimize=False, verbose=False, input_names=input_names, output_names=output_names,
+        )  # fmt: skip
     optimizer = need("onnxscript.optimizer")
     optimizer.optimize_ir(onnx_program.model)  # constants; it fuses nothing
     Lowering(onnx_program.model, fold_batchnorm)

@@ -31,6 +31,7 @@ from qbr.export.codes import (
     renormalised,
     to_unsigned,
     values_of,
+    warn_unset,
     width,
 )
 from qbr.export.files import PACKED, described, kind_of, write_whole
@@ -95,6 +96,9 @@ def save_packed(
         ImportError: naming the pip command, without safetensors.
         ValueError: for a model without quantizers, and for weights or steps that are not finite, or steps that are
             not positive. TypeError: for a state_dict with something that is no tensor.
+
+    Warns:
+        UserWarning: of step sizes that were never set from data.
     """
     model = unwrapped(model)
     found = quantizers(model)
@@ -102,6 +106,7 @@ def save_packed(
         raise ValueError(f"model ({type(model).__name__}) has no quantizers: qbr.prepare it before packing")
     if float_dtype not in (None, torch.float16, torch.bfloat16):
         raise ValueError(f"float_dtype={float_dtype}: expected torch.float16, torch.bfloat16 or None for no cast")
+    warn_unset(model)
     weights = {}
     for each in quantized_weights(model):
         weight = renormalised(each.module, each.weight.detach().cpu())

@@ -1,6 +1,6 @@
 """qbr: quantization-aware training with learned step sizes (LSQ) and bin regularization (BR), fused."""
 
-from qbr import functional, schedules
+from qbr import export, functional, schedules
 from qbr.alpha_control import AlphaControl, parameter_groups
 from qbr.calibrate import calibrate
 from qbr.compat import ActivationHookManager, grad_scale, round_pass
@@ -54,6 +54,7 @@ __all__ = [
     "bin_loss",
     "calibrate",
     "convert",
+    "export",
     "functional",
     "grad_scale",
     "parameter_groups",

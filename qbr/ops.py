@@ -397,6 +397,8 @@ def _grad_scale(x: Tensor, alpha: Tensor, spec: QuantSpec) -> float:
 def lsq(x, alpha, spec, relu, clip, backend, alpha_grad) -> Tensor:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
+    if not torch.is_grad_enabled():  # the gradient's scale is a number: it would fix a dynamic batch in torch.export
+        return _ops[backend, "lsq_fwd"](x, alpha, *plain)
     return _LSQ.apply(x, alpha, backend, plain, alpha_grad * _grad_scale(x, alpha, spec))
 
 

@@ -63,6 +63,7 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any =
         quantizer.collecting = config.collect_bin_loss
         quantizer.regularizer = config.regularizer
     watch(model)
+    model.qat_config = config  # what packed files keep, so that they load into a float model
     return model
 
 

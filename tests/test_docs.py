@@ -54,6 +54,14 @@ def test_the_lines_that_change_are_those_of_the_two_loops():
         assert any(each.partition("  #")[0].strip() == wanted for each in {"-": old, "+": new}[line[0]]), line
 
 
+def test_the_export_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(compile(block, "docs/export.md", "exec"), names)
+    assert names["logits"].shape == (16, 10)
+
+
 def test_links_lead_somewhere():
     for page in [
         ROOT / "README.md",

@@ -1,0 +1,134 @@
+"""The integers behind a quantized tensor: codes from weights and back, and the width that they need."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qbr.quantizers import LSQQuantizer, quantizers
+from qbr.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A parameter and its quantizer, by their names in the state_dict (the first ones, where weights are tied)."""
+
+    name: str
+    quantizer_name: str
+    module: nn.Module
+    weight: Tensor
+    quantizer: LSQQuantizer
+
+    @property
+    def codes(self) -> Tensor:
+        """int16, the weight's shape. An Embedding's rows are within max_norm first, as its forward sees them.
+
+        Raises:
+            ValueError: for a weight or step that is not finite, or a step that is not positive.
+        """
+        weight = renormalised(self.module, self.weight.detach().cpu())
+        return codes_of(self.name, weight, self.quantizer.alpha.detach().cpu(), self.quantizer.spec)
+
+
+def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
+    """All of a model's, each once; ``<parameter>_quantizer`` is that of ``<parameter>`` (qbr/grouping.py).
+
+    Raises:
+        ValueError: for an Embedding with ``max_norm`` whose weight another layer uses, too: its rows are renormalised
+            as they are looked up, so that what the other layer sees depends on the data before.
+    """
+    found: dict[tuple[int, int], QuantizedWeight] = {}
+    for prefix, module in model.named_modules():
+        for attribute, quantizer in module._modules.items():
+            parameter = attribute.removesuffix("_quantizer")
+            weight = module._parameters.get(parameter)
+            if isinstance(quantizer, LSQQuantizer) and quantizer.kind == "weight" and weight is not None:
+                stem = f"{prefix}." if prefix else ""
+                each = QuantizedWeight(stem + parameter, stem + attribute, module, weight, quantizer)
+                first = found.setdefault((id(weight), id(quantizer)), each)
+                if first is not each and any(getattr(m, "max_norm", None) is not None for m in (first.module, module)):
+                    raise ValueError(f"{first.name} is tied and has max_norm: what it holds depends on the data "
+                                     "before; set the Embedding's max_norm to None")  # fmt: skip
+    return list(found.values())
+
+
+def renormalised(module: nn.Module, weight: Tensor) -> Tensor:
+    """An Embedding's rows within its ``max_norm``, as its forward makes them; any other weight itself."""
+    if getattr(module, "max_norm", None) is None:
+        return weight
+    rows = torch.arange(len(weight), device=weight.device)
+    return torch.embedding_renorm_(weight.clone(), rows, module.max_norm, module.norm_type)
+
+
+def check_steps(name: str, alpha: Tensor) -> None:
+    """Raise ValueError unless all step sizes are positive and finite."""
+    if not bool((torch.isfinite(alpha) & (alpha > 0)).all()):
+        bad = alpha[~(torch.isfinite(alpha) & (alpha > 0))][0].item()
+        raise ValueError(f"{name} has a step size of {bad}: expected positive, finite step sizes")
+
+
+def check_range(name: str, spec: QuantSpec) -> None:
+    """Raise ValueError unless the codes are int16, as they are kept here; those that ``bits`` gives always are."""
+    if spec.qn < -(1 << 15) or spec.qp >= 1 << 15:
+        raise ValueError(f"{name} has the codes {spec.qn}..{spec.qp}: expected them within -32768..32767")
+
+
+def warn_unset(model: nn.Module) -> None:
+    """Warn, at the caller's caller, of step sizes that were never set from data."""
+    unset = [name for name, quantizer in quantizers(model).items() if not quantizer.initialised]
+    if unset:
+        message = f"the step sizes of {unset} were never set from data: qbr.calibrate(model, batches) first, or train"
+        warnings.warn(message, stacklevel=3)
+
+
+def codes_of(name: str, weight: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:
+    """The integer codes of a weight, int16, to the bit those of qbr's kernels: round(clamp(x / alpha, qn, qp)).
+
+    Raises:
+        ValueError: naming the tensor, where it or its steps cannot be quantized.
+    """
+    check_steps(name, alpha)
+    check_range(name, spec)
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{name} has values that are not finite: nothing to export")
+    v = (weight if weight.dtype == torch.float64 else weight.float()) / per_channel(alpha, weight.dim(), spec)
+    codes = torch.where(v >= 0, 1, -1) if spec.binary else v.clamp(spec.qn, spec.qp).round()
+    return codes.to(torch.int16)
+
+
+def values_of(codes: Tensor, alpha: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """codes * alpha in dtype, to the bit what the quantizer puts out (float32 arithmetic; float64 for float64)."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return (codes.to(compute) * per_channel(alpha.to(compute), codes.dim(), spec)).to(dtype)
+
+
+def per_channel(alpha: Tensor, dim: int, spec: QuantSpec) -> Tensor:
+    """alpha [1] or [C] in a shape that broadcasts against a tensor of that many dimensions."""
+    if spec.channel_axis is None:
+        return alpha.reshape([1] * dim)
+    return alpha.reshape([-1 if i == spec.channel_axis % dim else 1 for i in range(dim)])
+
+
+def width(spec: QuantSpec) -> int:
+    """The bits that one of the range's codes needs: 2 for ternary, 3 for -4..3, 1 for binary."""
+    return max(1, (len(spec.codes) - 1).bit_length())
+
+
+def to_unsigned(codes: Tensor, spec: QuantSpec) -> Tensor:
+    """uint8, from 0: code - qn; binary's -1 and 1 are 0 and 1."""
+    return ((codes + 1) // 2 if spec.binary else codes - spec.qn).to(torch.uint8)
+
+
+def from_unsigned(values: Tensor, spec: QuantSpec) -> Tensor:
+    """The codes that ``to_unsigned`` was given.
+
+    Raises:
+        ValueError: for a value beyond the range.
+    """
+    if values.numel() and int(values.max()) >= len(spec.codes):
+        raise ValueError(f"a code of {int(values.max()) + spec.qn}: beyond {spec.qn}..{spec.qp}")
+    values = values.to(torch.int16)
+    return values * 2 - 1 if spec.binary else values + spec.qn

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,11 +15,13 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import qbr
-from experiments.cifar10.models import resnet20
 from qbr import QATConfig, QuantSpec
 from qbr.__main__ import main
 from qbr.export import compare, inspect, lowering, optional, save_packed, session, to_onnx
 from qbr.export.codes import codes_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+resnet20 = importlib.import_module("cifar10.models").resnet20
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 import struct
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qbr
-from experiments.cifar10.models import resnet18
 from qbr import QATConfig
 from qbr.export import load_packed, save_packed
 from qbr.export.packed import read_packed
 from qbr.quantizers import quantizers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+resnet18 = importlib.import_module("cifar10.models").resnet18
 
 
 def _net():

@@ -15,7 +15,7 @@ import tv
 ROOT = Path(__file__).resolve().parents[1]
 LARGE = ("vgg11_bn", "vit_b_16")  # 90 to 130 million weights
 NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
-SMALL = [name for name in NAMES if name not in LARGE]
+SMALL = [pytest.param(n, marks=[pytest.mark.slow] * (n == "mobilenet_v2")) for n in NAMES if n not in LARGE]
 
 
 def check(name: str, path: Path, monkeypatch, capsys, compile) -> None:

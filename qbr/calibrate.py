@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qbr import grouping, running
+from qbr import distributed, grouping, running
 from qbr.quantizers import LSQQuantizer, require_quantizers
 from qbr.sketch import Bins, Mean, Sketch, elements, mean_step, mse_step, quantile_step
 
@@ -144,7 +144,7 @@ class _Calibrator:
             return
         rows = weight.detach().movedim(axis, 0).flatten(1)
         step = self._search(quantizer, elements(rows))
-        self._set(quantizer, _sum(step) / _world())
+        self._set(quantizer, _sum(step) / distributed.ranks())
 
     def see(self, quantizer: LSQQuantizer, args, kwargs) -> None:
         """A pre-hook of the quantizer: note its input, and set alpha from all that was seen here."""
@@ -193,13 +193,9 @@ class _Calibrator:
         quantizer.set_alpha(torch.where(usable, step, quantizer.alpha))
 
 
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _sum(values: Tensor) -> Tensor:
     """The sum over all ranks, the same bits on each."""
-    if _world() > 1:
+    if distributed.ranks() > 1:
         values = values.contiguous()
         dist.all_reduce(values)
     return values

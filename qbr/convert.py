@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qbr import functional
 from qbr.calls import Counted
-from qbr.layers import WEIGHT_LAYERS, QuantizedClippedReLU, call_names
+from qbr.layers import WEIGHT_LAYERS, QuantizedClippedReLU, call_names, renormalised
 from qbr.quantizers import LSQQuantizer, keeping_dtype, quantizers
 from qbr.regularizer import unwatch
 
@@ -84,13 +84,9 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Warns:
         UserWarning: of step sizes that were never set from data.
     """
-    found = quantizers(model)
-    if not found:
+    if not quantizers(model):
         raise ValueError(f"model ({type(model).__name__}) has no quantizers: nothing to convert")
-    unset = [name for name, quantizer in found.items() if not quantizer.initialised]
-    if unset:
-        message = f"the step sizes of {unset} were never set from data: qbr.calibrate(model, batches) first, or train"
-        warnings.warn(message, stacklevel=2)
+    warn_unset(model)
     if not inplace:
         model = copy.deepcopy(model)
     unwatch(model)
@@ -100,6 +96,14 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if isinstance(module, QuantizedClippedReLU):
             _plain_relu(module)
     return model
+
+
+def warn_unset(model: nn.Module) -> None:
+    """Warn, at the caller's caller, of step sizes that were never set from data."""
+    unset = [name for name, quantizer in quantizers(model).items() if not quantizer.initialised]
+    if unset:
+        message = f"the step sizes of {unset} were never set from data: qbr.calibrate(model, batches) first, or train"
+        warnings.warn(message, stacklevel=3)
 
 
 def _fold(module: nn.Module, folded: dict) -> None:
@@ -112,7 +116,7 @@ def _fold(module: nn.Module, folded: dict) -> None:
             weight = module._parameters[parameter]
             key = id(weight), id(quantizer)  # tied weights stay tied
             if key not in folded:
-                x = _renormalised(module, weight.detach())
+                x = _renormalised_for_good(module, weight.detach())
                 value = functional.fake_quantize(x, quantizer.alpha.detach(), quantizer.spec)
                 folded[key] = weight, nn.Parameter(value, requires_grad=weight.requires_grad)
             module._parameters[parameter] = folded[key][1]
@@ -123,13 +127,11 @@ def _fold(module: nn.Module, folded: dict) -> None:
         module.__class__ = _FLOAT_LAYERS[type(module)]
 
 
-def _renormalised(module: nn.Module, weight: Tensor) -> Tensor:
-    """An Embedding's rows within its max_norm, for good: torch would renormalise quantized rows at every look-up."""
-    if not isinstance(module, nn.Embedding) or module.max_norm is None:
-        return weight
-    rows = torch.arange(len(weight), device=weight.device)
-    weight = torch.embedding_renorm_(weight.clone(), rows, module.max_norm, module.norm_type)
-    module.max_norm = None
+def _renormalised_for_good(module: nn.Module, weight: Tensor) -> Tensor:
+    """renormalised(), for good: torch would renormalise an Embedding's quantized rows at every look-up."""
+    weight = renormalised(module, weight)
+    if isinstance(module, nn.Embedding):
+        module.max_norm = None
     return weight
 
 

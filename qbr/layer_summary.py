@@ -104,9 +104,7 @@ def _weights(weights: dict[LSQQuantizer, Tensor]) -> list[_Values]:
 def _clipped(x: Tensor, quantizer: LSQQuantizer, clip: float | None = None) -> Tensor:
     """How many elements of x, or of min(x, clip), are beyond the range."""
     spec = quantizer.spec
-    axis = spec.channel_axis
-    shape = [-1 if axis is not None and i == axis % x.dim() else 1 for i in range(x.dim())]
-    v = (x if clip is None else x.clamp(max=clip)) / quantizer.alpha.reshape(shape)
+    v = (x if clip is None else x.clamp(max=clip)) / quantizer.alpha.reshape(spec.step_shape(x.dim()))
     return ((v < spec.qn) | (v > spec.qp)).sum()
 
 

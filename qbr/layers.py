@@ -244,6 +244,14 @@ def call_names(name: str, calls: int) -> list[str]:
     return [name, *(f"{name}_{call}" for call in range(2, calls + 1))]
 
 
+def renormalised(module: nn.Module, weight: Tensor) -> Tensor:
+    """An Embedding's rows within its ``max_norm``, as its forward makes them; any other weight itself."""
+    if getattr(module, "max_norm", None) is None:
+        return weight
+    rows = torch.arange(len(weight), device=weight.device)
+    return torch.embedding_renorm_(weight.clone(), rows, module.max_norm, module.norm_type)
+
+
 # What prepare() turns into what: exact types only, since a subclass may use its weight in a way of its own.
 WEIGHT_LAYERS = {
     nn.Conv1d: QuantizedConv1d,

@@ -210,8 +210,7 @@ class CodeChanges:
         """
         if self.codes.device != xhat.device or self.codes.stride() != xhat.stride():
             self._lie_as(xhat)
-        axis = quantizer.spec.channel_axis
-        shape = [-1 if axis is not None and i == axis % xhat.dim() else 1 for i in range(xhat.dim())]
+        shape = quantizer.spec.step_shape(xhat.dim())
         codes = (xhat.float() * quantizer.alpha.reciprocal().reshape(shape)).round_().to(self.codes.dtype)
         if self.started:
             up, down = (codes > self.codes).view(torch.uint8), (codes < self.codes).view(torch.uint8)

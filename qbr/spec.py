@@ -79,6 +79,12 @@ class QuantSpec:
         """How many steps a tensor of this shape has."""
         return 1 if self.channel_axis is None else shape[self.channel_axis]
 
+    def step_shape(self, dim: int) -> list[int]:
+        """The shape in which steps, [1] or [C], broadcast against a tensor of dim dimensions."""
+        if self.channel_axis is None:
+            return [1] * dim
+        return [-1 if i == self.channel_axis % dim else 1 for i in range(dim)]
+
     def lsq_grad_scale(self, numel_per_step: int) -> float:
         """s = 1 / sqrt(N * max(qp, 1)), N the elements that share one step (LSQ paper, section 2.2)."""
         return 1.0 / math.sqrt(max(numel_per_step, 1) * max(self.qp, 1))

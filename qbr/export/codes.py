@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qbr.quantizers import LSQQuantizer, quantizers
+from qbr.layers import renormalised
+from qbr.quantizers import LSQQuantizer
 from qbr.spec import QuantSpec
 
 
@@ -55,14 +55,6 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     return list(found.values())
 
 
-def renormalised(module: nn.Module, weight: Tensor) -> Tensor:
-    """An Embedding's rows within its ``max_norm``, as its forward makes them; any other weight itself."""
-    if getattr(module, "max_norm", None) is None:
-        return weight
-    rows = torch.arange(len(weight), device=weight.device)
-    return torch.embedding_renorm_(weight.clone(), rows, module.max_norm, module.norm_type)
-
-
 def check_steps(name: str, alpha: Tensor) -> None:
     """Raise ValueError unless all step sizes are positive and finite."""
     if not bool((torch.isfinite(alpha) & (alpha > 0)).all()):
@@ -76,14 +68,6 @@ def check_range(name: str, spec: QuantSpec) -> None:
         raise ValueError(f"{name} has the codes {spec.qn}..{spec.qp}: expected them within -32768..32767")
 
 
-def warn_unset(model: nn.Module) -> None:
-    """Warn, at the caller's caller, of step sizes that were never set from data."""
-    unset = [name for name, quantizer in quantizers(model).items() if not quantizer.initialised]
-    if unset:
-        message = f"the step sizes of {unset} were never set from data: qbr.calibrate(model, batches) first, or train"
-        warnings.warn(message, stacklevel=3)
-
-
 def codes_of(name: str, weight: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:
     """The integer codes of a weight, int16, to the bit those of qbr's kernels: round(clamp(x / alpha, qn, qp)).
 
@@ -94,7 +78,7 @@ def codes_of(name: str, weight: Tensor, alpha: Tensor, spec: QuantSpec) -> Tenso
     check_range(name, spec)
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{name} has values that are not finite: nothing to export")
-    v = (weight if weight.dtype == torch.float64 else weight.float()) / per_channel(alpha, weight.dim(), spec)
+    v = (weight if weight.dtype == torch.float64 else weight.float()) / alpha.reshape(spec.step_shape(weight.dim()))
     codes = torch.where(v >= 0, 1, -1) if spec.binary else v.clamp(spec.qn, spec.qp).round()
     return codes.to(torch.int16)
 
@@ -102,14 +86,7 @@ def codes_of(name: str, weight: Tensor, alpha: Tensor, spec: QuantSpec) -> Tenso
 def values_of(codes: Tensor, alpha: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
     """codes * alpha in dtype, to the bit what the quantizer puts out (float32 arithmetic; float64 for float64)."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    return (codes.to(compute) * per_channel(alpha.to(compute), codes.dim(), spec)).to(dtype)
-
-
-def per_channel(alpha: Tensor, dim: int, spec: QuantSpec) -> Tensor:
-    """alpha [1] or [C] in a shape that broadcasts against a tensor of that many dimensions."""
-    if spec.channel_axis is None:
-        return alpha.reshape([1] * dim)
-    return alpha.reshape([-1 if i == spec.channel_axis % dim else 1 for i in range(dim)])
+    return (codes.to(compute) * alpha.to(compute).reshape(spec.step_shape(codes.dim()))).to(dtype)
 
 
 def width(spec: QuantSpec) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qbr.export.codes import codes_of, per_channel
+from qbr.export.codes import codes_of
 from qbr.export.optional import need
 from qbr.spec import QuantSpec
 
@@ -152,13 +152,13 @@ class Lowering:
                       for i, bound in enumerate(bounds)]  # fmt: skip
             return self._op(node, "Clip", [y, *inputs], name)
         for op, codes in (("Max", torch.full_like(step, spec.qn)), ("Min", top)):
-            bound = per_channel(codes * step, len(node.inputs[0].shape), spec).numpy()
+            bound = (codes * step).reshape(spec.step_shape(len(node.inputs[0].shape))).numpy()
             y = self._op(node, op, [y, self._constant(f"{name}.{op.lower()}", bound, "FLOAT")], name)
         return y
 
     def _binary(self, node, name, y, step, spec: QuantSpec):
         """alpha where y / alpha >= 0, -alpha elsewhere: no integer type of ONNX rounds to -1 and 1 alone."""
-        step = per_channel(step, len(node.inputs[0].shape), spec).numpy()
+        step = step.reshape(spec.step_shape(len(node.inputs[0].shape))).numpy()
         plus, minus = (self._constant(f"{name}.{word}", value, "FLOAT") for word, value in
                        (("alpha", step), ("minus_alpha", -step)))  # fmt: skip
         v = self._op(node, "Div", [y, plus], name)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qbr import kernels
-from qbr.export.codes import check_steps, quantized_weights, renormalised, warn_unset
+from qbr.convert import warn_unset
+from qbr.export.codes import check_steps, quantized_weights
 from qbr.export.files import write_whole
 from qbr.export.lowering import IR_VERSIONS, Lowering, opset, translation
 from qbr.export.optional import need
+from qbr.layers import renormalised
 from qbr.quantizers import quantizers
 from qbr.running import unwrapped
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qbr.config import QATConfig
+from qbr.convert import warn_unset
 from qbr.export import bits
 from qbr.export.codes import (
     check_range,
@@ -28,14 +29,13 @@ from qbr.export.codes import (
     codes_of,
     from_unsigned,
     quantized_weights,
-    renormalised,
     to_unsigned,
     values_of,
-    warn_unset,
     width,
 )
 from qbr.export.files import PACKED, described, kind_of, write_whole
 from qbr.export.optional import need
+from qbr.layers import renormalised
 from qbr.prepare import prepare
 from qbr.quantizers import quantizers
 from qbr.running import unwrapped

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from qbr import functional
-from qbr.export.codes import per_channel
 from qbr.export.optional import need
 from qbr.quantizers import LSQQuantizer, quantizers
 
@@ -174,7 +173,7 @@ def _compare_outputs(result: Comparison, expected: Tensor, got: Tensor) -> None:
 
 
 def _codes(xhat: Tensor, quantizer: LSQQuantizer) -> Tensor:
-    return (xhat.float() / per_channel(quantizer.alpha.detach(), xhat.dim(), quantizer.spec)).round()
+    return (xhat.float() / quantizer.alpha.detach().reshape(quantizer.spec.step_shape(xhat.dim()))).round()
 
 
 def _note_ties(result: Comparison, seen: Tensor, different: Tensor, x: Tensor, quantizer: LSQQuantizer) -> None:
@@ -185,7 +184,7 @@ def _note_ties(result: Comparison, seen: Tensor, different: Tensor, x: Tensor, q
     seen |= rows
     result.rows_differing = int(seen.sum())
     if first.any():
-        v = x.float() / per_channel(quantizer.alpha.detach(), x.dim(), quantizer.spec)
+        v = x.float() / quantizer.alpha.detach().reshape(quantizer.spec.step_shape(x.dim()))
         distance = (v - v.floor() - 0.5).abs()[first][different[first]]
         result.from_tie = max(result.from_tie, distance.max().item())
 

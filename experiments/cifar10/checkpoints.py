@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -18,8 +19,10 @@ REMEDY = "name a checkpoint that cifar10_baseline.py or the predecessor wrote, o
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """torch.save by atomic_write: the file at ``path`` is always a whole checkpoint, the old one or the new."""
+    whole = io.BytesIO()  # of a full disk under its archive, torch would tell as of a broken archive
+    torch.save(state, whole)
     with atomic_write(path) as file:
-        torch.save(state, file)
+        file.write(whole.getbuffer())
 
 
 def load(path: Path, flag: str) -> dict[str, Any]:

@@ -1,17 +1,41 @@
-"""Files written whole or not at all, and the one exception that the scripts turn into a message and exit code 2."""
+"""Files written whole or not at all, and the errors that the scripts turn into a message and an exit code."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+PARTIAL = ".partial"  # what a killed write leaves behind ends so; folders.take removes it
+# Errors that come of writing alone, and the remedy of each.
+NOT_WRITABLE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make its file system writable",
+}
+
 
 class UserError(Exception):
     """Something the user can put right; the text names the argument or file, its value and the remedy."""
+
+
+class CannotWrite(UserError):
+    """A file of the run could not be written; what was there before is there still."""
+
+
+def cannot_write(error: OSError, path: Path | str | None = None) -> CannotWrite:
+    """What to tell of an OSError from writing ``path``, by default the file that it names."""
+    what = path or error.filename or "output"
+    remedy = NOT_WRITABLE.get(error.errno, "make its folder writable")
+    return CannotWrite(
+        f"cannot write {what}: {error.strerror or error}; what was there before is kept: {remedy}, then the same "
+        "command with --resume goes on after the last whole epoch"
+    )
 
 
 @contextlib.contextmanager
@@ -19,8 +43,20 @@ def atomic_write(path: Path, mode: str = "wb"):
     """A file object whose contents appear at ``path`` all at once when the block ends, or not at all.
 
     A reader, or a run killed at any moment, sees the old file or the new one, never a part.
+
+    Raises:
+        CannotWrite: naming the file, what is wrong and the remedy.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with _replacing(path, mode) as file:
+            yield file
+    except OSError as error:
+        raise cannot_write(error, path) from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, mode: str):
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     try:
         with os.fdopen(handle, mode) as file:
             yield file
@@ -56,12 +92,12 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless ``folder`` can be made and written; touches nothing."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        raise UserError(f"--output-dir {folder}: {there} is a file; name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--output-dir {folder}: {there} cannot be written; name a folder that you may write to")
+def check_writable(folder: Path, *inside: str) -> None:
+    """Raise UserError unless ``folder`` and the folders ``inside`` it can be made and written; touches nothing."""
+    for there in (folder.absolute(), *(folder.absolute() / name for name in inside)):
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise UserError(f"--output-dir {folder}: {there} is a file; name a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"--output-dir {folder}: {there} cannot be written; name a folder that you may write to")

@@ -74,11 +74,11 @@ def on_main(function: Callable, *args) -> Any:
         try:
             answer = [(function(*args), None)]
         except UserError as error:
-            answer = [(None, str(error))]
+            answer = [(None, error)]
     dist.broadcast_object_list(answer, src=0)
-    result, message = answer[0]
-    if message is not None:
-        raise UserError(message)
+    result, error = answer[0]
+    if error is not None:
+        raise error
     return result
 
 

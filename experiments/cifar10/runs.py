@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -20,18 +21,21 @@ from torch import nn
 import qbr
 from qbr import kernels
 
-from . import checkpoints, data, histograms, logs, processes, report
+from . import checkpoints, data, files, folders, histograms, logs, processes, report
 from .engine import Trainer, TrainingDiverged
 from .files import UserError, check_writable, write_json
 from .models import MODELS
 from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, parse, plain, resumed
 
 BASELINE, QAT = "cifar10_baseline", "cifar10_qat_br"
-_RESUMABLE = {"epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "rng", "history", "args"}
 
 
 def cli(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | None = None) -> int:
-    """Run one script: 0 done, 2 for input that cannot be used (nothing was written), 1 diverged, 130 interrupted."""
+    """Run one script; its exit code.
+
+    0 done, 1 diverged, 2 for input that cannot be used (nothing was written), 3 for a file that could not be
+    written, 130 by Ctrl-C; after 1, 3 and 130 the last whole epoch's checkpoint is there.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         options, given = parse(parser, argv)
@@ -39,7 +43,12 @@ def cli(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | None
             Run(script, options, given, shlex.join(["python", f"experiments/{script}.py", *argv])).go()
     except UserError as error:
         print(f"{processes.label()}error: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, files.CannotWrite) else 2
+    except OSError as error:
+        if error.errno not in files.NOT_WRITABLE:
+            raise
+        print(f"{processes.label()}error: {files.cannot_write(error)}", file=sys.stderr)  # logs, plots, the terminal's
+        return 3
     except TrainingDiverged as error:
         print(f"{processes.label()}error: {error}", file=sys.stderr)
         return 1
@@ -73,9 +82,10 @@ class Run:
     ) -> None:
         self.script, self.command = script, command
         self.folder = options.output_dir
-        self.best_path, self.last_path = (self.folder / "checkpoints" / f"{name}.pth" for name in ("best", "last"))
-        processes.on_main(check_writable, self.folder)
-        self.state = processes.on_main(self._state_to_resume, options)
+        checkpoint_folder = self.folder / folders.CHECKPOINTS
+        self.best_path, self.last_path = (checkpoint_folder / f"{name}.pth" for name in ("best", "last"))
+        processes.on_main(check_writable, self.folder, folders.CHECKPOINTS, folders.PLOTS)
+        self.state = processes.on_main(folders.state_to_resume, self.folder, script, options)
         self.options = options = resumed(options, given, self.state["args"]) if self.state else options
         if options.tensorboard:
             logs.check_installed()
@@ -110,23 +120,6 @@ class Run:
         """Into rank 0's model, from which DistributedDataParallel gives it to the others."""
         processes.on_main(checkpoints.load_float, self.model, self.options.model, path)
 
-    def _state_to_resume(self, options: argparse.Namespace) -> dict[str, Any] | None:
-        if not self.last_path.exists():
-            if options.resume:
-                print(f"{self.last_path} is not there yet: starting from the beginning")
-            return None
-        if not options.resume:
-            if options.overwrite:
-                return None
-            raise UserError(
-                f"--output-dir {self.folder} holds a run: --resume continues it, --overwrite replaces it, or name "
-                "another folder"
-            )
-        state = checkpoints.load(self.last_path, "--resume")
-        if not _RESUMABLE <= set(state) or state.get("script") != self.script:
-            raise UserError(f"--resume {self.last_path}: not a checkpoint of {self.script}.py; name its --output-dir")
-        return state
-
     def _quick_baseline(self) -> Run:
         """The float run that --quick starts from, in baseline/ under this one's folder."""
         values = vars(parse(baseline_parser(), ["--quick"])[0])
@@ -137,18 +130,25 @@ class Run:
 
     def go(self) -> dict[str, Any]:
         """Train, test, report; return what results.json holds."""
+        with contextlib.ExitStack() as lock:
+            return self._go(lock)
+
+    def _go(self, lock: contextlib.ExitStack) -> dict[str, Any]:
         if self.first_run is not None:
             print("--quick without --pretrained-baseline: a short float baseline comes first")
             self.first_run.go()
             self._load_float(self.first_run.best_path)
             print()
         trainer = self._trainer()
-        self._open_folder()
+        overwrite = self.options.overwrite and self.state is None
+        processes.on_main(folders.take, self.folder, overwrite, lock)
         history: list[dict[str, Any]] = []
         best: dict[str, Any] = {}
         if self.state:
             trainer.load_state_dict(self.state)
             history, best = self.state["history"], self.state["best"]
+            if best["epoch"] == len(history):
+                processes.on_main(folders.mend_best, self.best_path, self.state)
             print(f"resuming after epoch {len(history)} of {self.epochs}")
             done = processes.on_main(self._finished_results)
             if done:
@@ -232,18 +232,6 @@ class Run:
         if self.options.pretrained_baseline is None and not self.options.quick:
             print("warning: no --pretrained-baseline: quantization-aware training starts from random weights")
 
-    def _open_folder(self) -> None:
-        processes.on_main(self._make_folder)
-
-    def _make_folder(self) -> None:
-        try:
-            self.last_path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output-dir {self.folder}: cannot be made ({error}); name another folder") from error
-        if self.options.overwrite and self.state is None:  # or a killed run could be resumed into the old one
-            for path in (self.best_path, self.last_path, self.folder / "histograms.json"):
-                path.unlink(missing_ok=True)
-
     def _header(self, trainer: Trainer) -> dict[str, Any]:
         """Print what is about to run, and give the part of results.json that does not change."""
         options = self.options
@@ -323,7 +311,7 @@ class Run:
             write_json(path, {**kept, when: {"epoch": epoch, "layers": layers}})
 
     def _save(self, trainer: Trainer, history: list, best: dict) -> None:
-        """last.pth, and best.pth first if this epoch is the best: a kill between the two repeats the epoch."""
+        """last.pth, then best.pth if this epoch is the best; folders.mend_best mends what a kill between them left."""
         state = {
             "epoch": len(history),
             "script": self.script,
@@ -336,9 +324,9 @@ class Run:
         }
         if processes.rank():
             return
+        checkpoints.save(self.last_path, state)
         if best["epoch"] == len(history):
             checkpoints.save(self.best_path, state)
-        checkpoints.save(self.last_path, state)
 
     def _test(self, trainer: Trainer, history: list, best: dict, board: logs.TensorBoard | None) -> dict[str, Any]:
         """Test accuracy of the last and of the best epoch: the only time that test images are looked at."""

@@ -21,7 +21,7 @@ from torch import nn
 import qbr
 from qbr import kernels
 
-from . import checkpoints, data, files, folders, histograms, logs, processes, report
+from . import checkpoints, data, files, folders, histograms, logs, processes, report, signals
 from .engine import Trainer, TrainingDiverged
 from .files import UserError, check_writable, write_json
 from .models import MODELS
@@ -34,12 +34,12 @@ def cli(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | None
     """Run one script; its exit code.
 
     0 done, 1 diverged, 2 for input that cannot be used (nothing was written), 3 for a file that could not be
-    written, 130 by Ctrl-C; after 1, 3 and 130 the last whole epoch's checkpoint is there.
+    written, 130 by Ctrl-C, 143 by SIGTERM; after 1, 3, 130 and 143 the last whole epoch's checkpoint is there.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         options, given = parse(parser, argv)
-        with processes.joined(options.gpu):
+        with signals.stopping(), processes.joined(options.gpu):
             Run(script, options, given, shlex.join(["python", f"experiments/{script}.py", *argv])).go()
     except UserError as error:
         print(f"{processes.label()}error: {error}", file=sys.stderr)
@@ -52,9 +52,10 @@ def cli(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | None
     except TrainingDiverged as error:
         print(f"{processes.label()}error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        message, code = signals.message(stop)
+        print(f"\n{message}", file=sys.stderr)
+        return code
     return 0
 
 

@@ -1,0 +1,395 @@
+"""The experiments under kills, signals, full disks and read-only folders: no figure changes, no file is half there.
+
+The quick tests choose the moments; the long one (-m slow) kills 30 times, at random moments and within writes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+for _needed in ("tqdm", "PIL", "matplotlib"):
+    pytest.importorskip(_needed)
+if not sys.platform.startswith("linux"):
+    pytest.skip("uses fork, capabilities and mounts of Linux", allow_module_level=True)
+from mishaps import NOT_ALLOWED, Server  # noqa: E402 (imports what Windows does not have)
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+folders, options = (importlib.import_module(f"cifar10.{name}") for name in ("folders", "options"))
+
+SCRIPT = "cifar10_qat_br"
+FLAGS = ["--model", "resnet20", "--limit", "4", "--val-fraction", "0.25", "--batch-size", "16", "--gpu", "-1",
+         "--qat-epochs", "3", "--warmup-epochs", "1", "--lambda-br-act", "0.1"]  # fmt: skip
+STEPS = 2  # of an epoch: 30 training images
+TIMES = {"images_per_second", "train_seconds", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def launch(server, tmp_path_factory):
+    """launch(folder, plan, *flags): the return code and what was printed, of a run that resumes what is there."""
+    log = tmp_path_factory.mktemp("logs") / "log"
+
+    def launch(folder: Path, plan: dict | None = None, *flags: str) -> tuple[int, str]:
+        flags = flags or ("--resume",)
+        plan = {"report": False, **(plan or {})}
+        code = server.run(log, plan, SCRIPT, [*FLAGS, "--output-dir", str(folder), *flags])
+        return code, log.read_text()
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def reference(launch, tmp_path_factory):
+    """A run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("reference")
+    assert launch(folder)[0] == 0
+    return folder
+
+
+# What must hold after every mishap, and at the end
+
+
+def check_whole(folder: Path) -> list[Path]:
+    """Every file is whole; gives what killed writes left, which carries no file's name."""
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_text())
+    for path in folder.rglob("*.pth"):
+        assert torch.load(path, weights_only=True)["epoch"] >= 1
+    for path in folder.rglob("*.png"):
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
+    for path in folder.rglob("*.html"):
+        assert path.read_text().endswith("</body></html>\n")
+    partial = [path for path in folder.rglob("*.partial")]
+    assert all(path.name.startswith(".") for path in partial)
+    return partial
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a if key not in TIMES)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b
+
+
+def check_same(folder: Path, reference: Path) -> None:
+    """Weights, optimizer, schedule, random states, alphas, history and figures are the reference's, to the bit."""
+    files = {path.relative_to(reference) for path in reference.rglob("*") if path.is_file()}
+    assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == files
+    for name in (name for name in files if name.suffix == ".pth"):
+        one, other = (torch.load(each / name, weights_only=True) for each in (reference, folder))
+        for state in (one, other):
+            for flag in options.FREE_ON_RESUME:
+                state["args"].pop(flag)
+        assert one["history"] and one["optimizer_state_dict"]["state"] and _same(one, other), name
+    for name in (name for name in files if name.name == "results.json"):
+        one, other = (json.loads((each / name).read_text()) for each in (reference, folder))
+        assert one["status"] == other["status"] == "finished"
+        for key in ("epochs", "final", "best", "data", "versions"):
+            assert _same(one[key], other[key]), (name, key)
+    for name in (name for name in files if name.name == "histograms.json"):
+        assert (reference / name).read_bytes() == (folder / name).read_bytes()
+
+
+def _epoch(folder: Path) -> int:
+    return torch.load(folder / "checkpoints" / "last.pth", weights_only=True)["epoch"]
+
+
+# Kills
+
+
+def test_three_kills_leave_whole_files_and_change_no_bit(launch, reference, tmp_path):
+    moments = [
+        {"event": "half last.pth"},  # nothing else is there yet
+        {"event": "replaced last.pth"},  # epoch 1, the best so far, whose best.pth is not there yet
+        {"event": "half results.json", "count": 250},
+    ]
+    for moment in moments:
+        code, printed = launch(tmp_path, moment)
+        assert code == -signal.SIGKILL, printed
+        left = check_whole(tmp_path)
+        assert len(left) == (moment["event"] != "replaced last.pth"), left
+    assert left[0].stat().st_size > 0 and _epoch(tmp_path) == 2
+    (tmp_path / ".results.json.swp").write_text("an editor's")
+    assert launch(tmp_path)[0] == 0 and check_whole(tmp_path) == []
+    (tmp_path / ".results.json.swp").unlink()  # not ours, and not touched
+    check_same(tmp_path, reference)
+
+
+def test_the_comparison_would_see_one_changed_bit(reference, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(reference, changed)
+    check_same(changed, reference)
+    path = changed / "checkpoints" / "last.pth"
+    state = torch.load(path, weights_only=True)
+    alpha = state["model_state_dict"]["layer2.0.relu.quantizer.alpha"]
+    alpha.copy_(torch.nextafter(alpha, torch.tensor(torch.inf)))
+    torch.save(state, path)
+    with pytest.raises(AssertionError):
+        check_same(changed, reference)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Exception, match="(?i)archive|zip"):
+        check_whole(changed)
+
+
+def test_best_is_mended_after_a_kill_before_it(tmp_path):
+    path = tmp_path / "best.pth"
+    torch.save({"epoch": 1}, path)
+    folders.mend_best(path, {"epoch": 2, "weights": torch.ones(1)})
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+    before = path.stat().st_mtime_ns, path.read_bytes()
+    folders.mend_best(path, {"epoch": 2})
+    assert (path.stat().st_mtime_ns, path.read_bytes()) == before
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(launch, reference, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    assert launch(folder, {"event": "step"}, "--overwrite")[0] == -signal.SIGKILL
+    assert [path for path in folder.rglob("*") if path.is_file()] == []  # not the old figures beside a new run
+
+
+def test_results_without_their_checkpoints_are_not_replaced_by_accident(launch, reference, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    (folder / "checkpoints" / "last.pth").unlink()
+    for left in ("best.pth", "results.json"):
+        before = (folder / "results.json").read_bytes()
+        code, printed = launch(folder)
+        assert code == 2 and f"holds {left} of a run, and no last.pth" in printed and "--overwrite" in printed
+        assert (folder / "results.json").read_bytes() == before
+        (folder / "checkpoints" / "best.pth").unlink(missing_ok=True)
+
+
+def test_two_runs_never_share_a_folder(launch, tmp_path):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    partial = tmp_path / ".last.pth.x.partial"  # being written by the other run
+    partial.touch()
+    code, printed = launch(tmp_path)
+    assert code == 2 and f"--output-dir {tmp_path}: another run is writing there" in printed
+    assert partial.exists()
+    os.close(handle)
+
+
+# Signals
+
+
+def test_sigterm_and_ctrl_c_end_a_run_cleanly_and_change_no_bit(launch, reference, tmp_path):
+    moments = [
+        ("SIGTERM", "step", 2, None),
+        ("SIGINT", "half last.pth", 1, None),
+        ("SIGTERM", "half last.pth", 2, 1),
+        ("SIGINT", "step", STEPS + 1, 2),
+    ]
+    for name, event, count, epoch in moments:
+        code, printed = launch(tmp_path, {"event": event, "count": count, "then": name})
+        assert code == {"SIGTERM": 143, "SIGINT": 130}[name], printed
+        assert "Traceback" not in printed and "Error" not in printed
+        why = {"SIGTERM": "stopped by SIGTERM", "SIGINT": "interrupted"}[name]
+        assert printed.endswith(f"\n{why}: the same command with --resume goes on after the last whole epoch\n")
+        assert check_whole(tmp_path) == []
+        assert (_epoch(tmp_path) if (tmp_path / "checkpoints" / "last.pth").exists() else None) == epoch
+    assert launch(tmp_path)[0] == 0
+    check_same(tmp_path, reference)
+
+
+SIGNALS = """
+    import os, signal, sys, time
+    sys.path.insert(0, {experiments!r})
+    from cifar10 import signals
+    try:
+        with signals.stopping():
+            try:
+                {inside}
+            finally:
+                {finally_}
+    except KeyboardInterrupt as stop:
+        print(*signals.message(stop))
+"""
+
+
+def _signals(inside: str, finally_: str = "pass", before: str = "") -> tuple[int, str]:
+    code = before + textwrap.dedent(SIGNALS).format(
+        experiments=str(ROOT / "experiments"), inside=inside, finally_=finally_
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    send = "os.kill(os.getpid(), signal.{}); time.sleep(20)"
+    for first in ("SIGINT", "SIGTERM"):
+        assert _signals(send.format(first), send.format("SIGTERM")) == (-signal.SIGTERM, "")
+
+
+def test_signals_that_were_ignored_stay_ignored():
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    assert _signals("os.kill(os.getpid(), signal.SIGINT); print('on')", before=ignored) == (0, "on\n")
+    code, printed = _signals("os.kill(os.getpid(), signal.SIGTERM); time.sleep(20)", before=ignored)
+    assert printed.startswith("stopped by SIGTERM: ") and printed.endswith(" 143\n") and code == 0
+
+
+# Disks that are full, folders that cannot be written to
+
+
+def test_a_full_disk_is_named_with_its_remedy_and_changes_no_bit(launch, reference, tmp_path):
+    size = (reference / "checkpoints" / "last.pth").stat().st_size
+    moments = [
+        ({"event": "write last.pth", "then": "ENOSPC"}, "last.pth: No space left on device", "free some space"),
+        ({"event": "fsync best.pth", "then": "ENOSPC"}, "best.pth: No space left on device", "free some space"),
+        ({"event": "write histograms.json", "count": 1000, "then": "EDQUOT"}, "histograms.json: ", "of your quota"),
+        ({"event": "make results.json", "then": "ENOSPC"}, "results.json: No space left on device", "free some space"),
+        ({"limit": size // 2}, "last.pth: File too large", "ulimit -f"),
+    ]
+    for moment, what, remedy in moments:
+        code, printed = launch(tmp_path, moment)
+        last = printed.splitlines()[-1]
+        assert code == 3 and last.startswith("error: cannot write ") and "Traceback" not in printed, printed
+        assert what in last and remedy in last and "--resume goes on after the last whole epoch" in last
+        assert check_whole(tmp_path) == []
+    assert launch(tmp_path)[0] == 0
+    check_same(tmp_path, reference)
+
+
+def test_a_disk_that_is_really_full(launch, reference, tmp_path):
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk.mkdir()
+    size = (reference / "checkpoints" / "last.pth").stat().st_size
+    code, printed = launch(disk, {"disk": size * 3 // 2, "at": str(disk), "copy": str(copy)})
+    if code == NOT_ALLOWED:
+        pytest.skip("this machine does not let us mount a disk (it takes root)")
+    assert code == 3 and "best.pth: No space left on device" in printed.splitlines()[-1], printed
+    assert check_whole(copy) == [] and _epoch(copy) == 1 and not (copy / "results.json").exists()
+    assert launch(copy)[0] == 0
+    check_same(copy, reference)
+
+
+def test_folders_that_cannot_be_written_to(launch, reference, tmp_path):
+    new, begun = tmp_path / "new", tmp_path / "begun"
+    new.mkdir(mode=0o555)
+    code, printed = launch(new, {"unprivileged": True})
+    assert code == 2 and f"--output-dir {new}: {new} cannot be written; name a folder that you may" in printed
+    assert not list(new.iterdir())
+    inside = begun / "checkpoints"
+    inside.mkdir(parents=True)
+    plan = {"unprivileged": True, "event": "step", "count": STEPS + 1, "then": "read-only", "at": str(inside)}
+    code, printed = launch(begun, plan)  # read-only in the second epoch
+    assert code == 3 and re.search("cannot write .*last.pth: Permission denied.*make its folder writable", printed)
+    code, printed = launch(begun, {"unprivileged": True})  # and now it is seen before anything is computed
+    assert code == 2 and f"{inside} cannot be written" in printed
+    inside.chmod(0o755)
+    assert check_whole(begun) == [] and _epoch(begun) == 1
+    assert launch(begun)[0] == 0
+    check_same(begun, reference)
+
+
+# The long form
+
+SEED, KILLS = 20261122, 30
+LONG = ["--quick", "--limit", "8", "--batch-size", "40", "--gpu", "-1", "--qat-epochs", "5", "--warmup-epochs", "2",
+        "--seed", "7"]  # fmt: skip
+
+
+def _moments(choose: random.Random) -> list[dict | float]:
+    """30 moments: shares of the whole run's time, and counted events within writes."""
+    writes = [
+        {"event": f"{stage} {name}", "count": choose.randint(1, 3000 if "json" in name and stage in pieces else 2)}
+        for pieces in [("write", "half")]
+        for name in ("last.pth", "results.json")
+        for stage in ("made", *pieces, "fsync", "replace", "replaced")
+    ]
+    writes += [{"event": event} for event in ("half best.pth", "half histograms.json", "half report.html")]
+    moments = writes + [choose.random() for _ in range(KILLS - len(writes))]
+    choose.shuffle(moments)
+    return moments
+
+
+def _long(folder: Path, moment: dict | float | None, seconds: float) -> tuple[int, str]:
+    """Start the script as a user does, or under mishaps.py; the return code and what it printed."""
+    command = [sys.executable, str(ROOT / "experiments" / f"{SCRIPT}.py")]
+    if isinstance(moment, dict):
+        command = [sys.executable, str(ROOT / "tests" / "mishaps.py"), json.dumps(moment), SCRIPT]
+    command += [*LONG, "--output-dir", str(folder), "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        printed = process.communicate(timeout=moment * seconds if isinstance(moment, float) else 600)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        printed = process.communicate()[0]
+    return process.returncode, printed
+
+
+@pytest.mark.slow
+def test_thirty_kills_change_no_bit(tmp_path):
+    """--quick, so that the float baseline, whose report and files count too, is killed as well."""
+    reference = tmp_path / "reference"
+    start = time.monotonic()
+    assert _long(reference, None, 0)[0] == 0
+    seconds = time.monotonic() - start
+    choose = random.Random(SEED)
+    waiting, kills, rounds, left = _moments(choose), 0, 1, []
+    while waiting:
+        folder = tmp_path / f"round{rounds}"
+        moment = waiting.pop(0)
+        code, printed = _long(folder, moment, seconds)
+        assert code in (0, -signal.SIGKILL), printed
+        left = check_whole(folder) if folder.exists() else []
+        assert len(left) <= 1, left
+        if code == 0:  # it came to its end before the moment, which the next round gets
+            assert left == []
+            check_same(folder, reference)
+            rounds += 1
+            waiting.insert(choose.randrange(len(waiting) + 1), moment)
+            continue
+        kills += 1
+        when = f"{moment:.0%} of the run's time" if isinstance(moment, float) else f"{moment['event']}"
+        count = f" ({moment.get('count', 1)})" if isinstance(moment, dict) else ""
+        begun = [line.split("  ")[0] for line in printed.splitlines() if line.startswith(("epoch", "resuming"))]
+        print(f"kill {kills:2} in run {rounds}: {when}{count}; {begun[-1] if begun else 'no epoch yet'};"
+              f" left behind: {', '.join(p.name.rsplit('.', 2)[0][1:] for p in left) or 'nothing'}")  # fmt: skip
+    assert _long(folder, None, 0)[0] == 0
+    assert check_whole(folder) == [] and kills == KILLS
+    check_same(folder, reference)
+    print(f"{kills} kills in {rounds} runs; each run's files, weights, optimizer, alphas and figures are the "
+          "uninterrupted run's, bit for bit")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_the_report_is_written(launch, reference, tmp_path):
+    for name in ("losses.png", "report.html"):
+        code, printed = launch(tmp_path, {"event": f"write {name}", "then": "ENOSPC", "report": True})
+        assert code == 3 and f"{name}: No space left on device" in printed.splitlines()[-1]
+        assert check_whole(tmp_path) == []
+    assert launch(tmp_path)[0] == 0
+    for path in (tmp_path / "plots").iterdir():
+        path.unlink()
+    (tmp_path / "plots").rmdir()
+    check_same(tmp_path, reference)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pickle
+import random
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +102,30 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not witness.exists()
 
 
+@pytest.mark.parametrize("module, name", [
+    ("numpy.f2py.__main__", "dtype"), ("numpy.testing", "ndarray"), ("builtins", "eval"), ("numpy", "fromfile"),
+])  # fmt: skip
+def test_a_pickle_gets_arrays_and_nothing_else(module, name, tmp_path):
+    root = make_torchvision_root(tmp_path)
+    (root / data.TORCHVISION_FOLDER / "test_batch").write_bytes(f"c{module}\n{name}\n.".encode())
+    with pytest.raises(UserError, match=f"it asks for {module}.{name}"):
+        data.load(root)
+    assert "numpy.f2py.__main__" not in sys.modules
+
+
+def test_a_damaged_pickle_is_told_as_one(tmp_path):
+    root = make_torchvision_root(tmp_path)
+    path = root / data.TORCHVISION_FOLDER / "test_batch"
+    whole, choose = path.read_bytes(), random.Random(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[choose.randrange(200)] = choose.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            data.load(root)
+
+
 def _no_test_split(root: Path) -> Path:
     return make_folders(root, splits=("train",))
 
@@ -127,6 +155,27 @@ def _damaged(root: Path) -> Path:
     return root
 
 
+def _another_kind(root: Path) -> Path:
+    make_folders(root)
+    Image.new("RGB", (32, 32)).save(root / "train" / "cat" / "1.png", format="EPS")  # Pillow gives it to Ghostscript
+    return root
+
+
+def _bomb(side: int):
+    """A small PNG that claims side x side pixels."""
+
+    def make(root: Path) -> Path:
+        make_folders(root)
+        path = root / "train" / "cat" / "1.png"
+        content = bytearray(path.read_bytes())
+        content[16:24] = struct.pack(">II", side, side)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        path.write_bytes(content)
+        return root
+
+    return make
+
+
 def _damaged_batch(root: Path) -> Path:
     path = make_torchvision_root(root) / data.TORCHVISION_FOLDER / "data_batch_3"
     path.write_bytes(path.read_bytes()[:100])
@@ -143,6 +192,9 @@ BAD_FOLDERS = {
     "an empty class": (_empty_class, "dog: has no images"),
     "other classes": (_other_classes, "different classes"),
     "a damaged image": (_damaged, "1.png: not an image"),
+    "another kind of image": (_another_kind, "1.png: not an image"),
+    "a large image": (_bomb(5_000), "1.png: 5000x5000 pixels"),
+    "far too large an image": (_bomb(60_000), "1.png: not an image"),
     "another size": (lambda root: make_folders(root, side=16), "16x16 pixels"),
     "a truncated batch": (_damaged_batch, "data_batch_3: missing or damaged"),
 }

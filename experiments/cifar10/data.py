@@ -31,6 +31,7 @@ STD = (0.2470, 0.2435, 0.2616)
 VAL_SEED = 20_240_229  # the held-out images are the same whatever --seed is, so that runs can be compared
 TORCHVISION_FOLDER = "cifar-10-batches-py"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # whatever the suffix: of others, Pillow hands some to other programs
 REMEDY = (
     f"expected a folder that holds {TORCHVISION_FOLDER}/ (--download fetches it) or train/ and test/ with one folder "
     "per class; leave --data out to use the images that come with the repository"
@@ -145,18 +146,18 @@ def _read_pack(path: Path, limit: int | None) -> tuple[ImageSet, ImageSet, tuple
 
 
 def _decode(file: io.BytesIO | Path, name: Path) -> np.ndarray:
-    """One image as uint8 [32, 32, 3]."""
+    """One image as uint8 [32, 32, 3]; its kind and size are looked at before it is decoded."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            if image.size != (SIDE, SIDE):
+                width, height = image.size
+                expected = f"{SIDE}x{SIDE}: resize the images first"
+                raise UserError(f"{name}: {width}x{height} pixels; the models take {expected}")
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{name}: not an image that can be read ({error}); remove it or restore it") from error
-    if pixels.shape != (SIDE, SIDE, 3):
-        height, width, _ = pixels.shape
-        raise UserError(f"{name}: {width}x{height} pixels; the models take {SIDE}x{SIDE}: resize the images first")
-    return pixels
 
 
 def _read_folders(root: Path, limit: int | None, quiet: bool) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
@@ -192,10 +193,17 @@ def _list_images(folder: Path) -> dict[str, list[Path]]:
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads the pickles of NumPy arrays that CIFAR-10 is published as, and can build nothing else."""
 
-    _ALLOWED = {"_reconstruct", "ndarray", "dtype", "encode"}
+    # By module, too: importing some of NumPy's runs a program.
+    _ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    }
 
     def find_class(self, module: str, name: str):
-        if name in self._ALLOWED and module.split(".")[0] in {"numpy", "_codecs"}:
+        if (module, name) in self._ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 file does")
 
@@ -206,7 +214,7 @@ def _read_torchvision(root: Path, limit: int | None, quiet: bool) -> tuple[Image
         try:
             with path.open("rb") as file:
                 return _ArrayUnpickler(file, encoding="latin1").load()
-        except (OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        except Exception as error:  # a pickle that is not CIFAR-10's can end in any of them
             raise UserError(f"{path}: missing or damaged ({error}); fetch it again with --download") from error
 
     def split(names: list[str]) -> ImageSet:
@@ -214,13 +222,17 @@ def _read_torchvision(root: Path, limit: int | None, quiet: bool) -> tuple[Image
         try:
             planes = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, SIDE, SIDE)
             labels = torch.tensor([label for batch in batches for label in batch["labels"]])
-        except (KeyError, ValueError) as error:
+            if planes.dtype != np.uint8 or labels.dtype != torch.int64 or labels.shape != planes.shape[:1]:
+                raise ValueError(f"{planes.dtype} {planes.shape} with {labels.dtype} {tuple(labels.shape)}")
+        except (KeyError, ValueError, TypeError, IndexError, RuntimeError, OverflowError) as error:
             raise UserError(f"{root}: not CIFAR-10's own files ({error}); fetch them with --download") from error
         images = torch.from_numpy(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)))
         return ImageSet(images, labels).at(_first_per_class(labels, limit))
 
-    classes = tuple(read("batches.meta")["label_names"])
-    return split([f"data_batch_{i}" for i in range(1, 6)]), split(["test_batch"]), classes
+    meta = read("batches.meta")
+    if not isinstance(meta, dict) or not isinstance(meta.get("label_names"), list):
+        raise UserError(f"{root / 'batches.meta'}: holds no label_names; fetch it again with --download")
+    return split([f"data_batch_{i}" for i in range(1, 6)]), split(["test_batch"]), tuple(map(str, meta["label_names"]))
 
 
 def _first_per_class(labels: Tensor, count: int | None) -> Tensor:

@@ -6,9 +6,9 @@ Moments are events that the run passes: ``step`` (before an optimizer step), and
 ``make NAME``, ``made NAME`` (its empty partial file is there), ``write NAME`` (before a piece), ``half NAME`` (half of
 the piece is in the file), ``fsync NAME``, ``replace NAME`` and ``replaced NAME``. A plan may also have ``limit`` (bytes
 that a file may have), ``disk`` (mount a disk of so many bytes at the folder ``at``, and copy what is on it to ``copy``
-in the end), ``unprivileged`` (root without its right to pass over permission bits) and ``report`` (false: draw none).
-``Server`` forks such runs, of a smaller network, from one process that has imported everything; each is a process of
-its own, and ends as one.
+in the end), ``unprivileged`` (root without its right to pass over permission bits), ``cpu`` (SIGKILL after so many
+seconds of processor time) and ``small`` (a smaller network). ``Server`` forks such runs from one process that has
+imported everything; each is a process of its own, and ends as one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -130,7 +131,9 @@ def run(plan: dict, script: str, flags: list[str]) -> int:
         _obey_permission_bits()
     if "disk" in plan and not _mount_disk(plan["at"], plan["disk"]):
         return NOT_ALLOWED
-    if not plan.get("report", True):
+    if plan.get("small"):  # and no report, whose plots take longer than the rest
+        models = importlib.import_module("cifar10.models")
+        models.MODELS["resnet20"] = lambda classes: models.ResNet((8, 16), 1, False, classes)
         importlib.import_module("cifar10.runs").report.write = lambda folder: folder / "report.html"
     try:
         return importlib.import_module(script).main(flags)
@@ -163,6 +166,18 @@ def _mount_disk(folder: str, size: int) -> bool:
     )
 
 
+def wait(pid: int, cpu: float | None) -> tuple[int, float]:
+    """The return code (-9 for a kill) and the processor time of a child; killed after ``cpu`` seconds of it."""
+    while cpu is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        used = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        if sum(map(int, used)) / os.sysconf("SC_CLK_TCK") >= cpu:
+            os.kill(pid, signal.SIGKILL)
+            break
+        time.sleep(0.003)
+    _, status, usage = os.wait4(pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+
+
 class Server:
     """with Server() as server: server.run(log, plan, script, flags)."""
 
@@ -177,11 +192,11 @@ class Server:
         self.process.stdin.close()
         self.process.wait(30)
 
-    def run(self, log: Path, plan: dict, script: str, flags: list[str]) -> int:
-        """The return code as subprocess gives it (-9 for a kill); output goes to ``log``."""
+    def run(self, log: Path, plan: dict, script: str, flags: list[str]) -> tuple[int, float]:
+        """The return code as subprocess gives it (-9 for a kill), and the processor time; output goes to ``log``."""
         self.process.stdin.write(json.dumps([str(log), plan, script, flags]) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        return tuple(json.loads(self.process.stdout.readline()))
 
 
 def _serve() -> None:
@@ -190,10 +205,8 @@ def _serve() -> None:
     from qbr import kernels
 
     torch.set_num_threads(1)
-    for module in ("cifar10_baseline", "cifar10_qat_br", "PIL.Image", "torch._dynamo"):  # what a run would import
+    for module in ("cifar10_qat_br", "cifar10.plots", "PIL.Image", "torch._dynamo"):  # what a run would import
         importlib.import_module(module)
-    models = importlib.import_module("cifar10.models")
-    models.MODELS["resnet20"] = lambda classes: models.ResNet((8, 16), 1, False, classes)
     kernels.resolve("auto", "cpu", torch.float32)
     for line in sys.stdin:
         log, plan, script, flags = json.loads(line)
@@ -209,7 +222,7 @@ def _serve() -> None:
             finally:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(json.dumps(wait(child, plan.get("cpu"))), flush=True)
     os._exit(0)  # without the seconds that taking down what it imported would cost
 
 

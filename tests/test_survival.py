@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ for _needed in ("tqdm", "PIL", "matplotlib"):
     pytest.importorskip(_needed)
 if not sys.platform.startswith("linux"):
     pytest.skip("uses fork, capabilities and mounts of Linux", allow_module_level=True)
-from mishaps import NOT_ALLOWED, Server  # noqa: E402 (imports what Windows does not have)
+from mishaps import NOT_ALLOWED, Server, wait  # noqa: E402 (imports what Windows does not have)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -52,8 +51,8 @@ def launch(server, tmp_path_factory):
 
     def launch(folder: Path, plan: dict | None = None, *flags: str) -> tuple[int, str]:
         flags = flags or ("--resume",)
-        plan = {"report": False, **(plan or {})}
-        code = server.run(log, plan, SCRIPT, [*FLAGS, "--output-dir", str(folder), *flags])
+        plan = {"small": True, **(plan or {})}
+        code, _ = server.run(log, plan, SCRIPT, [*FLAGS, "--output-dir", str(folder), *flags])
         return code, log.read_text()
 
     return launch
@@ -312,84 +311,79 @@ def test_folders_that_cannot_be_written_to(launch, reference, tmp_path):
 # The long form
 
 SEED, KILLS = 20261122, 30
-LONG = ["--quick", "--limit", "8", "--batch-size", "40", "--gpu", "-1", "--qat-epochs", "5", "--warmup-epochs", "2",
-        "--seed", "7"]  # fmt: skip
+FRESH, IMPORTS = 3, 6  # of the kills: of the script as a user starts it; seconds that its imports take, about
+LONG = [*FLAGS, "--qat-epochs", "6", "--warmup-epochs", "2"]
 
 
-def _moments(choose: random.Random) -> list[dict | float]:
-    """30 moments: shares of the whole run's time, and counted events within writes."""
+def _moments(choose: random.Random) -> list[dict]:
+    """30 moments: shares of the whole run's processor time, and counted events within writes."""
     writes = [
-        {"event": f"{stage} {name}", "count": choose.randint(1, 3000 if "json" in name and stage in pieces else 2)}
+        {"event": f"{stage} {name}", "count": choose.randint(1, 4000 if "json" in name and stage in pieces else 2)}
         for pieces in [("write", "half")]
         for name in ("last.pth", "results.json")
         for stage in ("made", *pieces, "fsync", "replace", "replaced")
     ]
     writes += [{"event": event} for event in ("half best.pth", "half histograms.json", "half report.html")]
-    moments = writes + [choose.random() for _ in range(KILLS - len(writes))]
+    anywhere = [{"share": choose.random(), "fresh": index < FRESH} for index in range(KILLS - len(writes))]
+    moments = writes + anywhere
     choose.shuffle(moments)
     return moments
 
 
-def _long(folder: Path, moment: dict | float | None, seconds: float) -> tuple[int, str]:
-    """Start the script as a user does, or under mishaps.py; the return code and what it printed."""
-    command = [sys.executable, str(ROOT / "experiments" / f"{SCRIPT}.py")]
-    if isinstance(moment, dict):
-        command = [sys.executable, str(ROOT / "tests" / "mishaps.py"), json.dumps(moment), SCRIPT]
-    command += [*LONG, "--output-dir", str(folder), "--resume"]
+def _fresh(flags: list[str], cpu: float) -> tuple[int, float]:
+    """The script in a Python of its own."""
+    command = [sys.executable, str(ROOT / "experiments" / f"{SCRIPT}.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, env=environment, **pipes)
-    try:
-        printed = process.communicate(timeout=moment * seconds if isinstance(moment, float) else 600)[0]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        printed = process.communicate()[0]
-    return process.returncode, printed
+    return wait(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL).pid, cpu)
 
 
 @pytest.mark.slow
-def test_thirty_kills_change_no_bit(tmp_path):
-    """--quick, so that the float baseline, whose report and files count too, is killed as well."""
-    reference = tmp_path / "reference"
-    start = time.monotonic()
-    assert _long(reference, None, 0)[0] == 0
-    seconds = time.monotonic() - start
+def test_thirty_kills_change_no_bit(server, tmp_path):
+    reference, log = tmp_path / "reference", tmp_path / "log"
+    code, seconds = server.run(log, {}, SCRIPT, [*LONG, "--output-dir", str(reference)])
+    assert code == 0 and check_whole(reference) == []
     choose = random.Random(SEED)
-    waiting, kills, rounds, left = _moments(choose), 0, 1, []
+    waiting, kills, rounds = _moments(choose), 0, 1
     while waiting:
-        folder = tmp_path / f"round{rounds}"
+        folder = tmp_path / f"run{rounds}"
+        flags = [*LONG, "--resume", "--output-dir", str(folder)]
         moment = waiting.pop(0)
-        code, printed = _long(folder, moment, seconds)
-        assert code in (0, -signal.SIGKILL), printed
+        log.write_text("")
+        if "share" not in moment:
+            code, _ = server.run(log, moment, SCRIPT, flags)
+        elif moment["fresh"]:
+            code, _ = _fresh(flags, moment["share"] * seconds + IMPORTS)
+        else:
+            code, _ = server.run(log, {"cpu": moment["share"] * seconds}, SCRIPT, flags)
+        assert code in (0, -signal.SIGKILL), log.read_text()
         left = check_whole(folder) if folder.exists() else []
-        assert len(left) <= 1, left
-        if code == 0:  # it came to its end before the moment, which the next round gets
+        assert len(left) <= 1, left  # the next run removes what this one left
+        if code == 0:  # it came to its end before the moment, which a later run gets
             assert left == []
             check_same(folder, reference)
             rounds += 1
+            if "share" in moment:  # or a run that is quicker than the first would never be killed
+                moment["share"] *= 0.8
             waiting.insert(choose.randrange(len(waiting) + 1), moment)
             continue
         kills += 1
-        when = f"{moment:.0%} of the run's time" if isinstance(moment, float) else f"{moment['event']}"
-        count = f" ({moment.get('count', 1)})" if isinstance(moment, dict) else ""
-        begun = [line.split("  ")[0] for line in printed.splitlines() if line.startswith(("epoch", "resuming"))]
-        print(f"kill {kills:2} in run {rounds}: {when}{count}; {begun[-1] if begun else 'no epoch yet'};"
-              f" left behind: {', '.join(p.name.rsplit('.', 2)[0][1:] for p in left) or 'nothing'}")  # fmt: skip
-    assert _long(folder, None, 0)[0] == 0
+        when = f"{moment['event']}, time {moment.get('count', 1)}" if "event" in moment else (
+            f"{moment['share'] * seconds:.2f} s" + (" and the imports" if moment["fresh"] else ""))  # fmt: skip
+        last = folder / "checkpoints" / "last.pth"
+        print(f"kill {kills:2}, run {rounds}: {when}; then {_epoch(folder) if last.exists() else 0} epochs are whole, "
+              f"left behind: {', '.join(path.name.rsplit('.', 2)[0][1:] for path in left) or 'nothing'}")  # fmt: skip
+    assert server.run(log, {}, SCRIPT, [*LONG, "--resume", "--output-dir", str(folder)])[0] == 0
     assert check_whole(folder) == [] and kills == KILLS
     check_same(folder, reference)
-    print(f"{kills} kills in {rounds} runs; each run's files, weights, optimizer, alphas and figures are the "
-          "uninterrupted run's, bit for bit")  # fmt: skip
+    print(f"{kills} kills in {rounds} runs of 6 epochs; each ended with the weights, optimizer, alphas, history and "
+          "figures of the uninterrupted one, bit for bit")  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_full_disk_while_the_report_is_written(launch, reference, tmp_path):
+def test_a_full_disk_while_the_report_is_written(launch, tmp_path):
     for name in ("losses.png", "report.html"):
-        code, printed = launch(tmp_path, {"event": f"write {name}", "then": "ENOSPC", "report": True})
+        code, printed = launch(tmp_path, {"event": f"write {name}", "then": "ENOSPC", "small": False})
         assert code == 3 and f"{name}: No space left on device" in printed.splitlines()[-1]
         assert check_whole(tmp_path) == []
-    assert launch(tmp_path)[0] == 0
-    for path in (tmp_path / "plots").iterdir():
-        path.unlink()
-    (tmp_path / "plots").rmdir()
-    check_same(tmp_path, reference)
+    assert launch(tmp_path, {"small": False})[0] == 0 and check_whole(tmp_path) == []
+    assert (tmp_path / "report.html").exists() and len(list((tmp_path / "plots").iterdir())) == 5

@@ -205,7 +205,7 @@ def _serve() -> None:
     from qbr import kernels
 
     torch.set_num_threads(1)
-    for module in ("cifar10_qat_br", "cifar10.plots", "PIL.Image", "torch._dynamo"):  # what a run would import
+    for module in ("cifar10_qat_br", "PIL.Image", "torch._dynamo"):  # what a run would import
         importlib.import_module(module)
     kernels.resolve("auto", "cpu", torch.float32)
     for line in sys.stdin:

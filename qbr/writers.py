@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
+
+from qbr.whole import write_whole
 
 
 def scalars(figures: Mapping[str, tuple]) -> dict[str, dict[str, float | None]]:
@@ -46,9 +49,9 @@ class TensorBoardWriter:
 class CSVWriter:
     """Writes one row for each call: ``step``, then ``layer.figure`` for every layer and figure.
 
-    A row reaches the file in one piece, so a run that is killed leaves whole rows; should its last one be torn after
-    all (a full disk, a crash of the machine), it is cut off when the file is opened again. An existing file is
-    appended to.
+    A row reaches the file in one piece, so a run that is killed leaves whole rows, and so does a full disk: the row
+    that does not fit is taken back. Should the last row be torn after all (a crash of the machine), it is cut off when
+    the file is opened again. An existing file is appended to.
 
         writer = qbr.CSVWriter("runs/one/layers.csv", purge_step=first_epoch)
         writer.write(epoch, monitor.read(reset=True))
@@ -72,6 +75,7 @@ class CSVWriter:
 
         Raises:
             ValueError: for other layers or figures than the file's first row has.
+            OSError: where the row does not fit on the disk; the file is as it was before.
         """
         cells = {f"{layer}.{name}": v for layer, row in scalars(figures).items() for name, v in row.items()}
         header = ["step", *cells]
@@ -81,8 +85,15 @@ class CSVWriter:
                              f"{differing[0]!r} for one): write to another file")  # fmt: skip
         text = "" if self._header is not None else _line(header)
         text += _line([step, *("" if value is None else value for value in cells.values())])
+        row = text.encode()
         with open(self.path, "ab", buffering=0) as file:
-            file.write(text.encode())
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(row) < len(row):  # a disk that is full takes what fits, without an error
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except BaseException:
+                file.truncate(end)
+                raise
         self._header = header
 
     def _take_up(self, purge_step: int | None) -> None:
@@ -99,9 +110,7 @@ class CSVWriter:
             kept = "".join(_line(row) for row in rows[1:] if purge_step is None or int(row[0]) < purge_step)
             kept = _line(rows[0]) + kept
         if kept != text:
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_bytes(kept.encode())
-            os.replace(partial, self.path)
+            write_whole(self.path, lambda temporary: temporary.write_bytes(kept.encode()))
 
 
 def _line(cells) -> str:

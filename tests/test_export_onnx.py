@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib
 import sys
 from pathlib import Path
@@ -178,6 +179,23 @@ def test_weights_beside_a_large_file(tmp_path, monkeypatch):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     found = compare(model, path, torch.randn(9, 64))
     assert found.top1_equal == 9 and found.largest_difference < 1e-5
+
+    # Another export in its place: until it is whole, the first file keeps its own weights.
+    before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        model[0].weight.mul_(-1)
+        patch.setattr("qbr.export.onnx.os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            to_onnx(model, torch.randn(2, 64), path)
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
+    for name in ("m.onnx.2.data", "m.onnx.data"):
+        to_onnx(model, torch.randn(2, 64), path)
+        assert sorted(each.name for each in tmp_path.iterdir()) == sorted(["m.onnx", name])
+        assert compare(model, path, torch.randn(9, 64)).top1_equal == 9
 
 
 class _FixedBatch(nn.Module):

@@ -14,7 +14,7 @@ from qbr import kernels, ops
 ROOT = Path(__file__).resolve().parents[1]
 # Each module imports only from the lines above it.
 LAYERS = [
-    ["qbr.spec"],
+    ["qbr.spec", "qbr.whole"],
     ["qbr.kernels.build"],
     ["qbr.kernels.reference", "qbr.kernels.native", "qbr.kernels.triton_kernels", "qbr.kernels.triton_backend"],
     ["qbr.kernels.foreach"],

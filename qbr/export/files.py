@@ -1,10 +1,9 @@
-"""Files from anywhere: what kind they are by their first bytes, and writing them whole."""
+"""Files from anywhere: what kind they are by their first bytes, and whether they hold what they claim."""
 
 from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 ONNX, PACKED, CHECKPOINT = "ONNX", "safetensors", "a checkpoint of torch.save"
@@ -65,17 +64,3 @@ def check_archive(path: Path) -> int:
     if any(b"bytearray" in each for each in pickles):
         raise ValueError(f"{path}: it makes a bytearray, which no checkpoint of a model has")
     return size
-
-
-def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
-    """Call write(a path beside ``path``), then move what it wrote to ``path`` in one step."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

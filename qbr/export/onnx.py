@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 import os
 import warnings
 from collections.abc import Mapping
@@ -16,12 +17,12 @@ from torch.utils import _pytree as pytree
 from qbr import kernels
 from qbr.convert import warn_unset
 from qbr.export.codes import check_steps, quantized_weights
-from qbr.export.files import write_whole
 from qbr.export.lowering import IR_VERSIONS, Lowering, opset, translation
 from qbr.export.optional import need
 from qbr.layers import renormalised
 from qbr.quantizers import quantizers
 from qbr.running import unwrapped
+from qbr.whole import write_whole
 
 LARGEST_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GB
 
@@ -151,13 +152,35 @@ def _torch_export(model: nn.Module, args: tuple, kwargs: dict, shapes) -> torch.
 
 
 def _write(model: Any, path: Path) -> Path:
-    """Checked by onnx, then put in its place in one step (with weights beside it, in two)."""
+    """Checked by onnx, then put in its place in one step, weights beside it and all."""
     ir, onnx = need("onnxscript").ir, need("onnx")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    beside = f"{path.name}.data" if size > LARGEST_FILE else None
+    names = [f"{path.name}.data", f"{path.name}.2.data"]
+    old = _beside(path, names)
+    # Weights go to a name that the file which is there does not use: until it is replaced it stays whole.
+    beside = next(name for name in names if name != old) if size > LARGEST_FILE else None
 
     def write(temporary: Path) -> None:
         ir.save(model, temporary, external_data=beside)
         onnx.checker.check_model(str(temporary), full_check=True)
+        if beside is not None:
+            with (path.parent / beside).open("rb+") as file:
+                os.fsync(file.fileno())
 
-    return write_whole(path, write)
+    try:
+        write_whole(path, write)
+    except BaseException:
+        if beside is not None and _beside(path, names) != beside:
+            (path.parent / beside).unlink(missing_ok=True)
+        raise
+    if old is not None:
+        (path.parent / old).unlink(missing_ok=True)
+    return path
+
+
+def _beside(path: Path, names: list[str]) -> str | None:
+    """Which of ``names`` the ONNX file at ``path`` has its weights in; None for none, and for no file."""
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return next((name for name in names if content.find(name.encode()) >= 0), None)

@@ -33,13 +33,14 @@ from qbr.export.codes import (
     values_of,
     width,
 )
-from qbr.export.files import PACKED, described, kind_of, write_whole
+from qbr.export.files import PACKED, described, kind_of
 from qbr.export.optional import need
 from qbr.layers import renormalised
 from qbr.prepare import prepare
 from qbr.quantizers import quantizers
 from qbr.running import unwrapped
 from qbr.spec import QuantSpec
+from qbr.whole import write_whole
 
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

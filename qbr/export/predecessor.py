@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from qbr.config import QATConfig
-from qbr.export.files import CHECKPOINT, check_archive, described, kind_of, write_whole
+from qbr.export.files import CHECKPOINT, check_archive, described, kind_of
 from qbr.export.packed import write_packed
 from qbr.spec import QuantSpec
+from qbr.whole import write_whole
 
 _WEIGHT, _ACTIVATION = ".weight_quantizer.alpha", ".quantizer.alpha"
 _LATER_CALL = re.compile(r"\.quantizer_\d+\.alpha$")

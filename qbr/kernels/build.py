@@ -29,6 +29,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ _LOOPS = {"baseline": (), "avx2": _AVX2, "avx512": _AVX512} if _X86 else {"basel
 _ARCHS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
 _NVCC_FLAGS = ("-std=c++17", "--threads=0", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 _LOG_TAIL = 4000
+# nvcc gives names to a shell, in double quotes at best, the folder that it runs in among them: these mean themselves.
+_PLAIN = re.compile(r"[\w@%+=:,./ -]*")
 
 
 class CannotBuild(RuntimeError):
@@ -59,6 +62,10 @@ class CannotBuild(RuntimeError):
 
 class BuildFailed(RuntimeError):
     """A compiler that was found did not compile our sources; the message ends with its output."""
+
+
+class UnsafeDirectory(RuntimeError):
+    """Somebody else may write where libraries are loaded from; the message says where, and how to mend it."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,11 @@ def find_torch() -> Torch | None:
 def find_compiler() -> list[str] | None:
     """The C++ compiler's command."""
     if os.environ.get("CXX"):
-        command = shlex.split(os.environ["CXX"])
-        return command if shutil.which(command[0]) else None
+        try:
+            command = shlex.split(os.environ["CXX"])
+        except ValueError:  # a quote without its other half
+            return None
+        return command if command and shutil.which(command[0]) else None
     return next(([path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
@@ -221,17 +231,17 @@ class _Done:
         return f"$ {shlex.join(self.command)}\n{self.output[-_LOG_TAIL:]}"
 
 
-def _run(command: list[str]) -> _Done:
+def _run(command: list[str], **where) -> _Done:
     try:
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        done = subprocess.run(command, text=True, errors="replace", **both)
+        done = subprocess.run(command, text=True, errors="replace", **both, **where)
     except OSError as error:
         return _Done(command, 127, str(error))
     return _Done(command, done.returncode, done.stdout)
 
 
 def _compile_commands(p: Plan, out: Path, with_cuda: bool) -> dict[str, list[str]]:
-    """{object name: command}."""
+    """{object name: command}, but for cuda's, which is _compile_cuda's."""
     cxx = [*p.compiler, *_CXX_FLAGS, _PREFIX_FLAG.format(p.sources)]
     torch = [_TARGET, "-isystem", str(p.torch.root / "include")]
     commands = {
@@ -241,16 +251,31 @@ def _compile_commands(p: Plan, out: Path, with_cuda: bool) -> dict[str, list[str
     for isa, flags in _LOOPS.items():
         name = f"loops_{isa}"
         commands[name] = [*cxx, *_LOOP_FLAGS, *flags, f"-DQBR_ISA={name}", str(p.sources / "cpu_loops.cpp")]
-    if with_cuda:
-        host = ["-ccbin", p.compiler[0]]
-        archs = [word for arch in _ARCHS for word in ("-gencode", arch)]
-        commands["cuda"] = [p.nvcc, *_NVCC_FLAGS, *host, *archs, str(p.sources / "cuda.cu")]
     return {name: [*command, "-c", "-o", str(out / f"{name}.o")] for name, command in commands.items()}
 
 
-def _compile(commands: dict[str, list[str]]) -> dict[str, _Done]:
+def _compile_cuda(p: Plan, out: Path) -> _Done:
+    """cuda.o in ``out``; compiled in a folder of a plain name, since nvcc has a shell read names."""
+    archs = [word for arch in _ARCHS for word in ("-gencode", arch)]
+    nvcc, host = (os.path.abspath(name) if os.sep in name else name for name in (p.nvcc, p.compiler[0]))
+    command = [nvcc, *_NVCC_FLAGS, "-ccbin", host, *archs, "csrc/cuda.cu", "-c", "-o", "cuda.o"]
+    with tempfile.TemporaryDirectory(prefix="qbr-build-", dir=out if _PLAIN.fullmatch(str(out)) else "/tmp") as folder:
+        odd = next((name for name in (nvcc, host, folder) if not _PLAIN.fullmatch(name)), None)
+        if odd is not None:
+            return _Done(command, 126, f"nvcc would have a shell read the name {odd!r}: use another path")
+        shutil.copytree(p.sources, Path(folder, "csrc"))
+        done = _run(command, cwd=folder, env={**os.environ, "TMPDIR": folder})
+        if done.returncode == 0:
+            shutil.move(Path(folder, "cuda.o"), out / "cuda.o")
+    return done
+
+
+def _compile(p: Plan, out: Path, with_cuda: bool) -> dict[str, _Done]:
+    commands = _compile_commands(p, out, with_cuda)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(zip(commands, pool.map(_run, commands.values()), strict=True))
+        cuda = {"cuda": pool.submit(_compile_cuda, p, out)} if with_cuda else {}
+        running = {name: pool.submit(_run, command) for name, command in commands.items()} | cuda
+        return {name: each.result() for name, each in running.items()}
 
 
 def build(p: Plan, directory: Path) -> Built:
@@ -261,14 +286,14 @@ def build(p: Plan, directory: Path) -> Built:
             that says so, unless QBR_CUDA=1 insists.
     """
     with_cuda, why_no_cuda = p.nvcc is not None, p.why_no_cuda
-    with tempfile.TemporaryDirectory(prefix="qbr-build-") as tmp:
+    with tempfile.TemporaryDirectory(prefix="qbr-build-", dir=directory) as tmp:
         out = Path(tmp)
-        done = _compile(_compile_commands(p, out, with_cuda))
+        done = _compile(p, out, with_cuda)
         if with_cuda and done["cuda"].returncode != 0:
             if os.environ.get("QBR_CUDA") == "1":
                 raise BuildFailed(f"nvcc failed on csrc/cuda.cu\n{done['cuda'].log}")
             with_cuda, why_no_cuda = False, f"nvcc failed on csrc/cuda.cu\n{done.pop('cuda').log}"
-            done |= _compile({"bindings": _compile_commands(p, out, False)["bindings"]})
+            done["bindings"] = _run(_compile_commands(p, out, False)["bindings"])
         for name, result in done.items():
             if result.returncode != 0:
                 raise BuildFailed(f"the native extension did not compile ({name})\n{result.log}")
@@ -289,13 +314,31 @@ def build(p: Plan, directory: Path) -> Built:
 # ---- the cache -----------------------------------------------------------------------------------------------------
 
 
+def _check_ours(path: Path, kind: Callable[[int], bool]) -> None:
+    """Raise UnsafeDirectory unless ``path``, itself and no link to it, is this user's; of a directory, his alone."""
+    status = path.lstat()
+    if not kind(status.st_mode):
+        problem = "is a symbolic link" if stat.S_ISLNK(status.st_mode) else "is not what qbr made"
+    elif status.st_uid != os.getuid():
+        problem = f"belongs to user {status.st_uid}, not to {os.getuid()}"
+    elif stat.S_ISDIR(status.st_mode) and status.st_mode & 0o022:
+        problem = f"can be written to by others (mode {stat.S_IMODE(status.st_mode):o})"
+    else:
+        return
+    raise UnsafeDirectory(f"{path} {problem}, and what lies there would be loaded as part of this process: remove it, "
+                          "or set XDG_CACHE_HOME to a directory of your own")  # fmt: skip
+
+
 def _private(directory: Path) -> Path | None:
-    """The directory, made if need be, if nobody else can write to it: what lies there gets loaded."""
-    try:
+    """The directory, made if need be; None where it cannot be made or written to.
+
+    Raises:
+        UnsafeDirectory: if it is there and somebody else can write to it.
+    """
+    with contextlib.suppress(OSError):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-            return None
+    try:
+        _check_ours(directory, stat.S_ISDIR)
         with tempfile.TemporaryFile(dir=directory):
             return directory
     except OSError:
@@ -303,7 +346,11 @@ def _private(directory: Path) -> Path | None:
 
 
 def cache_dir() -> Path:
-    """A directory of this user alone: under the home, else under the temporary directory, else one for this process."""
+    """A directory of this user alone: under the home, else under the temporary directory, else one for this process.
+
+    Raises:
+        UnsafeDirectory: as ``_private``.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
     home = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
     shared_tmp = Path(tempfile.gettempdir()) / f"qbr-{os.getuid()}"
@@ -317,8 +364,17 @@ def _cache_key(sources: Path, torch: Torch | None, device: bool) -> str:
     return f"{sources_hash(sources, cuda)}-torch{release}-{'cuda' if cuda else 'cpu'}-{platform.machine()}"
 
 
+def _read_cached(target: Path) -> Built | None:
+    built = Built.read(target)
+    if built is not None:
+        _check_ours(target, stat.S_ISDIR)
+        _check_ours(built.path, stat.S_ISREG)
+    return built
+
+
 def find_cached(sources: Path, cache: Path, device: bool = True) -> Built | None:
-    return Built.read(cache / _cache_key(sources, find_torch(), device))
+    """What was built before, if it is of these sources; UnsafeDirectory if somebody else may have put it there."""
+    return _read_cached(cache / _cache_key(sources, find_torch(), device))
 
 
 def build_cached(sources: Path | None = None, cache: Path | None = None, device: bool = True) -> Built:
@@ -333,9 +389,11 @@ def build_cached(sources: Path | None = None, cache: Path | None = None, device:
     cache = cache or cache_dir()
     target = cache / _cache_key(p.sources, p.torch, device)
     with _locked(cache / f"{target.name}.lock"):
-        found = Built.read(target)
+        found = _read_cached(target)
         if found is not None:
             return found
+        for left in cache.glob(f"{target.name}.*/"):  # of a build that was killed: nobody else is at this one
+            shutil.rmtree(left, ignore_errors=True)
         _say(f"building the native extension, once, in {target} ...")
         start = time.perf_counter()
         staging = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=cache))
@@ -347,7 +405,7 @@ def build_cached(sources: Path | None = None, cache: Path | None = None, device:
             shutil.rmtree(staging, ignore_errors=True)
     why = "with CUDA" if built.cuda else f"without CUDA: {(built.why_no_cuda or '').splitlines()[0]}"
     _say(f"built in {time.perf_counter() - start:.0f} s ({why})")
-    return Built.read(target)
+    return _read_cached(target)
 
 
 @contextlib.contextmanager

@@ -133,6 +133,13 @@ def pages() -> dict[str, list[str]]:
             for path, whole in paths.items() if not path.parts[0].startswith(".")}  # fmt: skip
 
 
+def test_every_promise_names_a_test_that_is_there():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 20
+    for file, name in named:
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
+
+
 def test_nothing_from_outside_is_run():
     seen, wrong = set(), []
     texts = [*sources().items(), *((path, example) for path, examples in pages().items() for example in examples)]

@@ -232,7 +232,17 @@ def test_names_that_a_shell_would_run_are_names(hostile, tmp_path):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "cxx", [f"c++ {HOSTILE}", HOSTILE, "c++;touch ran1", "$(touch ran1)", "`touch ran1`", "'", " "]
+    "cxx",
+    [
+        f"c++ {HOSTILE}",
+        HOSTILE,
+        "c++;touch ran1",
+        "$(touch ran1)",
+        "`touch ran1`",
+        "'",
+        " ",
+        "c++ '$(touch ran1)' ';touch ran2'",
+    ],
 )
 def test_a_hostile_compiler_name_runs_nothing(cxx, hostile, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", cxx)
@@ -242,12 +252,19 @@ def test_a_hostile_compiler_name_runs_nothing(cxx, hostile, tmp_path, monkeypatc
     assert not _ran(tmp_path)
 
 
+NVCC = """#!/bin/sh
+if [ "$1" = --dryrun ]; then echo "#\\$ LIBRARIES= -L$(dirname "$0")"; exit; fi
+sh -c "true \\"$PWD\\" $* \\"$TMPDIR\\"" && c++ -x c++ -c -o cuda.o /dev/null
+"""
+
+
 @needs_compiler
 def test_nvcc_is_given_no_name_that_its_shell_would_run(hostile, tmp_path):
     """A stand-in for nvcc, which has a shell read the folder that it runs in and its arguments, as nvcc does."""
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text('#!/bin/sh\nsh -c "true \\"$PWD\\" $* \\"$TMPDIR\\"" && cc -x c -c -o cuda.o /dev/null\n')
+    nvcc.write_text(NVCC)
     nvcc.chmod(0o755)
+    (tmp_path / "libcudart_static.a").write_text("!<arch>\n")
     (hostile / "csrc" / "cuda.cu").touch()
     plan = dataclasses.replace(build.plan(hostile / "csrc"), nvcc=str(nvcc), why_no_cuda=None)
     built = build.build(plan, build.cache_dir())
@@ -284,7 +301,7 @@ def _open_to(mode: int):
 
 @pytest.mark.parametrize("make, problem", [
     (_elsewhere, "is a symbolic link"), (_dangling, "is a symbolic link"), (Path.touch, "is not what qbr made"),
-    (_open_to(0o777), r"can be written to by others \(mode 777\)"), (_open_to(0o1777), "written to by others"),
+    (_open_to(0o777), r"can be written to by others \(mode 777\)"), (_open_to(0o1777), "can be written to by others"),
     (_open_to(0o770), r"can be written to by others \(mode 770\)"),
 ])  # fmt: skip
 def test_a_cache_that_others_can_write_to_is_refused(make, problem, cache):

@@ -173,7 +173,7 @@ def wait(pid: int, cpu: float | None) -> tuple[int, float]:
         if sum(map(int, used)) / os.sysconf("SC_CLK_TCK") >= cpu:
             os.kill(pid, signal.SIGKILL)
             break
-        time.sleep(0.003)
+        time.sleep(0.02)
     _, status, usage = os.wait4(pid, 0)
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
 
@@ -190,7 +190,7 @@ class Server:
 
     def __exit__(self, *_):
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(300)
 
     def run(self, log: Path, plan: dict, script: str, flags: list[str]) -> tuple[int, float]:
         """The return code as subprocess gives it (-9 for a kill), and the processor time; output goes to ``log``."""

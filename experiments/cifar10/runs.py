@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -20,7 +19,8 @@ from torch import nn
 import qbr
 from qbr import kernels
 
-from . import checkpoints, data, histograms, logs, processes, report
+from . import checkpoints, data, histograms, logs, oscillation, processes, report, warmup
+from .device import keep_freed_memory, pick_device
 from .engine import Trainer, TrainingDiverged
 from .files import UserError, check_writable, write_json
 from .models import MODELS
@@ -77,6 +77,9 @@ class Run:
         processes.on_main(check_writable, self.folder)
         self.state = processes.on_main(self._state_to_resume, options)
         self.options = options = resumed(options, given, self.state["args"]) if self.state else options
+        self.warm = None  # the end of another run's warm-up, where this one starts
+        if self.state is None and getattr(options, "warmup_from", None) is not None:
+            self.warm = processes.on_main(warmup.state, options)
         if options.tensorboard:
             logs.check_installed()
         if getattr(options, "pretrained_baseline", None) is not None and self.state is None:
@@ -100,7 +103,7 @@ class Run:
         self.model = MODELS[options.model](len(self.splits.classes))
         self.epochs = options.epochs if script == BASELINE else options.qat_epochs
         self.first_run = None  # the float baseline that --quick trains before
-        if script == QAT and self.state is None:
+        if script == QAT and self.state is None and self.warm is None:
             if options.pretrained_baseline is not None:
                 self._load_float(options.pretrained_baseline)
             elif options.quick:
@@ -154,6 +157,10 @@ class Run:
             if done:
                 self._finish(trainer, done)
                 return done
+        elif self.warm:
+            trainer.load_state_dict(warmup.with_control(self.warm, trainer.control))
+            history, best = self.warm["history"], self.warm["best"]
+            print(f"warm-up (epochs 1 to {len(history)}) from {self.options.warmup_from}")
         results = self._header(trainer)
         board = None
         if self.options.tensorboard and processes.rank() == 0:
@@ -165,6 +172,8 @@ class Run:
                 if not best or figures["val_acc"] is None or figures["val_acc"] > best["val_acc"]:
                     best = {"epoch": epoch, "val_acc": figures["val_acc"]}
                 self._save(trainer, history, best)
+                if getattr(self.options, "keep_warmup", False) and epoch == self.options.warmup_epochs:
+                    processes.on_main(warmup.keep, self.folder)
                 self._write_results({**results, "epochs": history, "best": best})
                 if board:
                     board.epoch(figures, trainer.model, trainer.batches.batch(0)[0])
@@ -243,6 +252,8 @@ class Run:
         if self.options.overwrite and self.state is None:  # or a killed run could be resumed into the old one
             for path in (self.best_path, self.last_path, self.folder / "histograms.json"):
                 path.unlink(missing_ok=True)
+        if self.warm:
+            warmup.take(self.options.warmup_from, self.folder)
 
     def _header(self, trainer: Trainer) -> dict[str, Any]:
         """Print what is about to run, and give the part of results.json that does not change."""
@@ -299,7 +310,8 @@ class Run:
         start = time.perf_counter()
         if trainer.control and epoch == self.options.warmup_epochs + 1:
             self._keep_histograms("before", epoch - 1)
-        figures = {"epoch": epoch, **trainer.train_epoch(epoch)}
+        with oscillation.watched(self.model, getattr(self.options, "monitor", False)) as seen:
+            figures = {"epoch": epoch, **trainer.train_epoch(epoch), **seen()}
         if trainer.control:
             figures["phase"] = "BR" if trainer.control.br_active else "warm-up"
             alphas = {name: module.alpha for name, module in self._quantizers().items()}
@@ -401,27 +413,3 @@ def epoch_line(figures: dict[str, Any], epochs: int) -> str:
 
 def _check_checkpoint(path, flag: str) -> None:
     checkpoints.load(path, flag)
-
-
-def pick_device(gpu: int) -> torch.device:
-    """CUDA device ``gpu``, or the CPU where there is no CUDA, with a note; under torchrun a device for each process."""
-    if gpu >= 0 and processes.world() > 1:
-        gpu = processes.local_rank()
-    if gpu < 0:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        print(f"--gpu {gpu}: torch sees no CUDA device; training on the CPU")
-        return torch.device("cpu")
-    if gpu >= torch.cuda.device_count():
-        raise UserError(f"--gpu {gpu}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
-    torch.backends.cudnn.benchmark = True
-    return torch.device("cuda", gpu)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what was freed instead of returning it: or every step faults its activations in page by page."""
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)

@@ -17,6 +17,7 @@ import functools
 import json
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ RUNTIMES = ("torch float", "torch prepared", "onnxruntime float", "quantized, ex
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch.onnx.export's notes to itself
     options = _options()
     if options.table is not None:
         print(table(json.loads(options.table.read_text())))
@@ -65,6 +67,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="batch sizes that are timed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--evaluator", type=int, default=4, metavar="N",
+                        help="also run so many images through onnx's reference evaluator, which is slow")  # fmt: skip
     parser.add_argument("--fold-batchnorm", action="store_true")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="print the table of an earlier result")
@@ -121,6 +125,8 @@ def examine(model: nn.Module, plain: nn.Module, images: Tensor, labels: Tensor |
             "float_bytes": sum(p.numel() * 4 for p in plain.parameters()),
             "float_onnx_bytes": plain_path.stat().st_size, "packed_bytes": packed, "onnx_bytes": path.stat().st_size,
         }  # fmt: skip
+        if options.evaluator:
+            figures["evaluator_difference"] = _beside_evaluator(path, sessions["quantized, exact"], images, options)
         if labels is not None:
             figures["accuracy"] = {name: 100 * (each == labels).float().mean().item() for name, each in top1.items()}
         runs = {
@@ -130,6 +136,15 @@ def examine(model: nn.Module, plain: nn.Module, images: Tensor, labels: Tensor |
         }
         figures["ms"] = {str(size): _times(runs, images[:size], options.repeats) for size in options.batch}
         return figures
+
+
+def _beside_evaluator(path: Path, exact, images: Tensor, options) -> float:
+    """The largest difference of logits between onnxruntime and onnx's own evaluator, on the first images."""
+    from onnx.reference import ReferenceEvaluator
+
+    few = images[: options.evaluator]
+    theirs = ReferenceEvaluator(str(path)).run(None, {exact.get_inputs()[0].name: few.numpy()})[0]
+    return float(abs(theirs - _run(exact, few)).max())
 
 
 def _float_onnx(plain: nn.Module, x: Tensor, path: Path) -> Path:
@@ -173,15 +188,16 @@ def table(result: dict) -> str:
         f"{result['threads']} threads, commit {result['commit']}",
         "",
         "| | test accuracy | top-1 equal | with default settings | logits differ by | codes that differ | in samples "
-        "| first, from a tie | given the same values |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| first, from a tie | given the same values | reference evaluator's logits |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in result["results"]:
         accuracy = f"{r['accuracy']['torch']:.2f} %" if "accuracy" in r else ""
         rows.append(
             f"| {r['name']} | {accuracy} | {r['top1_equal']:,} of {r['samples']:,} | {r['default_top1_equal']:,} "
             f"| {r['logits_difference']:.2g} of {r['logits_scale']:.2g} | {r['codes_differing']:,} of {r['codes']:,} "
-            f"| {r['samples_differing']} | {r['from_tie']:.1g} steps | {sum(x for x, *_ in r['quantizers'].values())} |"
+            f"| {r['samples_differing']} | {r['from_tie']:.1g} steps | {sum(x for x, *_ in r['quantizers'].values())} "
+            f"| {r['evaluator_difference']:.2g} |"
         )
     rows += ["", "| bytes | float weights | float ONNX | quantized ONNX | packed |", "|---|---|---|---|---|"]
     for r in result["results"]:

@@ -252,8 +252,6 @@ class Run:
         if self.options.overwrite and self.state is None:  # or a killed run could be resumed into the old one
             for path in (self.best_path, self.last_path, self.folder / "histograms.json"):
                 path.unlink(missing_ok=True)
-        if self.warm:
-            warmup.take(self.options.warmup_from, self.folder)
 
     def _header(self, trainer: Trainer) -> dict[str, Any]:
         """Print what is about to run, and give the part of results.json that does not change."""
@@ -350,6 +348,8 @@ class Run:
             return
         if best["epoch"] == len(history):
             checkpoints.save(self.best_path, state)
+        elif self.warm and not self.best_path.exists():
+            warmup.take(self.options.warmup_from, self.folder)
         checkpoints.save(self.last_path, state)
 
     def _test(self, trainer: Trainer, history: list, best: dict, board: logs.TensorBoard | None) -> dict[str, Any]:

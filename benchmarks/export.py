@@ -7,7 +7,8 @@ With --data (as the CIFAR scripts take it) every test image goes through both ru
 64 samples of noise do. For each checkpoint: whether onnxruntime's codes and outputs are torch's; the bytes of the float
 weights, of the float ONNX file, of the packed file and of the quantized ONNX file; and the median milliseconds of a
 batch for each size in --batch: in torch (float, prepared) and in onnxruntime (float, quantized with exact and with
-default settings), taken in turns. --out also writes the same as a table, FILE.md; --table prints that of a FILE.json.
+default settings), taken in turns. --out also writes the same as a table, FILE.md, and adds a --part to what is there;
+--table prints that of a FILE.json.
 """
 
 from __future__ import annotations
@@ -49,14 +50,25 @@ def main() -> None:
     images, labels = _images(options.data)
     given = dict(text.split("=", 1) for text in options.checkpoint)
     about = {**measure.environment("cpu"), "onnxruntime": need("onnxruntime").__version__, "model": options.model}
-    results = []
+    results = _earlier(options.out, options.model)
     for name in given or PAIRS:
         model = _checkpoint(options.model, given[name]) if given else _random(options.model, name, images)
-        results.append({"name": name, **examine(model, MODELS[options.model]().eval(), images, labels, options)})
-        print(_line(results[-1]), flush=True)
+        found = examine(model, MODELS[options.model]().eval(), images, labels, options)
+        results[name] = {**results.get(name, {}), "name": name, **found}
+        print(json.dumps(found), flush=True)
         if options.out is not None:  # after each: nothing measured is lost
-            measure.write(options.out, json.dumps({**about, "results": results}, indent=1) + "\n")
-            measure.write(options.out.with_suffix(".md"), table({**about, "results": results}) + "\n")
+            result = {**about, "results": list(results.values())}
+            measure.write(options.out, json.dumps(result, indent=1) + "\n")
+            measure.write(options.out.with_suffix(".md"), table(result) + "\n")
+    print(table({**about, "results": list(results.values())}))
+
+
+def _earlier(path: Path | None, model: str) -> dict[str, dict]:
+    """What the file holds of this model already, by name: a later part joins it."""
+    if path is None or not path.exists():
+        return {}
+    result = json.loads(path.read_text())
+    return {each["name"]: each for each in result["results"]} if result["model"] == model else {}
 
 
 def _options() -> argparse.Namespace:
@@ -65,10 +77,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=FILE", help="instead of random ones")
     parser.add_argument("--data", type=Path, metavar="DIR", help="test images: CIFAR-10's root or image folders")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="batch sizes that are timed")
+    parser.add_argument("--part", nargs="+", choices=("equality", "latency"), default=["equality", "latency"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--evaluator", type=int, default=4, metavar="N",
-                        help="also run so many images through onnx's reference evaluator, which is slow")  # fmt: skip
+                        help="images that go through onnx's reference evaluator, too, which is slow")  # fmt: skip
     parser.add_argument("--fold-batchnorm", action="store_true")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="print the table of an earlier result")
@@ -99,52 +112,59 @@ def _checkpoint(name: str, path: str) -> nn.Module:
 
 
 def examine(model: nn.Module, plain: nn.Module, images: Tensor, labels: Tensor | None, options) -> dict:
-    """Everything about one model; ``plain``: the same network in float, for its sizes and times alone."""
+    """The figures of one model that were asked for; ``plain``: the same network in float, for its sizes and times."""
     with tempfile.TemporaryDirectory() as folder:
         path = to_onnx(model, images[:2], Path(folder) / "m.onnx", fold_batchnorm=options.fold_batchnorm)
-        packed = save_packed(model, Path(folder) / "m.safetensors").stat().st_size
         plain_path = _float_onnx(plain, images[:2], Path(folder) / "float.onnx")
-        sessions = {
-            "onnxruntime float": session(plain_path, exact=False, threads=options.threads),
-            "quantized, exact": session(path, exact=True, threads=options.threads),
-            "quantized, default": session(path, exact=False, threads=options.threads),
-        }
-        found = sum((compare(model, path, chunk) for chunk in images.split(CHUNK)), Comparison())
-        top1 = {"torch": torch.cat([_torch(model, chunk) for chunk in images.split(CHUNK)]).argmax(1)}
-        for name in ("quantized, exact", "quantized, default"):
-            outputs = [torch.from_numpy(_run(sessions[name], chunk)) for chunk in images.split(CHUNK)]
-            top1[name] = torch.cat(outputs).argmax(1)
         figures = {
-            "samples": found.rows, "top1_equal": int((top1["torch"] == top1["quantized, exact"]).sum()),
-            "default_top1_equal": int((top1["torch"] == top1["quantized, default"]).sum()),
-            "logits_difference": found.largest_difference, "logits_scale": found.scale,
-            "codes": sum(total for _, total in found.codes.values()),
-            "codes_differing": sum(differing for differing, _ in found.codes.values()),
-            "samples_differing": found.rows_differing, "from_tie": found.from_tie,
-            "quantizers": {name: [found.quantizers[name], *found.codes[name]] for name in found.codes},
             "float_bytes": sum(p.numel() * 4 for p in plain.parameters()),
-            "float_onnx_bytes": plain_path.stat().st_size, "packed_bytes": packed, "onnx_bytes": path.stat().st_size,
-        }  # fmt: skip
-        if options.evaluator:
-            figures["evaluator_difference"] = _beside_evaluator(path, sessions["quantized, exact"], images, options)
-        if labels is not None:
-            figures["accuracy"] = {name: 100 * (each == labels).float().mean().item() for name, each in top1.items()}
-        runs = {
-            "torch float": lambda x: _torch(plain, x),
-            "torch prepared": lambda x: _torch(model, x),
-            **{name: lambda x, each=each: _run(each, x) for name, each in sessions.items()},
+            "float_onnx_bytes": plain_path.stat().st_size,
+            "packed_bytes": save_packed(model, Path(folder) / "m.safetensors").stat().st_size,
+            "onnx_bytes": path.stat().st_size,
         }
-        figures["ms"] = {str(size): _times(runs, images[:size], options.repeats) for size in options.batch}
+        default = session(path, exact=False, threads=options.threads)
+        if "equality" in options.part:
+            figures |= _equality(model, path, default, images, labels, options)
+        if "latency" in options.part:
+            runs = {
+                "torch float": lambda x: _torch(plain, x),
+                "torch prepared": lambda x: _torch(model, x),
+                "onnxruntime float": _runner(session(plain_path, exact=False, threads=options.threads)),
+                "quantized, exact": _runner(session(path, exact=True, threads=options.threads)),
+                "quantized, default": _runner(default),
+            }
+            figures["ms"] = {str(size): _times(runs, images[:size], options.repeats) for size in options.batch}
         return figures
 
 
-def _beside_evaluator(path: Path, exact, images: Tensor, options) -> float:
-    """The largest difference of logits between onnxruntime and onnx's own evaluator, on the first images."""
+def _equality(model: nn.Module, path: Path, default, images: Tensor, labels: Tensor | None, options) -> dict:
+    found = sum((compare(model, path, chunk) for chunk in images.split(CHUNK)), Comparison())
+    top1 = {
+        "torch": torch.cat([_torch(model, chunk) for chunk in images.split(CHUNK)]).argmax(1),
+        "default": torch.cat([torch.from_numpy(_run(default, chunk)) for chunk in images.split(CHUNK)]).argmax(1),
+    }
+    figures = {
+        "samples": found.rows, "top1_equal": found.top1_equal,
+        "default_top1_equal": int((top1["torch"] == top1["default"]).sum()),
+        "logits_difference": found.largest_difference, "logits_scale": found.scale,
+        "codes": sum(total for _, total in found.codes.values()),
+        "codes_differing": sum(differing for differing, _ in found.codes.values()),
+        "samples_differing": found.rows_differing, "from_tie": found.from_tie,
+        "quantizers": {name: [found.quantizers[name], *found.codes[name]] for name in found.codes},
+        "evaluator_difference": _beside_evaluator(path, images[: options.evaluator]),
+    }  # fmt: skip
+    if labels is not None:
+        figures["accuracy"] = {name: 100 * (each == labels).float().mean().item() for name, each in top1.items()}
+    return figures
+
+
+def _beside_evaluator(path: Path, images: Tensor) -> float:
+    """The largest difference of logits between onnxruntime and onnx's own evaluator."""
     from onnx.reference import ReferenceEvaluator
 
-    few = images[: options.evaluator]
-    theirs = ReferenceEvaluator(str(path)).run(None, {exact.get_inputs()[0].name: few.numpy()})[0]
-    return float(abs(theirs - _run(exact, few)).max())
+    exact = session(path)
+    theirs = ReferenceEvaluator(str(path)).run(None, {exact.get_inputs()[0].name: images.numpy()})[0]
+    return float(abs(theirs - _run(exact, images)).max())
 
 
 def _float_onnx(plain: nn.Module, x: Tensor, path: Path) -> Path:
@@ -158,6 +178,10 @@ def _torch(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
+def _runner(each):
+    return functools.partial(_run, each)
+
+
 def _run(each, x: Tensor):
     return each.run(None, {each.get_inputs()[0].name: x.numpy()})[0]
 
@@ -165,20 +189,6 @@ def _run(each, x: Tensor):
 def _times(runs: dict, x: Tensor, repeats: int) -> dict[str, float]:
     found = measure.alternate({name: functools.partial(run, x) for name, run in runs.items()}, "cpu", repeats)
     return {name: 1e3 * each["median_s"] for name, each in found.items()}
-
-
-def _line(r: dict) -> str:
-    accuracy = "".join(f", {name} {each:.2f} %" for name, each in r.get("accuracy", {}).items())
-    return (
-        f"{r['name']}: top-1 equal {r['top1_equal']}/{r['samples']} (default settings {r['default_top1_equal']})"
-        f"{accuracy}, logits differ by {r['logits_difference']:.2g} of {r['logits_scale']:.2g}; {r['codes_differing']} "
-        f"of {r['codes']} codes differ in {r['samples_differing']} samples, first within {r['from_tie']:.1g} steps of "
-        f"a tie; {sum(same for same, *_ in r['quantizers'].values())} given the same values; {_times_line(r['ms'])}"
-    )
-
-
-def _times_line(ms: dict) -> str:
-    return "; ".join(f"batch {n}: " + ", ".join(f"{k} {v:.1f} ms" for k, v in each.items()) for n, each in ms.items())
 
 
 def table(result: dict) -> str:
@@ -191,7 +201,7 @@ def table(result: dict) -> str:
         "| first, from a tie | given the same values | reference evaluator's logits |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in result["results"]:
+    for r in (each for each in result["results"] if "samples" in each):
         accuracy = f"{r['accuracy']['torch']:.2f} %" if "accuracy" in r else ""
         rows.append(
             f"| {r['name']} | {accuracy} | {r['top1_equal']:,} of {r['samples']:,} | {r['default_top1_equal']:,} "
@@ -205,7 +215,7 @@ def table(result: dict) -> str:
         rows.append(f"| {r['name']} | " + " | ".join(f"{r[kind]:,}" for kind in kinds) + " |")
     rows += ["", f"| ms | batch | {' | '.join(RUNTIMES)} |", "|---|---|" + "---|" * len(RUNTIMES)]
     for r in result["results"]:
-        for size, times in r["ms"].items():
+        for size, times in r.get("ms", {}).items():
             rows.append(f"| {r['name']} | {size} | " + " | ".join(f"{times[name]:.1f}" for name in RUNTIMES) + " |")
     return "\n".join(rows)
 

@@ -181,7 +181,7 @@ class _Study:
             )
 
     def _collect(self) -> dict[str, Any]:
-        return study.collect(self.folder, {**self.about, "seeds": self.seeds})
+        return study.collect(self.folder, self.about)
 
 
 def _outcome(folder: Path) -> str:

@@ -51,7 +51,7 @@ def folder(tmp_path):
     for name, results in runs.items():
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "results.json").write_text(json.dumps(results))
-    study.collect(tmp_path, {**study.manifest("smoke", None, []), "seeds": [0, 1, 2]})
+    study.collect(tmp_path, study.manifest("smoke", None, []))
     return tmp_path
 
 

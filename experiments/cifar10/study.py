@@ -111,10 +111,11 @@ def collect(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
         entry["epochs"] = [_trimmed(epoch) for epoch in run["epochs"]]
         entry["warmup_epochs"], entry["final"] = run["warmup_epochs"], run.get("final")
         histograms = path.with_name("histograms.json")
-        if histograms.exists() and seed == about["seeds"][0]:
+        if histograms.exists() and row not in {each["row"] for each in runs if "histograms" in each}:
             entry["histograms"] = json.loads(histograms.read_text())
         runs.append(entry)
     kept = ("command", "device", "versions", "data", "final", "options")
+    about = {**about, "seeds": sorted({run["seed"] for run in runs})}
     results = {**about, "baseline": {key: baseline.get(key) for key in kept}, "runs": runs}
     write_json(folder / "results.json", results)
     return results

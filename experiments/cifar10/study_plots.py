@@ -117,7 +117,7 @@ def alphas(results: dict[str, Any], index: int, side: str) -> Figure:
 
 def weights(results: dict[str, Any]) -> Figure:
     """One panel for each row: weights / alpha before BR and at the end, over all layers, first seed."""
-    rows = {row: run for row, runs in by_row(results).items() for run in runs[:1] if "histograms" in run}
+    rows = {row: run for row, runs in by_row(results).items() for run in runs if "histograms" in run}
     figure, axes = _panels(rows, 1.8, sharex=True)
     for ax, (row, run) in zip(axes, rows.items()):
         for when, look in (("before", {"color": GREY, "fill": True}), ("after", {"color": ORANGE, "linewidth": 1.2})):

@@ -72,6 +72,14 @@ def test_limit_keeps_the_first_of_every_class(subset):
     assert torch.bincount(few.test.labels).tolist() == [20] * 10
 
 
+def test_what_is_held_out_does_not_depend_on_the_limit(subset):
+    """A float network of all images may be the start of a run on some of them: their validation must be new to it."""
+    few = data.load(None, limit=20)
+    assert len(few.val) == 20
+    everything, part = ({tuple(image.flatten()[:400].tolist()) for image in s.val.images} for s in (subset, few))
+    assert part < everything
+
+
 def test_image_folders(tmp_path):
     splits = data.load(make_folders(tmp_path), val_fraction=0.25)
     assert splits.classes == ("cat", "dog")

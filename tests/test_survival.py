@@ -139,6 +139,22 @@ def test_three_kills_leave_whole_files_and_change_no_bit(launch, reference, tmp_
     check_same(tmp_path, reference)
 
 
+def test_a_shared_warm_up_survives_kills(launch, tmp_path):
+    """Between a run's checkpoint and the copies kept for others, and in a run that takes them over."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    code, printed = launch(first, {"event": "make warmup-last.pth"}, "--keep-warmup")
+    assert code == -signal.SIGKILL and _epoch(first) == 1, printed
+    assert launch(first, None, "--keep-warmup", "--resume")[0] == 0
+    for event in ("made last.pth", "replaced last.pth"):
+        code, printed = launch(second, {"event": event}, "--warmup-from", str(first), "--resume")
+        assert code == -signal.SIGKILL, printed
+        check_whole(second)
+    assert launch(second, None, "--warmup-from", str(first), "--resume")[0] == 0
+    for path in (first / "checkpoints").glob("warmup-*.pth"):
+        path.unlink()
+    check_same(second, first)
+
+
 def test_the_comparison_would_see_one_changed_bit(reference, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(reference, changed)
@@ -176,12 +192,15 @@ def test_results_without_their_checkpoints_are_not_replaced_by_accident(launch, 
     folder = tmp_path / "run"
     shutil.copytree(reference, folder)
     (folder / "checkpoints" / "last.pth").unlink()
-    for left in ("best.pth", "results.json"):
-        before = (folder / "results.json").read_bytes()
-        code, printed = launch(folder)
-        assert code == 2 and f"holds {left} of a run, and no last.pth" in printed and "--overwrite" in printed
-        assert (folder / "results.json").read_bytes() == before
-        (folder / "checkpoints" / "best.pth").unlink(missing_ok=True)
+    before = (folder / "results.json").read_bytes()
+    code, printed = launch(folder)
+    assert code == 2 and "holds results.json of a run, and no last.pth" in printed and "--overwrite" in printed
+    assert (folder / "results.json").read_bytes() == before
+    (folder / "results.json").unlink()
+    code, printed = launch(folder, None, "--seed", "42")
+    assert code == 2 and "holds best.pth of a run, and no last.pth" in printed
+    assert launch(folder, {"event": "step"})[0] == -signal.SIGKILL  # --resume: as after a kill before last.pth
+    assert not (folder / "checkpoints" / "best.pth").exists()
 
 
 def test_two_runs_never_share_a_folder(launch, tmp_path):

@@ -30,6 +30,7 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 VAL_SEED = 20_240_229  # the held-out images are the same whatever --seed is, so that runs can be compared
 TORCHVISION_FOLDER = "cifar-10-batches-py"
+Keep = Callable[[str, Tensor], Tensor]  # ("train" or "test", labels [N]) -> indices of the images to read
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # whatever the suffix: of others, Pillow hands some to other programs
 REMEDY = (
@@ -83,7 +84,8 @@ def load(
         data: a torchvision root or an image-folder tree; None for the packed subset.
         download: fetch CIFAR-10 into ``data`` with torchvision first.
         val_fraction: share of every class that is held out of the training set for validation; may be 0.
-        limit: keep only so many images of every class, in both splits.
+        limit: keep only so many images of every class, in both splits. What is held out does not depend on it: no
+            image trains one run and validates another.
         quiet: no progress bar.
 
     Raises:
@@ -91,14 +93,29 @@ def load(
     """
     if download:
         _download(data)
+    held_out = []  # a mask over the kept training images
+
+    def keep(split: str, labels: Tensor) -> Tensor:
+        """Which images to decode: indices, ascending."""
+        if split == "test":
+            return _first_per_class(labels, limit)
+        mask = _stratified(labels, val_fraction)
+        kept = torch.arange(len(labels))
+        if limit is not None:
+            held = round(val_fraction * limit)
+            parts = (mask, held), (~mask, limit - held)
+            kept = torch.cat([kept[part][_first_per_class(labels[part], n)] for part, n in parts]).sort().values
+        held_out.append(mask[kept])
+        return kept
+
     if data is None:
-        train, test, classes = _read_pack(SUBSET, limit)
+        train, test, classes = _read_pack(SUBSET, keep)
         source = "the subset of CIFAR-10 that comes with the repository (for the whole: --download, or --data DIR)"
     else:
         read, folder = _recognise(data)
-        train, test, classes = read(folder, limit, quiet)
+        train, test, classes = read(folder, keep, quiet)
         source = str(folder)
-    held_out = _stratified(train.labels, val_fraction)
+    held_out = torch.cat(held_out)
     return Splits(train.at(~held_out), train.at(held_out), test, classes, source)
 
 
@@ -128,7 +145,7 @@ def _download(data: Path | None) -> None:
         ) from error
 
 
-def _read_pack(path: Path, limit: int | None) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+def _read_pack(path: Path, keep: Keep) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """The packed subset: JPEG files end to end, with their offsets (make_subset.py writes it)."""
     if not path.is_file():
         raise UserError(f"{path} is missing: restore it with git, or make it again with experiments/make_subset.py")
@@ -138,7 +155,7 @@ def _read_pack(path: Path, limit: int | None) -> tuple[ImageSet, ImageSet, tuple
     def split(name: str) -> ImageSet:
         jpeg, offsets = pack[f"{name}_jpeg"].tobytes(), pack[f"{name}_offsets"]
         labels = torch.from_numpy(pack[f"{name}_labels"].astype(np.int64))
-        kept = _first_per_class(labels, limit)
+        kept = keep(name, labels)
         images = [_decode(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]]), path) for i in kept.tolist()]
         return ImageSet(torch.from_numpy(np.stack(images)), labels[kept])
 
@@ -160,7 +177,7 @@ def _decode(file: io.BytesIO | Path, name: Path) -> np.ndarray:
         raise UserError(f"{name}: not an image that can be read ({error}); remove it or restore it") from error
 
 
-def _read_folders(root: Path, limit: int | None, quiet: bool) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+def _read_folders(root: Path, keep: Keep, quiet: bool) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     files = {split: _list_images(root / split) for split in ("train", "test")}
     classes = tuple(files["train"])
     if classes != tuple(files["test"]):
@@ -168,10 +185,13 @@ def _read_folders(root: Path, limit: int | None, quiet: bool) -> tuple[ImageSet,
         raise UserError(f"--data {root}: train/ and test/ have different classes ({', '.join(differing[:5])})")
     sets = []
     for split, by_class in files.items():
-        paths = [(path, label) for label, name in enumerate(classes) for path in by_class[name][:limit]]
-        bar = tqdm(paths, desc=f"decoding {split}", unit="img", disable=True if quiet else None, leave=False)
+        paths = [(path, label) for label, name in enumerate(classes) for path in by_class[name]]
+        labels = torch.tensor([label for _, label in paths])
+        kept = keep(split, labels)
+        chosen = [paths[i] for i in kept.tolist()]
+        bar = tqdm(chosen, desc=f"decoding {split}", unit="img", disable=True if quiet else None, leave=False)
         images = torch.from_numpy(np.stack([_decode(path, path) for path, _ in bar]))
-        sets.append(ImageSet(images, torch.tensor([label for _, label in paths])))
+        sets.append(ImageSet(images, labels[kept]))
     return sets[0], sets[1], classes
 
 
@@ -208,7 +228,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 file does")
 
 
-def _read_torchvision(root: Path, limit: int | None, quiet: bool) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+def _read_torchvision(root: Path, keep: Keep, quiet: bool) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     def read(name: str) -> dict:
         path = root / name
         try:
@@ -217,7 +237,7 @@ def _read_torchvision(root: Path, limit: int | None, quiet: bool) -> tuple[Image
         except Exception as error:  # a pickle that is not CIFAR-10's can end in any of them
             raise UserError(f"{path}: missing or damaged ({error}); fetch it again with --download") from error
 
-    def split(names: list[str]) -> ImageSet:
+    def split(which: str, names: list[str]) -> ImageSet:
         batches = [read(name) for name in names]
         try:
             planes = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, SIDE, SIDE)
@@ -227,17 +247,19 @@ def _read_torchvision(root: Path, limit: int | None, quiet: bool) -> tuple[Image
         except (KeyError, ValueError, TypeError, IndexError, RuntimeError, OverflowError) as error:
             raise UserError(f"{root}: not CIFAR-10's own files ({error}); fetch them with --download") from error
         images = torch.from_numpy(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)))
-        return ImageSet(images, labels).at(_first_per_class(labels, limit))
+        return ImageSet(images, labels).at(keep(which, labels))
 
     meta = read("batches.meta")
     if not isinstance(meta, dict) or not isinstance(meta.get("label_names"), list):
         raise UserError(f"{root / 'batches.meta'}: holds no label_names; fetch it again with --download")
-    return split([f"data_batch_{i}" for i in range(1, 6)]), split(["test_batch"]), tuple(map(str, meta["label_names"]))
+    classes = tuple(map(str, meta["label_names"]))
+    return split("train", [f"data_batch_{i}" for i in range(1, 6)]), split("test", ["test_batch"]), classes
 
 
 def _first_per_class(labels: Tensor, count: int | None) -> Tensor:
     """Indices of the first ``count`` images of every class (None: of all), ascending."""
-    return torch.cat([(labels == label).nonzero()[:count, 0] for label in labels.unique()]).sort().values
+    found = [(labels == label).nonzero()[:count, 0] for label in labels.unique()]
+    return torch.cat(found).sort().values if found else torch.zeros(0, dtype=torch.int64)
 
 
 def _stratified(labels: Tensor, fraction: float) -> Tensor:

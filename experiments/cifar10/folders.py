@@ -14,8 +14,10 @@ from .files import PARTIAL, UserError
 
 CHECKPOINTS, PLOTS = "checkpoints", "plots"
 _RESUMABLE = {"epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "rng", "history", "args"}
-# What --overwrite removes, last.pth before best.pth: left alone, it would be resumed, and lack its best in the end.
-_REPLACED = ("report.html", "results.json", f"{CHECKPOINTS}/last.pth", f"{CHECKPOINTS}/best.pth", "histograms.json")
+# What a run from the beginning removes; last.pth before best.pth: left alone, it would be resumed, and lack its best.
+_REPLACED = ("report.html", "results.json", "histograms.json", *(
+    f"{CHECKPOINTS}/{name}.pth" for name in ("last", "best", "warmup-last", "warmup-best")
+))  # fmt: skip
 
 
 def state_to_resume(folder: Path, script: str, options: argparse.Namespace) -> dict[str, Any] | None:
@@ -28,7 +30,7 @@ def state_to_resume(folder: Path, script: str, options: argparse.Namespace) -> d
     if options.overwrite:
         return None
     if not last.exists():
-        kept = _left_behind(folder)
+        kept = _left_behind(folder, options.resume)
         if kept:
             raise UserError(
                 f"--output-dir {folder} holds {kept} of a run, and no last.pth to go on from: --overwrite replaces "
@@ -47,9 +49,9 @@ def state_to_resume(folder: Path, script: str, options: argparse.Namespace) -> d
     return state
 
 
-def _left_behind(folder: Path) -> str | None:
-    """What of a run a new one would replace."""
-    if (folder / CHECKPOINTS / "best.pth").exists():
+def _left_behind(folder: Path, resume: bool) -> str | None:
+    """What of a run a new one would replace; a kill leaves best.pth alone, which --resume may replace."""
+    if not resume and (folder / CHECKPOINTS / "best.pth").exists():
         return "best.pth"
     results = folder / "results.json"
     try:
@@ -58,8 +60,10 @@ def _left_behind(folder: Path) -> str | None:
         return results.name  # somebody else's
 
 
-def take(folder: Path, overwrite: bool, lock: contextlib.ExitStack) -> None:
+def take(folder: Path, fresh: bool, lock: contextlib.ExitStack) -> None:
     """Make ``folder``, keep other runs out until ``lock`` is closed, and remove what killed writes left in it.
+
+    With ``fresh``, for a run from the beginning, also what state_to_resume gave leave to replace.
 
     Raises:
         UserError: for a folder that cannot be made, or that another run is writing to.
@@ -72,7 +76,7 @@ def take(folder: Path, overwrite: bool, lock: contextlib.ExitStack) -> None:
     for each in (folder, folder / CHECKPOINTS, folder / PLOTS):
         for path in each.glob(f".*{PARTIAL}"):
             path.unlink(missing_ok=True)
-    if overwrite:  # now: or a killed run could be resumed into the old one
+    if fresh:  # now: or a killed run could be resumed into the old one
         for name in _REPLACED:
             (folder / name).unlink(missing_ok=True)
 

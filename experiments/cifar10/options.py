@@ -29,7 +29,9 @@ QUICK_QAT = {
     "output_dir": Path("runs/quick"),
 }
 # Flags that may differ between a run and its resumption: they change no number.
-FREE_ON_RESUME = {"output_dir", "resume", "overwrite", "gpu", "tensorboard", "download"}
+FREE_ON_RESUME = {
+    "output_dir", "resume", "overwrite", "gpu", "tensorboard", "download", "keep_warmup", "warmup_from",
+}  # fmt: skip
 
 
 def baseline_parser() -> argparse.ArgumentParser:
@@ -72,6 +74,14 @@ def qat_parser() -> argparse.ArgumentParser:
         default="global",
         help="under torchrun, BR of activations: over the whole batch (default) or over each process's share of it",
     )
+    parser.add_argument("--keep-warmup", action="store_true", help="keep checkpoints of warm-up's end for other runs")
+    parser.add_argument(
+        "--warmup-from",
+        type=Path,
+        metavar="RUN",
+        help="take warm-up from this run's folder (see --keep-warmup) instead of training it again; same results",
+    )
+    parser.add_argument("--monitor", action="store_true", help="also record how many weights change bins and return")
     _add_common(parser, lr=0.01)
     parser.set_defaults(_quick=QUICK_QAT)
     return parser
@@ -155,7 +165,7 @@ def resumed(options: argparse.Namespace, given: set[str], saved: dict[str, Any])
         names |= {"num_bits_weight", "num_bits_act"}
     differing = sorted(name for name in names if now[name] != saved.get(name))
     if differing:
-        listed = ", ".join(f"{_flag(name)} {now[name]} (was {saved.get(name)})" for name in differing)
+        listed = ", ".join(f"{flag(name)} {now[name]} (was {saved.get(name)})" for name in differing)
         raise UserError(f"--resume: {listed}: a run goes on as it began; leave these out, or start another run")
     keep = {name: getattr(options, name) for name in FREE_ON_RESUME}
     values = {**vars(options), **saved, **keep}
@@ -165,7 +175,7 @@ def resumed(options: argparse.Namespace, given: set[str], saved: dict[str, Any])
     return argparse.Namespace(**values)
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
@@ -176,7 +186,7 @@ def check(options: argparse.Namespace) -> None:
     def require(name: str, holds, expected: str) -> None:
         value = getattr(o, name, None)
         if value is not None and not holds(value):
-            raise UserError(f"{_flag(name)} {value}: expected {expected}")
+            raise UserError(f"{flag(name)} {value}: expected {expected}")
 
     def positive(value: float) -> bool:
         return math.isfinite(value) and value > 0

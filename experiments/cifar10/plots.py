@@ -99,7 +99,7 @@ def losses(results: dict[str, Any]) -> Figure:
         _line(ax, terms, "br_a", f"{options['lambda_br_act']:g} · BR_A", GREEN)
         _epochs_axis(ax, results)
         ax.set_yscale("log")
-        _plain_ticks(ax)
+        plain_ticks(ax)
         ax.set_title("Terms of the training loss", pad=16)
         ax.legend()
     return figure
@@ -112,7 +112,7 @@ def _terms(epoch: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     return {"epoch": epoch["epoch"], "ce": epoch["ce"], **weighted}
 
 
-def _plain_ticks(ax) -> None:
+def plain_ticks(ax) -> None:
     """0.2 instead of 2 x 10^-1, on a logarithmic axis that spans little."""
     low, high = ax.get_ylim()
     if high < 300 * low:
@@ -157,7 +157,7 @@ def bin_losses(results: dict[str, Any]) -> Figure:
         every = values + (list(ends.values()) if ends else [])
         if min(every) > 0 and max(every) > 5 * min(every):
             ax.set_yscale("log")
-            _plain_ticks(ax)
+            plain_ticks(ax)
         else:
             ax.set_ylim(0, 1.15 * max(every) or 1)
         ax.set_title(title, pad=16)
@@ -183,7 +183,7 @@ def alphas(results: dict[str, Any]) -> Figure:
         values = [e["alphas"][name] for e in results["epochs"] if "alphas" in e for name in layers]
         if max(values) > 4 * min(values):
             ax.set_yscale("log")
-            _plain_ticks(ax)
+            plain_ticks(ax)
         _epochs_axis(ax, results)
         ax.set_title(f"alpha of {side}", pad=16)
         bar = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(1, len(layers) * 1.08), "viridis"), ax=ax, pad=0.02)

@@ -104,7 +104,7 @@ def _page(results: dict[str, Any], images: dict[str, bytes]) -> str:
     parts.append(f"<h2>Epochs</h2>{_epochs(results['epochs'])}")
     rows = {"command": results["command"], **{name: value for name, value in options.items()}}
     rows |= {"device": results["device"], **results["versions"]}
-    parts.append(f"<h2>Configuration</h2>{_table([], [[name, _text(value)] for name, value in rows.items()])}")
+    parts.append(f"<h2>Configuration</h2>{as_table([], [[name, _text(value)] for name, value in rows.items()])}")
     return "\n".join(parts) + "</body></html>\n"
 
 
@@ -145,14 +145,14 @@ def _lead(results: dict[str, Any]) -> str:
 def _epochs(epochs: list[dict[str, Any]]) -> str:
     keys = ["epoch", "phase", "loss", "ce", "train_acc", "val_loss", "val_acc", "br_w", "br_a", "lr", "seconds"]
     keys = [key for key in keys if any(epoch.get(key) is not None for epoch in epochs)]
-    return _table(keys, [[_text(epoch.get(key)) for key in keys] for epoch in epochs])
+    return as_table(keys, [[_text(epoch.get(key)) for key in keys] for epoch in epochs])
 
 
 def _text(value: Any) -> str:
     return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def as_table(head: list[str], rows: list[list[str]]) -> str:
     top = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>" if head else ""
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table>{top}{body}</table></div>'

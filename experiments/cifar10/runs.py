@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -21,7 +20,8 @@ from torch import nn
 import qbr
 from qbr import kernels
 
-from . import checkpoints, data, files, folders, histograms, logs, processes, report, signals
+from . import checkpoints, data, files, folders, histograms, logs, oscillation, processes, report, signals, warmup
+from .device import keep_freed_memory, pick_device
 from .engine import Trainer, TrainingDiverged
 from .files import UserError, check_writable, write_json
 from .models import MODELS
@@ -88,6 +88,9 @@ class Run:
         processes.on_main(check_writable, self.folder, folders.CHECKPOINTS, folders.PLOTS)
         self.state = processes.on_main(folders.state_to_resume, self.folder, script, options)
         self.options = options = resumed(options, given, self.state["args"]) if self.state else options
+        self.warm = None  # the end of another run's warm-up, where this one starts
+        if self.state is None and getattr(options, "warmup_from", None) is not None:
+            self.warm = processes.on_main(warmup.state, options)
         if options.tensorboard:
             logs.check_installed()
         if getattr(options, "pretrained_baseline", None) is not None and self.state is None:
@@ -111,7 +114,7 @@ class Run:
         self.model = MODELS[options.model](len(self.splits.classes))
         self.epochs = options.epochs if script == BASELINE else options.qat_epochs
         self.first_run = None  # the float baseline that --quick trains before
-        if script == QAT and self.state is None:
+        if script == QAT and self.state is None and self.warm is None:
             if options.pretrained_baseline is not None:
                 self._load_float(options.pretrained_baseline)
             elif options.quick:
@@ -141,8 +144,7 @@ class Run:
             self._load_float(self.first_run.best_path)
             print()
         trainer = self._trainer()
-        overwrite = self.options.overwrite and self.state is None
-        processes.on_main(folders.take, self.folder, overwrite, lock)
+        processes.on_main(folders.take, self.folder, self.state is None, lock)
         history: list[dict[str, Any]] = []
         best: dict[str, Any] = {}
         if self.state:
@@ -150,11 +152,16 @@ class Run:
             history, best = self.state["history"], self.state["best"]
             if best["epoch"] == len(history):
                 processes.on_main(folders.mend_best, self.best_path, self.state)
+            self._keep_warmup(len(history))
             print(f"resuming after epoch {len(history)} of {self.epochs}")
             done = processes.on_main(self._finished_results)
             if done:
                 self._finish(trainer, done)
                 return done
+        elif self.warm:
+            trainer.load_state_dict(warmup.with_control(self.warm, trainer.control))
+            history, best = self.warm["history"], self.warm["best"]
+            print(f"warm-up (epochs 1 to {len(history)}) from {self.options.warmup_from}")
         results = self._header(trainer)
         board = None
         if self.options.tensorboard and processes.rank() == 0:
@@ -166,6 +173,7 @@ class Run:
                 if not best or figures["val_acc"] is None or figures["val_acc"] > best["val_acc"]:
                     best = {"epoch": epoch, "val_acc": figures["val_acc"]}
                 self._save(trainer, history, best)
+                self._keep_warmup(epoch)
                 self._write_results({**results, "epochs": history, "best": best})
                 if board:
                     board.epoch(figures, trainer.model, trainer.batches.batch(0)[0])
@@ -288,7 +296,8 @@ class Run:
         start = time.perf_counter()
         if trainer.control and epoch == self.options.warmup_epochs + 1:
             self._keep_histograms("before", epoch - 1)
-        figures = {"epoch": epoch, **trainer.train_epoch(epoch)}
+        with oscillation.watched(self.model, getattr(self.options, "monitor", False)) as seen:
+            figures = {"epoch": epoch, **trainer.train_epoch(epoch), **seen()}
         if trainer.control:
             figures["phase"] = "BR" if trainer.control.br_active else "warm-up"
             alphas = {name: module.alpha for name, module in self._quantizers().items()}
@@ -325,9 +334,16 @@ class Run:
         }
         if processes.rank():
             return
+        is_best = best["epoch"] == len(history)
+        if not is_best and self.warm and not self.best_path.exists():
+            warmup.take(self.options.warmup_from, self.folder)
         checkpoints.save(self.last_path, state)
-        if best["epoch"] == len(history):
+        if is_best:
             checkpoints.save(self.best_path, state)
+
+    def _keep_warmup(self, epoch: int) -> None:
+        if getattr(self.options, "keep_warmup", False) and epoch == self.options.warmup_epochs:
+            processes.on_main(warmup.keep, self.folder)
 
     def _test(self, trainer: Trainer, history: list, best: dict, board: logs.TensorBoard | None) -> dict[str, Any]:
         """Test accuracy of the last and of the best epoch: the only time that test images are looked at."""
@@ -390,27 +406,3 @@ def epoch_line(figures: dict[str, Any], epochs: int) -> str:
 
 def _check_checkpoint(path, flag: str) -> None:
     checkpoints.load(path, flag)
-
-
-def pick_device(gpu: int) -> torch.device:
-    """CUDA device ``gpu``, or the CPU where there is no CUDA, with a note; under torchrun a device for each process."""
-    if gpu >= 0 and processes.world() > 1:
-        gpu = processes.local_rank()
-    if gpu < 0:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        print(f"--gpu {gpu}: torch sees no CUDA device; training on the CPU")
-        return torch.device("cpu")
-    if gpu >= torch.cuda.device_count():
-        raise UserError(f"--gpu {gpu}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
-    torch.backends.cudnn.benchmark = True
-    return torch.device("cuda", gpu)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what was freed instead of returning it: or every step faults its activations in page by page."""
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)

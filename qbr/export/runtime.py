@@ -80,6 +80,25 @@ class Comparison:
     codes: dict[str, tuple[int, int]] = field(default_factory=dict)
     quantizers: dict[str, int] = field(default_factory=dict)
 
+    def __add__(self, other: Comparison) -> Comparison:
+        """Of two batches through one file: counts add up, differences are the larger ones."""
+        if self.codes and other.codes and self.codes.keys() != other.codes.keys():
+            raise ValueError("comparisons of two different files do not add up")
+        codes = {
+            name: tuple(sum(each.codes.get(name, (0, 0))[i] for each in (self, other)) for i in (0, 1))
+            for name in self.codes or other.codes
+        }
+        return Comparison(
+            rows=self.rows + other.rows,
+            top1_equal=self.top1_equal + other.top1_equal,
+            largest_difference=max(self.largest_difference, other.largest_difference),
+            scale=max(self.scale, other.scale),
+            from_tie=max(self.from_tie, other.from_tie),
+            rows_differing=self.rows_differing + other.rows_differing,
+            codes=codes,
+            quantizers={name: self.quantizers.get(name, 0) + other.quantizers.get(name, 0) for name in codes},
+        )
+
     def __str__(self) -> str:
         differing, total = (sum(pair[i] for pair in self.codes.values()) for i in (0, 1))
         return (f"top-1 equal for {self.top1_equal} of {self.rows}; outputs differ by {self.largest_difference:.3g} "

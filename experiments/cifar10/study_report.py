@@ -1,0 +1,191 @@
+"""The report of an alpha study, as Markdown and as one HTML page, from its results.json alone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+from . import report, study
+from .files import UserError, atomic_write
+from .study import ROWS, by_row, difference, mean_and_spread
+
+COLUMNS = {
+    "test": ("test accuracy, %", 2),
+    "br_w": ("final BR_W", 4),
+    "br_a": ("final BR_A", 3),
+    "converged": ("epochs to converge", 1),
+    "oscillating": ("oscillating weights, %", 2),
+    "drift_w": ("drift of weights' alpha, %", 1),
+    "drift_a": ("drift of activations' alpha, %", 1),
+    "seconds": ("seconds", 0),
+}
+LEGEND = (
+    "Mean ± standard deviation over seeds. Test accuracy is that of the last epoch: no epoch is chosen. Converged: the "
+    f"first epoch within {study.WITHIN:g} point of the run's best validation accuracy. Oscillating: weights whose "
+    "frequency of changing their bin and changing back is above 0.005 in the last epoch (Nagel et al., 2022). Drift: "
+    "the relative change of alpha from the end of warm-up to the end, mean over layers. Seconds of a run, its warm-up "
+    "included, beside whatever else the machine did."
+)
+CAPTIONS = {
+    "accuracy": "Test accuracy after the last epoch, each seed a dot and the mean a bar; on the right, its difference "
+    "from the default row, and the differences between the figures that the guides give.",
+    "br": "The bin losses per epoch of the BR phase, means over seeds; the band spans the seeds.",
+    "alphas_weights": "alpha of each layer's weights relative to its value when warm-up ended, first seed; dark: first "
+    "layers.",
+    "alphas_activations": "The same of activations.",
+    "weights": "Weights in units of alpha, all layers together (each weighing the same), first seed: before BR (grey) "
+    "and at the end (orange); dashed: the levels.",
+}
+
+
+def write(folder: Path) -> Path:
+    """Write report.md, report.html and the figures into ``folder``; return the page's path.
+
+    Raises:
+        UserError: where there is no results.json of a study, or no finished run in it.
+    """
+    results = study.read(folder / "results.json")
+    if "runs" not in results:
+        raise UserError(f"{folder / 'results.json'}: not of an alpha study; name the --output of one")
+    if not by_row(results):
+        raise UserError(f"{folder / 'results.json'}: holds no finished run; nothing to report")
+    from . import study_plots  # matplotlib takes a second to import
+
+    images = {}
+    for name, figure in study_plots.draw_all(results).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        study_plots.plt.close(figure)
+        images[name] = buffer.getvalue()
+        with atomic_write(folder / f"{name}.png") as file:
+            file.write(images[name])
+    for name, text in (("report.md", _markdown(results, images)), ("report.html", _page(results, images))):
+        with atomic_write(folder / name, "w") as file:
+            file.write(text)
+    return folder / "report.html"
+
+
+def table(results: dict[str, Any]) -> list[list[str]]:
+    """Head and rows of the table, as text."""
+    cells = [["row", *(title for title, _ in COLUMNS.values()), "seeds", "guide, %"]]
+    for row, runs in by_row(results).items():
+        figures = [study.figures(run) for run in runs]
+        line = [ROWS[row].title]
+        for key, (_, digits) in COLUMNS.items():
+            found = mean_and_spread([each[key] for each in figures])
+            line.append("" if found is None else f"{found[0]:.{digits}f} ± {found[1]:.{digits}f}")
+        cells.append([*line, str(len(runs)), "" if ROWS[row].guide is None else f"{ROWS[row].guide:g}"])
+    return cells
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """What the differences of test accuracy say, in sentences; a difference counts if it is ``Difference.clear``."""
+    rows = by_row(results)
+    found = []
+
+    def compare(row: str, other: str, about: str) -> None:
+        this = difference(results, row, other)
+        if this is None:
+            return
+        each = ", ".join(f"{value:+.2f}" for value in this.each)
+        verdict = "no difference beyond the seeds' spread"
+        if this.clear:
+            verdict = "better" if this.mean > 0 else "worse"
+        elif len(this.each) < 3:
+            verdict = "too few seeds to say"
+        found.append(f"{about}: {this.mean:+.2f} points ({each}; a row's seeds spread {this.spread:.2f}): {verdict}.")
+
+    compare("default", "lsq", "BR on weights and activations against LSQ alone")
+    compare("weights-only", "lsq", "BR on weights only against LSQ alone")
+    compare("acts-only", "lsq", "BR on activations only against LSQ alone")
+    compare("freeze", "default", "alpha frozen after warm-up (S1) against alpha that goes on learning (S2)")
+    compare("br-to-alpha", "default", "BR moving the weights' alphas against BR kept off them")
+    compare("br-to-alpha-scaled", "default", "BR moving them times LSQ's gradient scale against BR kept off them")
+    compare("br-to-alpha-scaled", "br-to-alpha", "BR moving them with that scale against without")
+    both = [[study.figures(run) for run in rows.get(row, ())] for row in ("freeze", "freeze-br-to-alpha")]
+    if all(both) and len(both[0]) == len(both[1]):
+        for figures in both:
+            for each in figures:
+                each.pop("seconds")
+        same = "the same in every figure: freezing wins" if both[0] == both[1] else "not the same: a defect"
+        found.append(f"Frozen alphas with and without BR's gradient: {same}.")
+    guided = [row for row in rows if ROWS[row].guide is not None]
+    if len(guided) > 1:
+        means = {row: mean_and_spread([study.figures(run)["test"] for run in rows[row]])[0] for row in guided}
+        ours, theirs = (sorted(guided, key=key, reverse=True) for key in (means.get, lambda row: ROWS[row].guide))
+        agree = "the guides' order" if ours == theirs else f"the guides say {' > '.join(theirs)}"
+        found.append(f"Order of the guides' three rows by mean accuracy: {' > '.join(ours)}; {agree}.")
+    return found
+
+
+def _facts(results: dict[str, Any]) -> list[str]:
+    run, baseline = results["runs"][0], results["baseline"]
+    data, tests = baseline["data"], baseline["final"]["best"]["test_acc"]
+    devices = sorted({each["device"] for each in results["runs"]})
+    return [
+        f"Scale {results['scale']}: float baseline {' '.join(results['baseline_flags'])} ({tests:.2f} % test), from "
+        f"which every run starts; then {' '.join(results['qat'])}, with {' '.join(results['strength'])} where a row "
+        f"does not say otherwise{' and ' + ' '.join(results['extra']) if results['extra'] else ''}.",
+        f"{data['test']:,} test images; seeds {', '.join(map(str, results['seeds']))}; {' and '.join(devices)}; torch "
+        f"{run['versions']['torch']}, qbr {run['versions']['qbr']}.",
+    ]
+
+
+def _titles() -> dict[str, str]:
+    return {"accuracy": "Accuracy", "br": "Bin losses", "alphas_weights": "Step sizes of weights",
+            "alphas_activations": "Step sizes of activations", "weights": "Weights before and after BR"}  # fmt: skip
+
+
+def _flags(results: dict[str, Any]) -> list[list[str]]:
+    return [["row", "name", "flags beside those above"]] + [
+        [ROWS[row].title, row, " ".join(ROWS[row].flags)] for row in by_row(results)
+    ]
+
+
+def _lines(cells: list[list[str]]) -> list[str]:
+    body = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    return ["| " + " | ".join(line) + " |" for line in body]
+
+
+def _markdown(results: dict[str, Any], images: dict[str, bytes]) -> str:
+    parts = ["# Who may move alpha: LSQ with bin regularization on CIFAR-10", ""]
+    for fact in _facts(results):
+        parts += [fact, ""]
+    parts += [*_lines(table(results)), "", LEGEND, "", "## What the differences say", ""]
+    parts += [f"- {line}" for line in findings(results)]
+    for name in images:
+        parts += ["", f"## {_titles()[name]}", "", CAPTIONS[name], "", f"![{_titles()[name]}]({name}.png)"]
+    parts += ["", "## Rows", "", *_lines(_flags(results)), "", f"    {_command(results)}"]
+    return "\n".join(parts) + "\n"
+
+
+def _command(results: dict[str, Any]) -> str:
+    data = "" if results["data"] is None else f" --data {results['data']}"
+    extra = f" -- {' '.join(results['extra'])}" if results["extra"] else ""
+    return f"python experiments/alpha_study.py --scale {results['scale']}{data}{extra}"
+
+
+def _page(results: dict[str, Any], images: dict[str, bytes]) -> str:
+    title = "Who may move alpha: LSQ with bin regularization on CIFAR-10"
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{report.STYLE}</style>',
+        f"<body><h1>{title}</h1>",
+        *(f"<p class='note'>{html.escape(fact)}</p>" for fact in _facts(results)),
+        report.as_table(*_split(table(results))),
+        f"<p class='note'>{html.escape(LEGEND)}</p><h2>What the differences say</h2><ul>",
+        *(f"<li>{html.escape(line)}</li>" for line in findings(results)),
+        "</ul>",
+    ]
+    for name, image in images.items():
+        source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+        parts.append(f"<h2>{_titles()[name]}</h2><p class='note'>{html.escape(CAPTIONS[name])}</p>")
+        parts.append(f'<img alt="{_titles()[name]}" src="{source}">')
+    parts.append(f"<h2>Rows</h2>{report.as_table(*_split(_flags(results)))}<pre>{html.escape(_command(results))}</pre>")
+    return "\n".join(parts) + "</body></html>\n"
+
+
+def _split(cells: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    return cells[0], cells[1:]

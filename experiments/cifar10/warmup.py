@@ -1,0 +1,75 @@
+"""Warm-ups that several runs share: kept by one run, taken over by others that differ from it only in what comes after.
+
+In warm-up neither BR's strength nor who may move alpha has any effect, so that a run which takes its warm-up from
+another one ends in the same state as if it had trained it itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from . import checkpoints
+from .files import UserError, atomic_write
+from .options import FREE_ON_RESUME, flag, plain
+
+# What plays no part before the first epoch of BR.
+AFTERWARDS = {
+    "lambda_br", "lambda_br_act", "freeze_alpha", "freeze_weight_alpha", "freeze_act_alpha", "br_backprop_to_alpha",
+    "br_backprop_to_alpha_act", "br_bins", "monitor",
+}  # fmt: skip
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    return {name: folder / "checkpoints" / f"warmup-{name}.pth" for name in ("best", "last")}
+
+
+def keep(folder: Path) -> None:
+    """Keep the checkpoints of the run in ``folder`` as those of its warm-up, which has just ended."""
+    for name, kept in _files(folder).items():
+        _copy(folder / "checkpoints" / f"{name}.pth", kept)
+
+
+def is_kept(folder: Path) -> bool:
+    return all(path.is_file() for path in _files(folder).values())
+
+
+def take(folder: Path, into: Path) -> None:
+    """The best checkpoint of the warm-up kept in ``folder``, as that of the run in ``into``."""
+    _copy(_files(folder)["best"], into / "checkpoints" / "best.pth")
+
+
+def state(options: Any) -> dict[str, Any]:
+    """The state at the end of the warm-up of the run ``options.warmup_from``.
+
+    Raises:
+        UserError: where none was kept there, or where that run's options are not these up to then.
+    """
+    folder = options.warmup_from
+    if not is_kept(folder):
+        raise UserError(f"--warmup-from {folder}: holds no warm-up; name a run that was trained with --keep-warmup")
+    found = checkpoints.load(_files(folder)["last"], "--warmup-from")
+    if found.get("epoch") != options.warmup_epochs:
+        raise UserError(
+            f"--warmup-from {folder}: its warm-up has {found.get('epoch')} epochs, this run's {options.warmup_epochs}: "
+            "set --warmup-epochs, or leave --warmup-from out"
+        )
+    now = plain(options)
+    ignored = AFTERWARDS | FREE_ON_RESUME
+    differing = sorted(name for name in now if name not in ignored and now[name] != found["args"].get(name))
+    if differing:
+        listed = ", ".join(f"{flag(name)} {now[name]} (there {found['args'].get(name)})" for name in differing)
+        raise UserError(f"--warmup-from {folder}: another run up to the end of warm-up: {listed}; set these alike")
+    return found
+
+
+def with_control(found: dict[str, Any], control: Any) -> dict[str, Any]:
+    """That state under this run's control of alpha: its settings, at the epoch and step of the warm-up's end."""
+    there = found["control_state_dict"]
+    return {**found, "control_state_dict": {**control.state_dict(), "epoch": there["epoch"], "step": there["step"]}}
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as original, atomic_write(target) as file:
+        shutil.copyfileobj(original, file)

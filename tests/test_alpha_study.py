@@ -1,0 +1,155 @@
+"""The alpha study: what follows from runs' figures, its report, shared warm-ups, and (slow) a whole small study."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+for _needed in ("tqdm", "PIL", "matplotlib"):
+    pytest.importorskip(_needed)
+study, study_report = (importlib.import_module(f"cifar10.{name}") for name in ("study", "study_report"))
+files = importlib.import_module("cifar10.files")
+alpha_study = importlib.import_module("alpha_study").main
+qat = importlib.import_module("cifar10_qat_br").main
+
+TINY = ["--model", "resnet20", "--limit", "8", "--batch-size", "16", "--gpu", "-1", "--monitor"]
+ACCURACY = {"lsq": 60.0, "default": 60.1, "freeze": 62.0, "br-to-alpha": 55.0}
+
+
+def _run(row: str, seed: int) -> dict:
+    """A finished run's results.json, of two epochs of warm-up and one of BR."""
+    alphas = [{"conv.weight_quantizer": w, "relu.quantizer": a} for w, a in ((0.5, 2.0), (0.4, 3.0))]
+    epochs = [
+        {"epoch": 1, "phase": "warm-up", "val_acc": 50.0, "alphas": alphas[0], "seconds": 3.0},
+        {"epoch": 2, "phase": "warm-up", "val_acc": 59.5, "alphas": alphas[0], "seconds": 3.0},
+        {"epoch": 3, "phase": "BR", "val_acc": 60.0, "alphas": alphas[1], "seconds": 4.0, "br_w": 0.2, "br_a": 1.5,
+         "oscillation": {"changed": 0.01, "oscillated": 0.002, "oscillating": 0.03, "layers": {"conv": 0.03}}},
+    ]  # fmt: skip
+    last = {"epoch": 3, "test_acc": ACCURACY[row] + 0.3 * seed}
+    final = {"last": last, "br_w": {"start": 0.3, "end": 0.1}, "br_a": {"start": 2, "end": 1}}
+    versions = {"torch": "2", "qbr": "0"}
+    return {"status": "finished", "command": "c", "device": "cpu", "versions": versions, "epochs": epochs,
+            "warmup_epochs": 2, "final": final}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A study of four rows and three seeds; one run of a fifth row has diverged."""
+    baseline = {"command": "b", "device": "cpu", "versions": {}, "data": {"test": 10}, "options": {}}
+    runs = {"baseline": {**baseline, "final": {"best": {"test_acc": 70.0}}}}
+    runs |= {f"seed{seed}/{row}": _run(row, seed) for seed in range(3) for row in ACCURACY}
+    runs["seed0/acts-only"] = {**_run("lsq", 0), "status": "diverged", "final": None}
+    for name, results in runs.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    study.collect(tmp_path, study.manifest("smoke", None, []))
+    return tmp_path
+
+
+def test_figures_of_a_run(folder):
+    results = study.read(folder / "results.json")
+    found = study.figures(study.by_row(results)["freeze"][1])
+    assert found == {
+        "test": 62.3, "br_w": 0.1, "br_a": 1, "converged": 2, "oscillating": 3.0, "seconds": 10.0,
+        "drift_w": pytest.approx(-20), "drift_a": pytest.approx(50),
+    }  # fmt: skip
+    assert "acts-only" not in study.by_row(results)
+
+
+def test_a_difference_is_clear_only_beyond_the_seeds_spread(folder):
+    results = study.read(folder / "results.json")
+    small, large = study.difference(results, "default", "lsq"), study.difference(results, "br-to-alpha", "default")
+    assert small.mean == pytest.approx(0.1) and small.spread == pytest.approx(0.3) and not small.clear
+    assert large.mean == pytest.approx(-5.1) and large.clear
+    assert study.difference(results, "lsq", "weights-only") is None
+    results["runs"] = [run for run in results["runs"] if run["seed"] < 2]
+    assert not study.difference(results, "br-to-alpha", "default").clear  # two seeds say little
+    mixed = study.Difference((1.0, -0.1, 1.0), 0.63, 0.1)
+    assert not mixed.clear
+
+
+def test_the_report_comes_from_results_json_alone(folder, tmp_path_factory):
+    alone = tmp_path_factory.mktemp("alone")
+    (alone / "results.json").write_text((folder / "results.json").read_text())
+    assert alpha_study(["--report", str(alone)]) == 0
+    text, page = (alone / "report.md").read_text(), (alone / "report.html").read_text()
+    assert "| BR; alpha frozen (S1) | 62.30 ± 0.30 | 0.1000 ± 0.0000 |" in text
+    assert "Order of the guides' three rows by mean accuracy: freeze > default > br-to-alpha; the guides say" in text
+    assert "BR on weights and activations against LSQ alone: +0.10 points" in text and "no difference beyond" in text
+    for name in ("accuracy", "br", "alphas_weights", "alphas_activations"):
+        assert (alone / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and f"]({name}.png)" in text
+    assert page.count("data:image/png;base64,") == 4 and "http" not in page
+
+
+def test_what_is_no_study_is_refused(tmp_path, capsys):
+    for content, expected in (("{", "damaged"), ("{}", "not of an alpha study"), ('{"runs": []}', "no finished run")):
+        (tmp_path / "results.json").write_text(content)
+        assert alpha_study(["--report", str(tmp_path)]) == 2
+        assert expected in capsys.readouterr().err
+    assert alpha_study(["--jobs", "0", "--output", str(tmp_path / "x")]) == 2
+    assert alpha_study(["--data", str(tmp_path / "absent"), "--output", str(tmp_path / "x")]) == 2
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "study.json").write_text('{"scale": "gpu"}')
+    assert alpha_study(["--scale", "smoke", "--output", str(tmp_path)]) == 2
+    assert "holds another study" in capsys.readouterr().err
+
+
+def test_a_shared_warm_up_changes_nothing(tmp_path, monkeypatch, capsys):
+    """A run that takes over another's warm-up ends as if it had trained it: to the bit, with other alpha controls."""
+    monkeypatch.setattr(importlib.import_module("cifar10.report"), "write", lambda folder: folder)
+    torch.set_num_threads(1)
+    flags = [*TINY, "--qat-epochs", "2", "--warmup-epochs", "1"]
+    first, alone, forked = (tmp_path / name for name in ("first", "alone", "forked"))
+    reference = ["--lambda-br", "0", "--lambda-br-act", "0", "--keep-warmup"]
+    assert qat([*flags, *reference, "--output-dir", str(first)]) == 0
+    assert qat([*flags, "--freeze-alpha", "--output-dir", str(alone)]) == 0
+    assert qat([*flags, "--freeze-alpha", "--warmup-from", str(first), "--output-dir", str(forked)]) == 0
+    states = [torch.load(f / "checkpoints" / "last.pth", weights_only=True) for f in (alone, forked, first)]
+    for key, value in states[0]["model_state_dict"].items():
+        assert torch.equal(value, states[1]["model_state_dict"][key]), key
+    assert states[0]["control_state_dict"] == states[1]["control_state_dict"] != states[2]["control_state_dict"]
+    final, oscillation = (
+        [json.loads((f / "results.json").read_text())[key] for f in (alone, forked)] for key in ("final", "epochs")
+    )
+    for each in final:
+        del each["seconds"]
+    assert final[0] == final[1]
+    assert [e["oscillation"] for e in oscillation[0]] == [e["oscillation"] for e in oscillation[1]]
+    capsys.readouterr()
+    for change, expected in (
+        (["--lr", "0.5"], "--lr 0.5 (there 0.01)"),
+        (["--warmup-epochs", "2"], "has 1 epochs, this run's 2"),
+        (["--warmup-from", str(alone)], "holds no warm-up"),
+    ):
+        refused = [*flags, "--warmup-from", str(first), *change, "--output-dir", str(tmp_path / "refused")]
+        assert qat(refused) == 2
+        assert expected in capsys.readouterr().err and not (tmp_path / "refused").exists()
+
+
+@pytest.mark.slow
+def test_a_small_study_that_is_killed_goes_on(tmp_path):
+    command = [sys.executable, str(EXPERIMENTS / "alpha_study.py"), "--scale", "smoke", "--rows", "default", "freeze"]
+    command += ["--seeds", "0", "--jobs", "2", "--gpu", "-1", "--output", str(tmp_path)]
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run(command, timeout=12, capture_output=True)  # killed with SIGKILL; its runs go on to their end
+    for _ in range(60):
+        again = subprocess.run(command, capture_output=True, text=True)
+        if "is at work there" not in again.stderr:
+            break
+        time.sleep(1)
+    assert again.returncode == 0, again.stderr
+    results = study.read(tmp_path / "results.json")
+    assert {run["row"] for run in results["runs"]} == {"lsq", "default", "freeze"}
+    assert all(run["status"] == "finished" for run in results["runs"])
+    text = (tmp_path / "report.md").read_text()
+    assert alpha_study(["--report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.md").read_text() == text

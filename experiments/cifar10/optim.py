@@ -66,4 +66,12 @@ def compiled(forward: Callable, mode: str) -> Callable:
         return forward
     if processes.world() > 1:
         raise UserError(f"--compile {mode}: works in a single process alone; leave it out under torchrun")
-    return torch.compile(forward, fullgraph=True, dynamic=False, backend=BACKEND, mode=mode)
+    call = torch.compile(forward, fullgraph=True, dynamic=False, backend=BACKEND, mode=mode)
+    if mode == "default":
+        return call
+
+    def in_a_new_step(*args):
+        torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the last step left may be overwritten
+        return call(*args)
+
+    return in_a_new_step

@@ -118,7 +118,7 @@ def _add_common(parser: argparse.ArgumentParser, lr: float) -> None:
         f"straight line; default: {WARMUP['cosine']:g}, and {WARMUP['onecycle']:g} with onecycle")  # fmt: skip
     add("--label-smoothing", type=float, default=0.0, metavar="SHARE", help="of the label, given to all classes alike")
     add("--drop-last", action=argparse.BooleanOptionalAction, default=False,
-        help="leave out an epoch's last images where they do not fill a batch; all steps then have one shape")  # fmt: skip
+        help="leave out the last images of an epoch where they do not fill a batch")  # fmt: skip
     add("--compile", choices=COMPILE_MODES, default="none", help="torch.compile of forward, loss and BR, and its mode")
     add("--gpu", type=int, default=0, help="CUDA device; the CPU where there is none, or with -1")
     add("--seed", type=int, default=42)

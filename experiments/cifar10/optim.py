@@ -66,6 +66,7 @@ def compiled(forward: Callable, mode: str) -> Callable:
         return forward
     if processes.world() > 1:
         raise UserError(f"--compile {mode}: works in a single process alone; leave it out under torchrun")
+    torch.compiler.reset()  # the graphs of an earlier run would count against this one's limit of recompilations
     call = torch.compile(forward, fullgraph=True, dynamic=False, backend=BACKEND, mode=mode)
     if mode == "default":
         return call

@@ -250,6 +250,8 @@ def check(options: argparse.Namespace) -> None:
             raise UserError("--num-bits-weight 32 --num-bits-act 32 quantize nothing: use cifar10_baseline.py")
     if o.nesterov and o.momentum == 0:
         raise UserError("--nesterov --momentum 0.0: Nesterov's form needs a momentum; leave one of them out")
+    if getattr(o, "monitor", False) and o.compile != "none":
+        raise UserError(f"--monitor --compile {o.compile}: every epoch would be compiled anew; leave one of them out")
     if o.output_dir is None:
         raise UserError("--output-dir is missing: name the folder for this run (only --quick has a default)")
     if o.resume and o.overwrite:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .files import UserError
+from .options import flag
 
 # Where --space is not given: decades around the defaults of cifar10_qat_br.py (lr for a batch of 128).
 DEFAULT = (
@@ -132,7 +133,7 @@ def flags(params: dict[str, float], epochs: int) -> list[str]:
         if name == WARMUP_SHARE:
             made += ["--warmup-epochs", str(round(value * epochs))]
         else:
-            made += ["--" + name.replace("_", "-"), repr(value)]
+            made += [flag(name), repr(value)]
     return made
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoints, data, space
+from .device import pick_device
 from .engine import TrainingDiverged
 from .files import UserError, atomic_write, write_json
-from .options import parse, plain, qat_parser
-from .runs import QAT, Run, pick_device
+from .options import flag, parse, plain, qat_parser
+from .runs import QAT, Run
 
 NOT_IN_A_TRIAL = {"resume", "overwrite", "quick", "tensorboard"}
 
@@ -102,13 +103,13 @@ class Search:
         searched = {"warmup_epochs" if axis.name == space.WARMUP_SHARE else axis.name for axis in axes}
         none_yet = ["--warmup-epochs", "0"] if "warmup_epochs" in searched else []
         base, given = parse(qat_parser(), ["--output-dir", str(folder), *none_yet, *fixed])
-        if none_yet and not any(flag.startswith("--warmup-epochs") for flag in fixed):
+        if none_yet and not any(each.startswith("--warmup-epochs") for each in fixed):
             given -= {"warmup_epochs"}
         if base.output_dir != folder:
             raise UserError(f"--output-dir {base.output_dir} among the flags of the trials: a search decides it")
         for name in sorted(given & (NOT_IN_A_TRIAL | searched)):
             why = "it is searched" if name in searched else "a search decides it"
-            raise UserError(f"--{name.replace('_', '-')} among the flags of the trials: {why}; leave it out")
+            raise UserError(f"{flag(name)} among the flags of the trials: {why}; leave it out")
         if base.val_fraction == 0:
             raise UserError("--val-fraction 0: a search chooses by validation images; leave some")
         self.epochs = base.qat_epochs

@@ -175,8 +175,6 @@ class Search:
         best = self.best()
         so_far = f"; best so far {best['val_acc']:.2f} % (trial {best['number']})" if best else ""
         print(f"\ntrial {trial['number']}/{len(self.trials)}, to epoch {until}: {_named(trial['params'])}{so_far}")
-        trial["status"] = "running"
-        self._write()
         options, given = self.options[trial["number"] - 1]
         resume = (options.output_dir / "checkpoints" / "last.pth").exists()
         options = argparse.Namespace(**{**vars(options), "resume": resume})

@@ -10,9 +10,11 @@ stopped and left for the next run. --device cpu rehearses the whole on a machine
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -79,8 +81,9 @@ def training(out: Path, on_gpu: bool, data: Path | None) -> dict[str, list[list[
 
     fast, record, small = ["--recipe", "fast"], ["--recipe", "record"], ["--recipe", "fast", "--model", "resnet20"]
     seeds = range(1, 6) if on_gpu else range(1, 2)
-    study = ["--scale", "gpu", "--output", str(out / "alpha-study"), *(["--data", str(data)] if data else [])]
-    stages = {
+    study = ["--scale", "gpu" if on_gpu else "smoke", "--output", str(out / "alpha-study")]
+    study += [*(["--data", str(data)] if data else []), *([] if on_gpu else ["--gpu", "-1"])]
+    return {
         "fast": [
             train("cifar10_baseline", "resnet18-float", *fast),
             qat("resnet18-w2a2", "resnet18-float", *fast),
@@ -106,31 +109,36 @@ def training(out: Path, on_gpu: bool, data: Path | None) -> dict[str, list[list[
             table("resnet18-float", "resnet18-w2a2", "resnet18-w4a4"),
             table("resnet20-float", "resnet20-w2a2", "resnet20-w4a4"),
         ],
+        "alpha_study": [[PY, "experiments/alpha_study.py", *study]],
     }
-    if on_gpu:  # the study has no scale that a rehearsal could wait for
-        stages["alpha_study"] = [[PY, "experiments/alpha_study.py", *study]]
-    return stages
 
 
 def run(command: list[str], log, deadline: float) -> int:
     """The exit status; 124 if the deadline came first. Output goes to the log and to the terminal."""
     log.write(f"$ {' '.join(command)}\n")
     log.flush()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=max(deadline - time.time(), 1),
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-        return done.returncode
-    except subprocess.TimeoutExpired:
-        return 124
     except OSError as error:
         log.write(f"{error}\n")
         return 127
+    try:
+        return process.wait(max(deadline - time.time(), 1))
+    except subprocess.TimeoutExpired:
+        return 124
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End what still runs of a command, the processes that it started (the study's runs) included."""
+    for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, sign)
+            process.wait(patience)
 
 
 def main() -> None:

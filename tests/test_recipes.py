@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -271,9 +272,13 @@ def test_the_gpu_stages_give_flags_that_exist_to_runs_in_an_order_that_works(dev
     trained: dict[str, argparse.Namespace] = {}
     for command in (command for stage in plan.values() for command in stage):
         script = Path(command[1]).stem
-        if script == "alpha_study":
-            continue  # its flags are its own
         assert (ROOT / command[1]).is_file()
+        if script == "alpha_study":
+            o = importlib.import_module(script)._parser().parse_args(command[2:])
+            assert (o.scale, o.output, o.data) == (
+                "gpu" if device == "cuda" else "smoke", tmp_path / "alpha-study", tmp_path,
+            )  # fmt: skip
+            continue
         if script == "compare":
             assert set(command[2:]) <= trained.keys()
             continue
@@ -285,4 +290,15 @@ def test_the_gpu_stages_give_flags_that_exist_to_runs_in_an_order_that_works(dev
         trained[str(o.output_dir)] = o
     of_recipe = {name: sum(o.recipe == name for o in trained.values()) for name in ("fast", "record")}
     assert of_recipe == {"fast": 6, "record": 11 if device == "cuda" else 3}
-    assert ("alpha_study" in plan) == (device == "cuda")
+    assert list(plan) == ["fast", "record", "accuracy", "alpha_study"]
+
+
+def test_the_gpu_stages_end_what_a_command_has_started(tmp_path):
+    """At the deadline a study goes, and the runs that it has started, one that ignores the request included."""
+    gpu = importlib.import_module("gpu")
+    script = f"(trap '' TERM; exec sleep 600) & echo $! > {tmp_path}/pid; wait"
+    with (tmp_path / "log").open("w") as log:
+        assert gpu.run(["sh", "-c", script], log, time.time() + 3) == 124
+        assert gpu.run([sys.executable, "-c", "raise SystemExit(5)"], log, time.time() + 60) == 5
+    command = Path("/proc", (tmp_path / "pid").read_text().strip(), "cmdline")
+    assert not command.exists() or command.read_bytes() == b""  # gone, or not buried yet

@@ -10,9 +10,11 @@ stopped and left for the next run. --device cpu rehearses the whole on a machine
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PY = sys.executable
+# What a rehearsal on the CPU adds to the flags of each script.
+SMALL = {"cifar10_baseline": ["--epochs", "1"], "cifar10_qat_br": ["--warmup-epochs", "1", "--qat-epochs", "2"]}
 
 
 def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str]]]:
@@ -30,13 +34,11 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
     mark = ["-m", "gpu"] if on_gpu else ["-k", "native-cpu and w2"]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     checked = [PY, "benchmarks/sanitize.py", "--device", device]
-    train = [PY, "experiments/cifar10_qat_br.py", "--resume"] + (["--data", str(data)] if data else [])
     memory = [
         ([sanitizer, "--tool", tool, "--error-exitcode", "7"] if on_gpu else []) + checked + ["--backends", backend]
         for backend in ("native", "triton")
         for tool in (("memcheck", "racecheck", "initcheck") if on_gpu else ("none",))
     ]
-    short = ["--warmup-epochs", "1", "--qat-epochs", "2"]
     return {
         "build": [[PY, "-c", "import torch, qbr; print(torch.__version__); print(qbr.backends())"]],
         "parity": [[PY, *parity, str(out / "parity.xml"), "tests", *mark]],
@@ -57,15 +59,57 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
             ]
         ],
         "profile": [[PY, "benchmarks/profile_kernels.py", "--device", device, "--output", str(out / "profile.txt")]],
-        "training": [
-            [
-                *train,
-                "--output-dir",
-                str(out / "w2a2"),
-                *(["--warmup-epochs", "5", "--qat-epochs", "15"] if on_gpu else ["--quick"]),
-            ],
-            *([[*train, "--output-dir", str(out / "w2a2-freeze"), "--freeze-alpha", *short]] if on_gpu else []),
+        **training(out, on_gpu, data),
+    }
+
+
+def training(out: Path, on_gpu: bool, data: Path | None) -> dict[str, list[list[str]]]:
+    """The stages that train (docs/recipes.md), each ending in a table of its runs; on the CPU a small rehearsal."""
+    common = ["--resume", *(["--data", str(data)] if data else [])]
+    tiny = ["--model", "resnet20", "--limit", "16", "--batch-size", "16", "--compile", "none", "--gpu", "-1"]
+
+    def train(script: str, name: str, *flags: str) -> list[str]:
+        small = [] if on_gpu else [*tiny, *SMALL[script]]
+        return [PY, f"experiments/{script}.py", *common, "--output-dir", str(out / name), *flags, *small]
+
+    def qat(name: str, float_run: str, *flags: str) -> list[str]:
+        start = ["--pretrained-baseline", str(out / float_run / "checkpoints" / "best.pth")]
+        return train("cifar10_qat_br", name, *start, *flags)
+
+    def table(*names: str) -> list[str]:
+        return [PY, "experiments/compare.py", *(str(out / name) for name in names)]
+
+    fast, record, small = ["--recipe", "fast"], ["--recipe", "record"], ["--recipe", "fast", "--model", "resnet20"]
+    seeds = range(1, 6) if on_gpu else range(1, 2)
+    study = ["--scale", "gpu" if on_gpu else "smoke", "--output", str(out / "alpha-study")]
+    study += [*(["--data", str(data)] if data else []), *([] if on_gpu else ["--gpu", "-1"])]
+    return {
+        "fast": [
+            train("cifar10_baseline", "resnet18-float", *fast),
+            qat("resnet18-w2a2", "resnet18-float", *fast),
+            table("resnet18-float", "resnet18-w2a2"),
         ],
+        "record": [
+            command
+            for seed in map(str, seeds)
+            for command in (
+                train("cifar10_baseline", f"record-float-{seed}", *record, "--seed", seed),
+                qat(f"record-w2a2-{seed}", f"record-float-{seed}", *record, "--seed", seed),
+            )
+        ]
+        + [
+            qat("record-w2a2-graphs", "record-float-1", *record, "--seed", "1", "--compile", "reduce-overhead"),
+            table(*(f"record-{what}-{seed}" for what in ("float", "w2a2") for seed in seeds), "record-w2a2-graphs"),
+        ],
+        "accuracy": [
+            qat("resnet18-w4a4", "resnet18-float", *fast, "--num-bits", "4"),
+            train("cifar10_baseline", "resnet20-float", *small, "--epochs", "200"),
+            qat("resnet20-w2a2", "resnet20-float", *small, "--qat-epochs", "200"),
+            qat("resnet20-w4a4", "resnet20-float", *small, "--num-bits", "4"),
+            table("resnet18-float", "resnet18-w2a2", "resnet18-w4a4"),
+            table("resnet20-float", "resnet20-w2a2", "resnet20-w4a4"),
+        ],
+        "alpha_study": [[PY, "experiments/alpha_study.py", *study]],
     }
 
 
@@ -73,21 +117,28 @@ def run(command: list[str], log, deadline: float) -> int:
     """The exit status; 124 if the deadline came first. Output goes to the log and to the terminal."""
     log.write(f"$ {' '.join(command)}\n")
     log.flush()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=max(deadline - time.time(), 1),
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-        return done.returncode
-    except subprocess.TimeoutExpired:
-        return 124
     except OSError as error:
         log.write(f"{error}\n")
         return 127
+    try:
+        return process.wait(max(deadline - time.time(), 1))
+    except subprocess.TimeoutExpired:
+        return 124
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End what still runs of a command, the processes that it started (the study's runs) included."""
+    for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, sign)
+            process.wait(patience)
 
 
 def main() -> None:
@@ -124,7 +175,11 @@ def main() -> None:
             continue
         start = time.time()
         with open(out / f"{stage}.log", "a") as log:
-            codes = [run(command, log, deadline) for command in plan[stage]]
+            codes = []
+            for command in plan[stage]:
+                codes.append(run(command, log, deadline))
+                if codes[-1] == 124:  # what follows may build on it
+                    break
         status = "ok" if not any(codes) else "stopped by the time limit" if 124 in codes else f"failed: exit {codes}"
         record[stage] = {
             "status": status,

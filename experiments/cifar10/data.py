@@ -282,16 +282,23 @@ class Batches:
         generator: a CPU generator that draws the order, crops and flips of an epoch; None for the stored order
             without augmentation. Drawing on the CPU, once per epoch, makes an epoch the same on every device.
         channels_last: memory format of the batches.
+        drop_last: leave out the last images of an epoch where they do not fill a batch.
 
     Iterating draws an epoch and gives (x float32 [B, 3, 32, 32], normalised; labels int64 [B]); under torchrun each
     process's share of the batch, batches being those of one process.
     """
 
     def __init__(
-        self, split: ImageSet, batch_size: int, generator: torch.Generator | None = None, channels_last: bool = True
+        self,
+        split: ImageSet,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        channels_last: bool = True,
+        drop_last: bool = False,
     ) -> None:
         self.batch_size, self.generator, self.channels_last = batch_size, generator, channels_last
         self.labels = split.labels
+        self.count = len(self.labels) // batch_size * batch_size if drop_last else len(self.labels)  # images an epoch
         self.images = split.images if generator is None else F.pad(split.images, (0, 0, PAD, PAD, PAD, PAD))
         device = self.labels.device
         self.scale = 1 / (255 * torch.tensor(STD, device=device))
@@ -299,7 +306,7 @@ class Batches:
         self.pixels = torch.arange(SIDE, device=device)
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
+        return -(-self.count // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.generator is not None:
@@ -308,7 +315,7 @@ class Batches:
 
     def size(self, step: int) -> int:
         """Images of batch ``step``, all processes' shares together."""
-        return min(self.batch_size, len(self.labels) - step * self.batch_size)
+        return min(self.batch_size, self.count - step * self.batch_size)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Batch ``step`` of the epoch that was iterated last; the same pixels however often it is asked for."""

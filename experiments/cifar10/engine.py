@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import qbr
 
-from . import processes
+from . import optim, processes
 from .data import Batches, ImageSet, Splits
 from .files import UserError
 
@@ -29,14 +29,15 @@ class TrainingDiverged(RuntimeError):
 class Trainer:
     """Model, optimizer, schedule and data of one run, and everything that a resumption must restore.
 
-    SGD with momentum, weight decay on weights alone (alphas have their own group), and a cosine schedule from lr to
-    0 over all steps. The figures of an epoch are added up on the device and read once. Under torchrun the processes
+    SGD with momentum, weight decay on weights alone (alphas have their own group), and a schedule from lr to 0 over all
+    steps (optim.py). The figures of an epoch are added up on the device and read once. Under torchrun the processes
     share every batch, and all of them call the same methods.
 
     Args:
         model: on ``device``; for quantization-aware training already prepared by qbr.
         splits: sets on the CPU; training and validation images are moved to ``device`` here.
-        options: batch_size, lr, momentum, weight_decay, seed, amp and channels_last are read.
+        options: those of the optimizer, the schedule and the batches are read, seed, amp, channels_last, compile and
+            label_smoothing.
         epochs: length of the schedule.
         control: attached to ``model``; None trains in float.
         lambda_weights, lambda_acts: strength of BR.
@@ -63,7 +64,15 @@ class Trainer:
         self.bf16 = options.amp == "bf16"
         self.channels_last = options.channels_last
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.batches = Batches(splits.train.to(device), options.batch_size, self.generator, self.channels_last)
+        self.smoothing = options.label_smoothing
+        self.batches = Batches(
+            splits.train.to(device), options.batch_size, self.generator, self.channels_last, options.drop_last
+        )
+        if len(self.batches) == 0:
+            raise UserError(
+                f"--batch-size {options.batch_size} --drop-last: the training set has {len(splits.train)} images, "
+                "no whole batch; lower the first or give --no-drop-last"
+            )
         smallest, of = self.batches.size(len(self.batches) - 1), processes.world()
         if smallest < of:
             raise UserError(
@@ -72,11 +81,9 @@ class Trainer:
             )
         self.validation = splits.val.to(device)
         self.net = processes.parallel(model, device)  # what training calls
-        rates = {"lr": options.lr, "weight_decay": options.weight_decay}
-        groups = qbr.parameter_groups(model, **rates) if control else [{"params": list(model.parameters()), **rates}]
-        # The fused form skips a step on the device where found_inf says so: NaN never reaches the weights.
-        self.optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=epochs * len(self.batches))
+        self.optimizer = optim.sgd(model, options, quantized=control is not None)
+        self.scheduler = optim.schedule(self.optimizer, options, epochs * len(self.batches))
+        self.compiled = optim.compiled(self._forward, options.compile)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next epoch depends on, as tensors and plain values."""
@@ -122,12 +129,15 @@ class Trainer:
         failed_at = torch.full((), -1, device=self.device)
         totals = torch.zeros(3, device=self.device)
         bins = _BinTotals()
-        count = len(self.batches.labels)
+        count = self.batches.count
+        alphas_set = all(quantizer.initialised for quantizer in self._quantizers())
         title = f"epoch {epoch}/{self.epochs}"
         start = time.perf_counter()
         with tqdm(total=count, desc=title, unit="img", leave=False, disable=True if self.quiet else None) as bar:
             for step, (x, y) in enumerate(self.batches):
-                logits, ce, loss, bin_losses = self._forward(self.net, x, y, self.batches.size(step))
+                # A forward that sets the alphas would be a graph of its own, for one step.
+                forward = self.compiled if alphas_set or step else self._forward
+                logits, ce, loss, bin_losses = forward(self.net, x, y, self.batches.size(step), self.br_active)
                 self.optimizer.zero_grad()
                 loss.backward()
                 failed_at = self._update(loss, step, failed_at)
@@ -164,21 +174,30 @@ class Trainer:
         ce, correct = processes.total(totals).tolist()
         return ce / len(split), 100 * correct / len(split)
 
+    @property
+    def br_active(self) -> bool:
+        return self.control is not None and self.control.br_active
+
+    def _quantizers(self) -> list[qbr.LSQQuantizer]:
+        return [module for module in self.model.modules() if isinstance(module, qbr.LSQQuantizer)]
+
     def _logits(self, net: nn.Module, x: Tensor) -> Tensor:
         context = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         with context:
             return net(x).float()
 
-    def _forward(self, net: nn.Module, x: Tensor, y: Tensor, images: int) -> tuple[Tensor, Tensor, Tensor, Any]:
+    def _forward(
+        self, net: nn.Module, x: Tensor, y: Tensor, images: int, br: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """logits [B, classes], CE and the whole loss (scalars in the graph), and qbr.bin_loss's result or None.
 
         images: in the whole batch, of which x and y are this process's share. Gradients are averaged over the
-        processes, so that the loss weighs a share by its size.
+        processes, so that the loss weighs a share by its size. br: whether the loss has BR.
         """
         logits = self._logits(net, x)
-        ce = F.cross_entropy(logits, y)
+        ce = F.cross_entropy(logits, y, label_smoothing=self.smoothing)
         weighed = ce if self.net is self.model else ce * (len(y) * processes.world() / images)
-        if self.control is None or not self.control.br_active:
+        if not br:
             return logits, ce, weighed, None
         bins = qbr.bin_loss(self.model, global_bins=self.global_bins)
         return logits, ce, weighed + self.lambda_weights * bins.weights + self.lambda_acts * bins.activations, bins
@@ -215,7 +234,7 @@ class Trainer:
         leaves = [(name, module) for name, module in self.model.named_modules() if not list(module.children())]
         outer = [(name, module) for name, module in self.model.named_modules() if name and list(module.children())]
         hooks = [module.register_forward_hook(look(name)) for name, module in leaves + outer]
-        _, ce, loss, bins = self._forward(self.model, x, y, images)
+        _, ce, loss, bins = self._forward(self.model, x, y, images, self.br_active)
         for hook in hooks:
             hook.remove()
         if found:

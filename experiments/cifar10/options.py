@@ -1,4 +1,4 @@
-"""The flags of both scripts: definition, --quick and --resume defaults, and every check that needs no file."""
+"""The flags of both scripts: definition, what --recipe, --quick and --resume set, every check that needs no file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import qbr
+
+from . import recipes
 from .files import UserError
 from .models import MODELS
+from .optim import COMPILE_MODES, SCHEDULES, WARMUP
 
 FLOAT_BITS = 32
 _NOT_GIVEN = object()
@@ -38,7 +42,7 @@ def baseline_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train a float ResNet on CIFAR-10.")
     parser.add_argument("--epochs", type=int, default=200)
     _add_common(parser, lr=0.1)
-    parser.set_defaults(_quick=QUICK_BASELINE)
+    parser.set_defaults(_quick=QUICK_BASELINE, _recipes=recipes.BASELINE)
     return parser
 
 
@@ -58,6 +62,15 @@ def qat_parser() -> argparse.ArgumentParser:
     parser.add_argument("--freeze-alpha", action="store_true", help="alphas stay put once warm-up ends")
     parser.add_argument("--freeze-weight-alpha", action="store_true", help="the same for weights' alphas alone")
     parser.add_argument("--freeze-act-alpha", action="store_true", help="the same for activations' alphas alone")
+    for side in ("weight", "act"):
+        parser.add_argument(
+            f"--freeze-{side}-alpha-epoch",
+            type=int,
+            default=0,
+            metavar="N",
+            help="the same from epoch N on, counted from 1; 0 (default) for never",
+        )
+    parser.add_argument("--lr-alpha", type=float, metavar="LR", help="lr of all alphas; default: --lr")
     for flag, whose in (("", "weights'"), ("-act", "activations'")):
         parser.add_argument(
             f"--br-backprop-to-alpha{flag}",
@@ -83,7 +96,7 @@ def qat_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--monitor", action="store_true", help="also record how many weights change bins and return")
     _add_common(parser, lr=0.01)
-    parser.set_defaults(_quick=QUICK_QAT)
+    parser.set_defaults(_quick=QUICK_QAT, _recipes=recipes.QAT)
     return parser
 
 
@@ -98,7 +111,15 @@ def _add_common(parser: argparse.ArgumentParser, lr: float) -> None:
     add("--sync-bn", action="store_true", help="under torchrun on GPUs: BatchNorm over the whole batch")
     add("--lr", type=float, default=lr)
     add("--momentum", type=float, default=0.9)
+    add("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="Nesterov's form of the momentum")
     add("--weight-decay", type=float, default=5e-4)
+    add("--lr-schedule", choices=SCHEDULES, default="cosine", help="from --lr to 0: half a cosine, or a straight line")
+    add("--lr-warmup", type=float, metavar="SHARE", help="share of all steps in which lr first rises to --lr in a "
+        f"straight line; default: {WARMUP['cosine']:g}, and {WARMUP['onecycle']:g} with onecycle")  # fmt: skip
+    add("--label-smoothing", type=float, default=0.0, metavar="SHARE", help="of the label, given to all classes alike")
+    add("--drop-last", action=argparse.BooleanOptionalAction, default=False,
+        help="leave out the last images of an epoch where they do not fill a batch")  # fmt: skip
+    add("--compile", choices=COMPILE_MODES, default="none", help="torch.compile of forward, loss and BR, and its mode")
     add("--gpu", type=int, default=0, help="CUDA device; the CPU where there is none, or with -1")
     add("--seed", type=int, default=42)
     add("--amp", choices=("none", "bf16"), default="none", help="bf16: autocast of the network to bfloat16")
@@ -108,6 +129,7 @@ def _add_common(parser: argparse.ArgumentParser, lr: float) -> None:
     add("--overwrite", action="store_true", help="replace the run in --output-dir")
     add("--tensorboard", action="store_true", help="also write TensorBoard logs")
     add("--quick", action="store_true", help="a small run on the packed subset, minutes on 2 cores")
+    add("--recipe", choices=recipes.NAMES, default="default", help="a named set of defaults: docs/recipes.md")
 
 
 def _number_or_none(text: str) -> float | None:
@@ -127,7 +149,7 @@ def _to_alpha(text: str) -> float | str:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
-    """Options with --quick's values in the place of defaults, and the names of those that were given.
+    """Options with --recipe's and --quick's values in the place of defaults, and the names of those that were given.
 
     Raises:
         UserError: for a value that cannot be, naming the flag. Unknown flags end in argparse's own message.
@@ -136,6 +158,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     seen = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN))))
     given = {name for name in names if seen[name] is not _NOT_GIVEN}
     values = {name: parser.get_default(name) for name in names}
+    if "recipe" in given:
+        values.update(seen["_recipes"][seen["recipe"]])
     if "quick" in given:
         values.update(seen["_quick"])
     values.update({name: seen[name] for name in given})
@@ -144,6 +168,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
         options.data = Path("data")
     if getattr(options, "num_bits", None) is not None:
         options.num_bits_weight = options.num_bits_act = options.num_bits
+    if options.lr_warmup is None:
+        options.lr_warmup = WARMUP[options.lr_schedule]
     check(options)
     return options, given
 
@@ -175,6 +201,14 @@ def resumed(options: argparse.Namespace, given: set[str], saved: dict[str, Any])
     return argparse.Namespace(**values)
 
 
+def freeze(options: argparse.Namespace, side: str) -> bool | qbr.Freeze:
+    """When the alphas of ``side`` ("weight" or "act") are held fixed, as AlphaControl takes it."""
+    if options.freeze_alpha or getattr(options, f"freeze_{side}_alpha"):
+        return True
+    epoch = getattr(options, f"freeze_{side}_alpha_epoch")
+    return qbr.Freeze(epoch=epoch) if epoch else False
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -198,11 +232,12 @@ def check(options: argparse.Namespace) -> None:
         require(name, lambda bits: 1 <= bits <= 8 or bits == FLOAT_BITS, f"1 to 8, or {FLOAT_BITS} for float")
     for name in ("epochs", "qat_epochs", "batch_size", "limit"):
         require(name, lambda count: count >= 1, "1 or more")
-    for name in ("lr", "clip_value"):
+    for name in ("lr", "lr_alpha", "clip_value"):
         require(name, positive, "a positive number")
-    for name in ("lambda_br", "lambda_br_act", "weight_decay", "warmup_epochs", "seed"):
+    at_epoch = ("freeze_weight_alpha_epoch", "freeze_act_alpha_epoch")
+    for name in ("lambda_br", "lambda_br_act", "weight_decay", "warmup_epochs", "seed", *at_epoch):
         require(name, not_negative, "0 or more")
-    for name in ("momentum", "val_fraction"):
+    for name in ("momentum", "val_fraction", "lr_warmup", "label_smoothing"):
         require(name, lambda share: 0 <= share < 1, "0 or more, below 1")
     require("gpu", lambda index: index >= -1, "the index of a CUDA device, or -1 for the CPU")
     if hasattr(o, "qat_epochs"):
@@ -213,6 +248,10 @@ def check(options: argparse.Namespace) -> None:
             )
         if o.num_bits_weight == o.num_bits_act == FLOAT_BITS:
             raise UserError("--num-bits-weight 32 --num-bits-act 32 quantize nothing: use cifar10_baseline.py")
+    if o.nesterov and o.momentum == 0:
+        raise UserError("--nesterov --momentum 0.0: Nesterov's form needs a momentum; leave one of them out")
+    if getattr(o, "monitor", False) and o.compile != "none":
+        raise UserError(f"--monitor --compile {o.compile}: every epoch would be compiled anew; leave one of them out")
     if o.output_dir is None:
         raise UserError("--output-dir is missing: name the folder for this run (only --quick has a default)")
     if o.resume and o.overwrite:

@@ -25,7 +25,7 @@ from .device import keep_freed_memory, pick_device
 from .engine import Trainer, TrainingDiverged
 from .files import UserError, check_writable, write_json
 from .models import MODELS
-from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, parse, plain, resumed
+from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, freeze, parse, plain, resumed
 
 BASELINE, QAT = "cifar10_baseline", "cifar10_qat_br"
 
@@ -213,8 +213,8 @@ class Run:
                 ),
             )
             control = qbr.AlphaControl(
-                freeze_weights=options.freeze_alpha or options.freeze_weight_alpha,
-                freeze_acts=options.freeze_alpha or options.freeze_act_alpha,
+                freeze_weights=freeze(options, "weight"),
+                freeze_acts=freeze(options, "act"),
                 br_to_alpha_weights=options.br_backprop_to_alpha,
                 br_to_alpha_acts=options.br_backprop_to_alpha_act,
                 warmup_epochs=options.warmup_epochs,

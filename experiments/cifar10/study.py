@@ -56,8 +56,11 @@ SCALES = {
         3,
     ),
     "gpu": Scale(
-        ("--model", "resnet18", "--epochs", "100", "--amp", "bf16"),
-        ("--model", "resnet18", "--warmup-epochs", "30", "--qat-epochs", "100", "--amp", "bf16"),
+        ("--model", "resnet18", "--recipe", "fast", "--epochs", "100"),
+        (
+            *("--model", "resnet18", "--recipe", "fast", "--compile", "none"),  # --monitor needs steps as they are
+            *("--warmup-epochs", "30", "--qat-epochs", "100"),
+        ),
         ("--lambda-br", "1", "--lambda-br-act", "1"),
         3,
     ),

@@ -414,7 +414,10 @@ def _locked(path: Path):
 
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:  # closing is not enough: a process that was forked meanwhile has the file open, too
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _say(message: str) -> None:

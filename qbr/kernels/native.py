@@ -20,6 +20,16 @@ _loaded: build.Built | None = None
 _broken: RuntimeError | None = None
 
 
+def _after_fork() -> None:
+    """In the child there is no thread that could release the parent's lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def load(device_type: str) -> None:
     """Load the extension for this device; builds it where there is none yet.
 

@@ -345,16 +345,21 @@ def _private(directory: Path) -> Path | None:
         return None
 
 
+def _places() -> list[Path]:
+    """Where a cache may lie, the best first: under the home, and under the temporary directory."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    home = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
+    return [home / "qbr", Path(tempfile.gettempdir()) / f"qbr-{os.getuid()}"]
+
+
 def cache_dir() -> Path:
     """A directory of this user alone: under the home, else under the temporary directory, else one for this process.
 
     Raises:
         UnsafeDirectory: as ``_private``.
     """
-    base = os.environ.get("XDG_CACHE_HOME")
-    home = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
-    shared_tmp = Path(tempfile.gettempdir()) / f"qbr-{os.getuid()}"
-    return _private(home / "qbr") or _private(shared_tmp) or Path(tempfile.mkdtemp(prefix="qbr-"))
+    usable = (directory for place in _places() if (directory := _private(place)) is not None)
+    return next(usable, None) or Path(tempfile.mkdtemp(prefix="qbr-"))
 
 
 def _cache_key(sources: Path, torch: Torch | None, device: bool) -> str:
@@ -375,6 +380,16 @@ def _read_cached(target: Path) -> Built | None:
 def find_cached(sources: Path, cache: Path, device: bool = True) -> Built | None:
     """What was built before, if it is of these sources; UnsafeDirectory if somebody else may have put it there."""
     return _read_cached(cache / _cache_key(sources, find_torch(), device))
+
+
+def find_built(sources: Path, device: bool = True) -> Built | None:
+    """find_cached() in whichever cache is there, also one that cannot be written to; makes no directory."""
+    for place in _places():
+        if os.path.lexists(place):
+            _check_ours(place, stat.S_ISDIR)
+            if (built := find_cached(sources, place, device)) is not None:
+                return built
+    return None
 
 
 def build_cached(sources: Path | None = None, cache: Path | None = None, device: bool = True) -> Built:

@@ -83,7 +83,7 @@ def _find() -> build.Built | None:
             # Installed beside a CPU-only torch and used beside a CUDA build: a new build has more to offer.
             if packaged.cuda or build.cuda_plan(build.find_torch(), sources, _device())[0] is None:
                 return packaged
-        return build.find_cached(sources, build.cache_dir(), _device())
+        return build.find_built(sources, _device())
     except build.CannotBuild as error:
         raise BackendUnavailable(str(error)) from error
 

@@ -349,7 +349,8 @@ def _places() -> list[Path]:
     """Where a cache may lie, the best first: under the home, and under the temporary directory."""
     base = os.environ.get("XDG_CACHE_HOME")
     home = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
-    return [home / "qbr", Path(tempfile.gettempdir()) / f"qbr-{os.getuid()}"]
+    places = [home / "qbr"] if home.is_absolute() else []  # "~" stays for a user without a home
+    return [*places, Path(tempfile.gettempdir()) / f"qbr-{os.getuid()}"]
 
 
 def cache_dir() -> Path:

@@ -350,17 +350,24 @@ def _places() -> list[Path]:
     base = os.environ.get("XDG_CACHE_HOME")
     home = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
     places = [home / "qbr"] if home.is_absolute() else []  # "~" stays for a user without a home
-    return [*places, Path(tempfile.gettempdir()) / f"qbr-{os.getuid()}"]
+    with contextlib.suppress(FileNotFoundError):  # no temporary directory can be written to
+        places.append(Path(tempfile.gettempdir()) / f"qbr-{os.getuid()}")
+    return places
 
 
 def cache_dir() -> Path:
     """A directory of this user alone: under the home, else under the temporary directory, else one for this process.
 
     Raises:
-        UnsafeDirectory: as ``_private``.
+        UnsafeDirectory: as ``_private``. CannotBuild: where nothing can be written to.
     """
-    usable = (directory for place in _places() if (directory := _private(place)) is not None)
-    return next(usable, None) or Path(tempfile.mkdtemp(prefix="qbr-"))
+    for place in _places():
+        if (directory := _private(place)) is not None:
+            return directory
+    try:
+        return Path(tempfile.mkdtemp(prefix="qbr-"))
+    except OSError as error:
+        raise CannotBuild(f"no directory for what is built ({error}): set XDG_CACHE_HOME to one of yours") from error
 
 
 def _cache_key(sources: Path, torch: Torch | None, device: bool) -> str:

@@ -105,7 +105,7 @@ def check_flat(monkeypatch, warm_up: int, steps: int) -> None:
     load("native", "cpu")
     course = Course()
     course.train(warm_up)
-    for function in ("build_cached", "find_cached", "cache_dir"):  # a step has no business with what is built
+    for function in ("build_cached", "find_built", "cache_dir"):  # a step has no business with what is built
         monkeypatch.setattr(build, function, None)
     gc.collect()
     gc.disable()

@@ -131,7 +131,8 @@ def check(x: Tensor, alpha, spec: QuantSpec, relu: bool, clip: float | None) -> 
         raise ValueError(f"clip={clip}: expected a positive number, or None for no upper bound")
     if relu and spec.qn < 0:
         raise ValueError(f"relu=True with spec.qn={spec.qn}: half of the levels could never occur; use signed=False")
-    clip = math.inf if clip is None else float(clip)
+    # One beyond the type's numbers is no bound, as rounding it to that type says; clamp() would refuse it.
+    clip = math.inf if clip is None or clip > torch.finfo(compute_dtype).max else float(clip)
     plain = (spec.qn, spec.qp, spec.binary, -1 if axis is None else axis, bool(relu), clip)
     return x if is_dense(x) else x.contiguous(), alpha, plain
 

@@ -22,7 +22,7 @@ class Shape:
 
     name: str
     size: tuple[int, ...]
-    layout: str = "contiguous"  # contiguous, channels_last, sliced, transposed, offset
+    layout: str = "contiguous"  # contiguous, channels_last, channels_last_3d, sliced, transposed, offset, expanded
 
     def make(self, values: torch.Tensor) -> torch.Tensor:
         """values (flat, enough of them) in this shape and layout."""
@@ -32,6 +32,10 @@ class Shape:
         x = values[:count].reshape(self.size)
         if self.layout == "channels_last":
             return x.contiguous(memory_format=torch.channels_last)
+        if self.layout == "channels_last_3d":
+            return x.contiguous(memory_format=torch.channels_last_3d)
+        if self.layout == "expanded":  # one value along the last dimension, which has no stride
+            return x[..., :1].expand(self.size)
         if self.layout == "sliced":
             return x.repeat_interleave(2, dim=-1)[..., ::2]
         if self.layout == "transposed":

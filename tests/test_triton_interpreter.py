@@ -32,6 +32,7 @@ PARTS = {
 
 
 FLOAT16 = [MATRIX, "-k", "triton-cpu-f16"], 100
+PROPERTIES = ["test_properties.py", "test_properties_equal.py", "-k", "triton-cpu"], 14  # a few examples of each
 
 
 def run(arguments):
@@ -55,6 +56,12 @@ def test_parity_in_the_interpreter(part, children):
 @pytest.mark.slow
 def test_float16_in_the_interpreter():
     arguments, least = FLOAT16
+    check(run(arguments), least)
+
+
+@pytest.mark.slow
+def test_properties_in_the_interpreter():
+    arguments, least = PROPERTIES
     check(run(arguments), least)
 
 

@@ -345,16 +345,29 @@ def _private(directory: Path) -> Path | None:
         return None
 
 
+def _places() -> list[Path]:
+    """Where a cache may lie, the best first: under the home, and under the temporary directory."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    home = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
+    places = [home / "qbr"] if home.is_absolute() else []  # "~" stays for a user without a home
+    with contextlib.suppress(FileNotFoundError):  # no temporary directory can be written to
+        places.append(Path(tempfile.gettempdir()) / f"qbr-{os.getuid()}")
+    return places
+
+
 def cache_dir() -> Path:
     """A directory of this user alone: under the home, else under the temporary directory, else one for this process.
 
     Raises:
-        UnsafeDirectory: as ``_private``.
+        UnsafeDirectory: as ``_private``. CannotBuild: where nothing can be written to.
     """
-    base = os.environ.get("XDG_CACHE_HOME")
-    home = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
-    shared_tmp = Path(tempfile.gettempdir()) / f"qbr-{os.getuid()}"
-    return _private(home / "qbr") or _private(shared_tmp) or Path(tempfile.mkdtemp(prefix="qbr-"))
+    for place in _places():
+        if (directory := _private(place)) is not None:
+            return directory
+    try:
+        return Path(tempfile.mkdtemp(prefix="qbr-"))
+    except OSError as error:
+        raise CannotBuild(f"no directory for what is built ({error}): set XDG_CACHE_HOME to one of yours") from error
 
 
 def _cache_key(sources: Path, torch: Torch | None, device: bool) -> str:
@@ -375,6 +388,16 @@ def _read_cached(target: Path) -> Built | None:
 def find_cached(sources: Path, cache: Path, device: bool = True) -> Built | None:
     """What was built before, if it is of these sources; UnsafeDirectory if somebody else may have put it there."""
     return _read_cached(cache / _cache_key(sources, find_torch(), device))
+
+
+def find_built(sources: Path, device: bool = True) -> Built | None:
+    """find_cached() in whichever cache is there, also one that cannot be written to; makes no directory."""
+    for place in _places():
+        if os.path.lexists(place):
+            _check_ours(place, stat.S_ISDIR)
+            if (built := find_cached(sources, place, device)) is not None:
+                return built
+    return None
 
 
 def build_cached(sources: Path | None = None, cache: Path | None = None, device: bool = True) -> Built:
@@ -414,7 +437,10 @@ def _locked(path: Path):
 
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:  # closing is not enough: a process that was forked meanwhile has the file open, too
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _say(message: str) -> None:

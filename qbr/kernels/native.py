@@ -20,6 +20,16 @@ _loaded: build.Built | None = None
 _broken: RuntimeError | None = None
 
 
+def _after_fork() -> None:
+    """In the child there is no thread that could release the parent's lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def load(device_type: str) -> None:
     """Load the extension for this device; builds it where there is none yet.
 
@@ -73,7 +83,7 @@ def _find() -> build.Built | None:
             # Installed beside a CPU-only torch and used beside a CUDA build: a new build has more to offer.
             if packaged.cuda or build.cuda_plan(build.find_torch(), sources, _device())[0] is None:
                 return packaged
-        return build.find_cached(sources, build.cache_dir(), _device())
+        return build.find_built(sources, _device())
     except build.CannotBuild as error:
         raise BackendUnavailable(str(error)) from error
 

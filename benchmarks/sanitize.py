@@ -44,7 +44,9 @@ def instruction_sets() -> list[str]:
     return ["baseline"]
 
 
-def build_driver(folder: Path, isa: str, level: str = "-O0", coverage: bool = False, sources: Path | None = None) -> Path:
+def build_driver(
+    folder: Path, isa: str, level: str = "-O0", coverage: bool = False, sources: Path | None = None
+) -> Path:
     """tests/native_fuzz.cpp with the kernels of one instruction set, all under sanitizers.
 
     Args:

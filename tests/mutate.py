@@ -1,13 +1,14 @@
 """Puts the faults of mutants.py into a copy of the tree, one at a time, and tells which the tests find.
 
-    python tests/mutate.py --output benchmarks/results/mutants.json          all of them; goes on where it left off
-    python tests/mutate.py --only 'cpu:|triton:' --output FILE                those whose name matches
-    python tests/mutate.py --report benchmarks/results/mutants.json          the result as a table
+    python tests/mutate.py --output benchmarks/results/mutants.json     all of them; goes on where it left off
+    python tests/mutate.py --only 'cpu:|triton:' --output FILE          those whose name matches
+    python tests/mutate.py --report benchmarks/results/mutants.json     the result as a table
 
-The file is written after every fault; a fault whose text has not changed is not run again (--again runs it). First each
-suite runs without a fault: where that fails, nothing is told of its faults. A fault is found if a test fails or the
-time limit is over. The native extension is built with -O1, and only what has changed of it. PTXRUN_HOME, if it is
-set, is passed on to the tests that execute PTX. Nothing is written to the working tree but the output.
+The file is written after every fault; a fault whose text has not changed is not run again (--again runs it). A fault is
+found if a test fails or the time limit is over; at the end every test that has found one runs without a fault, and
+where it fails nothing is told of that fault. The native extension is built with -O1, and only what has changed of it.
+PTXRUN_HOME, if it is set, is passed on to the tests that execute PTX. Nothing is written to the working tree but the
+output.
 """
 
 from __future__ import annotations
@@ -18,22 +19,27 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import hypothesis  # noqa: F401  here and not in each child
+import pytest
+import torch  # noqa: F401
 from mutants import MUTANTS, SUITES, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("qbr", "csrc", "tests", "benchmarks", "examples", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
-# Run in the copy by its own builder: -O1, and an object is made once for each state of what it is made from.
+# The native extension of the copy: -O1, an object once for each state of what it is made from, and of the loops, whose
+# three copies take longest, only this machine's own anew (the others are those without a fault).
 BUILD = """
-import hashlib, json, re, shutil, sys
+import hashlib, re, shutil, sys
 from pathlib import Path
 from qbr.kernels import build
-cache, compile_all = Path(sys.argv[1]), build._compile
+objects, others, compile_all = Path(sys.argv[1]), Path(sys.argv[2]), build._compile
 
 def state(path, seen):
     if path in seen:
@@ -46,11 +52,14 @@ def state(path, seen):
     return text
 
 def compile_new(commands):
-    kept, missing = {}, {}
+    kept, missing, best = {}, {}, [name for name in commands if name in sys.argv[3:]][-1]
     for name, command in commands.items():
         command = ["-O1" if word == "-O3" else word for word in command]
         source = Path(command[command.index("-c") - 1])
-        kept[name] = cache / (hashlib.sha256(repr(command[:-2]).encode() + state(source, set())).hexdigest() + ".o")
+        folder = others if name.startswith("loops") and name != best else source.parent
+        flags = [word for word in command[:-4] if "=csrc" not in word]
+        digest = hashlib.sha256(repr(flags).encode() + state(folder / source.name, set())).hexdigest()
+        kept[name] = objects / f"{digest}.o"
         if not kept[name].exists():
             missing[name] = command
     done = compile_all(missing)
@@ -101,29 +110,50 @@ class Copy:
 
     def build(self) -> None:
         """The native extension of what stands in the copy. Raises CalledProcessError with the compiler's words."""
-        command = [sys.executable, "-c", BUILD, str(self.objects)]
+        flags = Path("/proc/cpuinfo").read_text()
+        present = ["loops_baseline", *(f"loops_{isa}" for isa in ("avx2", "avx512") if f" {isa}" in flags)]
+        command = [sys.executable, "-c", BUILD, str(self.objects), str(ROOT / "csrc"), *present]
         subprocess.run(command, cwd=self.tree, env=self.environment, check=True, capture_output=True, text=True)
 
-    def test(self, suite: str, limit: float) -> tuple[str, str]:
-        """("passed", a count), ("failed", the first test that did) or ("time limit", "")."""
-        words = shlex.split(SUITES[suite])
-        environment = dict(self.environment)
+    def test(self, words: list[str], limit: float) -> tuple[str, str]:
+        """("passed", a count), ("failed", the first test that did) or ("time limit", ""): pytest in a fork of this
+        process, which has torch at hand, so that a fault costs what its tests do."""
+        words, environment = list(words), dict(self.environment)
         while "=" in words[0]:
             name, _, value = words.pop(0).partition("=")
             environment[name] = value
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *words]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(command, cwd=self.tree / "tests", env=environment, start_new_session=True, **pipes)
-        try:
-            output, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.communicate()
-            return "time limit", ""
-        if process.returncode == 0:
-            return "passed", re.search(r"(\d+) passed", output)[0]
-        found = re.search(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", output, re.MULTILINE)
-        return "failed", found[1] if found else f"pytest ended with {process.returncode}"
+        words = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line", *words]
+        with tempfile.TemporaryFile("w+") as output:
+            child = os.fork()
+            if child == 0:
+                os.setsid()
+                for descriptor in (1, 2):
+                    os.dup2(output.fileno(), descriptor)
+                os.chdir(self.tree / "tests")
+                os.environ.clear(), os.environ.update(environment)
+                sys.path[:] = [str(self.tree), *(p for p in sys.path if p not in (str(ROOT), str(ROOT / "tests")))]
+                code = 99
+                try:
+                    code = int(pytest.main(words))
+                finally:
+                    sys.stdout.flush(), os._exit(code)
+            end, status = time.monotonic() + limit, None
+            while status is None:
+                ended, raw = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    status = os.waitstatus_to_exitcode(raw)
+                elif time.monotonic() > end:
+                    os.killpg(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    return "time limit", ""
+                else:
+                    time.sleep(0.05)
+            output.seek(0)
+            text = output.read()
+        if status == 0:
+            return "passed", re.search(r"(\d+) passed", text)[0]
+        found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
+        return "failed", found[1] if found else f"a child that ended with {status}"
 
 
 def run(copy: Copy, mutant: Mutant, limit: float) -> dict:
@@ -133,7 +163,7 @@ def run(copy: Copy, mutant: Mutant, limit: float) -> dict:
     try:
         if mutant.file.startswith("csrc/cpu") or mutant.file.startswith("csrc/bindings"):
             copy.build()
-        outcome, detail = copy.test(mutant.suite, limit)
+        outcome, detail = copy.test(shlex.split(SUITES[mutant.suite]), limit)
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{mutant.name} does not compile:\n{error.stderr[-3000:]}") from error
     finally:
@@ -185,25 +215,43 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="qbr-mutate-") as folder:
         copy = Copy(Path(folder), args.objects or Path(folder) / "objects")
         copy.build()
-        sound: dict[str, bool] = {}
+        ordered = dict(results)
         for i, mutant in enumerate(chosen, 1):
-            if mutant.suite not in sound:
-                start = time.perf_counter()
-                outcome, detail = copy.test(mutant.suite, args.limit)
-                sound[mutant.suite] = outcome == "passed"
-                say(f"suite {mutant.suite}: {outcome}, {detail}, {time.perf_counter() - start:.0f} s")
-            if not sound[mutant.suite]:
-                continue
             results[mutant.name] = {**run(copy, mutant, args.limit), "fault": texts[mutant.name]}
             found = results[mutant.name]
             verdict = f"killed by {found['by']}" if found["killed"] else "SURVIVED"
             say(f"{i}/{len(chosen)} {mutant.name}: {verdict} ({found['seconds']} s)")
             ordered = {name: results[name] for name in known if name in results}
             path.write_text(json.dumps(ordered, indent=1) + "\n")
-    print(report(results).splitlines()[-1])
-    unsound = sorted(suite for suite, passed in sound.items() if not passed)
+        unsound = killers_that_fail(copy, ordered, args.limit)
     if unsound:
-        sys.exit(f"these suites fail without any fault, and nothing is told of their faults: {', '.join(unsound)}")
+        ordered = {name: each for name, each in ordered.items() if each["by"] not in unsound}
+        path.write_text(json.dumps(ordered, indent=1) + "\n")
+        sys.exit(f"these tests fail without any fault, so nothing is told of what they found: {', '.join(unsound)}")
+    print(report(ordered).splitlines()[-1])
+
+
+def killers_that_fail(copy: Copy, results: dict, limit: float) -> list[str]:
+    """The tests that have found faults and fail without one."""
+    copy.put(None)
+    copy.build()
+    by_environment: dict[tuple, set[str]] = {}
+    for name, each in results.items():
+        suite = shlex.split(SUITES[next(m.suite for m in MUTANTS if m.name == name)])
+        if "::" in each["by"]:
+            environment = tuple(word for word in suite if "=" in word)
+            by_environment.setdefault(environment, set()).add(each["by"])
+    failing = []
+    for environment, tests in by_environment.items():
+        left = sorted(tests)
+        while left:
+            outcome, detail = copy.test([*environment, *left], 10 * limit)
+            say(f"without a fault: {len(left)} tests, {outcome} {detail}")
+            if outcome == "passed":
+                break
+            failing.append(detail if outcome == "failed" else "all")
+            left = [test for test in left if test != detail] if detail in left else []
+    return failing
 
 
 def say(line: str) -> None:

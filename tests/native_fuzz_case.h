@@ -146,9 +146,9 @@ struct Tensor {
       const int64_t inners[] = {1, 1 + more % 9, 1024 + more, 16 * (1 + more % 4), 1 + more * 5};
       inner = inners[geometry - 3];
       channels = 1 + (geometry == 3 ? many + more : geometry == 5 ? many % 4 : many % 80);
+      channels = std::min(channels, std::max<int64_t>(1, 4096 / inner));
       if (size == 20 && many % 2) channels = 0;
       numel = channels ? std::max<int64_t>(numel / (channels * inner), size == 20 ? 0 : 1) * channels * inner : 0;
-      if (numel > 120000) numel = channels * inner;
       if (channels == 1) inner = std::max<int64_t>(numel, 1);
     }
     item.layout = {numel, channels, inner};

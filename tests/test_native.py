@@ -33,7 +33,7 @@ def test_a_channel_that_ends_near_the_end_of_a_chunk(inner, dtype):
 
 @pytest.mark.parametrize("dtype, digits", [(torch.bfloat16, 8), (torch.float16, 11)], ids=["bf16", "f16"])
 def test_16_bits_round_half_to_even(dtype, digits):
-    """Levels that lie midway between two values of the type, above and below an even one, in whole vectors and tails."""
+    """Levels that lie midway between two values of the type, on either side of an even one; vectors, tails."""
     x = torch.linspace(-3, 3, 63).to(dtype)
     for odd in (1, 3, 5):
         step = torch.tensor([1 + odd * 2.0**-digits])

@@ -49,7 +49,7 @@ def test_quick_form(sanitize):
 PLANTED = {
     "table": ("cpu.cpp", "float entry[kMaxLevels] = {};", "float entry[kMaxLevels / 2] = {};", "AddressSanitizer"),
     "tail": ("cpu_loops.cpp", "store_first(xhat + i, bs, left);", "store(xhat + i, bs);", "AddressSanitizer"),
-    "rows": ("cpu.cpp", "rows_.reset(new double[rows_length_]);", "rows_.reset(new double[rows_length_ - 1]);", "Address"),
+    "rows": ("cpu.cpp", "rows_.reset(new double[rows_length_]);", "rows_.reset(new double[1]);", "AddressSanitizer"),
     "bound": ("cpu.cpp", "int(q.qp - q.qn) + 1}", "int(q.qp - q.qn) * 100000000 + 1}", "signed integer overflow"),
     "code": ("cpu_loops.cpp", "(code.c + 12582912.f)", "(code.c + 12582911.f)", "FAILED"),
 }

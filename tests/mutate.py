@@ -5,7 +5,7 @@
     python tests/mutate.py --report benchmarks/results/mutants.json     the result as a table
 
 The file is written after every fault; a fault whose text has not changed is not run again (--again runs it). A fault is
-found if a test fails or the time limit is over; at the end every test that has found one runs without a fault, and
+found if a test fails or the processor's time is over; at the end every test that has found one runs without a fault, and
 where it fails nothing is told of that fault. The native extension is built with -O1, and only what has changed of it.
 PTXRUN_HOME, if it is set, is passed on to the tests that execute PTX. Nothing is written to the working tree but the
 output.
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -33,6 +34,7 @@ from mutants import MUTANTS, SUITES, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("qbr", "csrc", "tests", "benchmarks", "examples", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
+WAIT = 20  # times the limit, by the clock
 # The native extension of the copy: -O1, an object once for each state of what it is made from, and of the loops, whose
 # three copies take longest, only this machine's own anew (the others are those without a fault).
 BUILD = """
@@ -116,8 +118,11 @@ class Copy:
         subprocess.run(command, cwd=self.tree, env=self.environment, check=True, capture_output=True, text=True)
 
     def test(self, words: list[str], limit: float) -> tuple[str, str]:
-        """("passed", a count), ("failed", the first test that did) or ("time limit", ""): pytest in a fork of this
-        process, which has torch at hand, so that a fault costs what its tests do."""
+        """("passed", a count), ("failed", the first test that did), ("time limit", "") or ("no verdict", "").
+
+        pytest runs in a fork of this process, which has torch at hand, so that a fault costs what its tests do. The limit
+        is of the processor's time: a busy machine must not pass for a test that has found something.
+        """
         words, environment = list(words), dict(self.environment)
         while "=" in words[0]:
             name, _, value = words.pop(0).partition("=")
@@ -129,6 +134,7 @@ class Copy:
                 os.setsid()
                 for descriptor in (1, 2):
                     os.dup2(output.fileno(), descriptor)
+                resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
                 os.chdir(self.tree / "tests")
                 os.environ.clear(), os.environ.update(environment)
                 sys.path[:] = [str(self.tree), *(p for p in sys.path if p not in (str(ROOT), str(ROOT / "tests")))]
@@ -137,7 +143,7 @@ class Copy:
                     code = int(pytest.main(words))
                 finally:
                     sys.stdout.flush(), os._exit(code)
-            end, status = time.monotonic() + limit, None
+            end, status = time.monotonic() + WAIT * limit, None
             while status is None:
                 ended, raw = os.waitpid(child, os.WNOHANG)
                 if ended:
@@ -145,19 +151,21 @@ class Copy:
                 elif time.monotonic() > end:
                     os.killpg(child, signal.SIGKILL)
                     os.waitpid(child, 0)
-                    return "time limit", ""
+                    return "no verdict", ""
                 else:
                     time.sleep(0.05)
             output.seek(0)
             text = output.read()
+        if status in (-signal.SIGXCPU, -signal.SIGKILL):
+            return "time limit", ""
         if status == 0:
             return "passed", re.search(r"(\d+) passed", text)[0]
         found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
         return "failed", found[1] if found else f"a child that ended with {status}"
 
 
-def run(copy: Copy, mutant: Mutant, limit: float) -> dict:
-    """What became of one fault."""
+def run(copy: Copy, mutant: Mutant, limit: float) -> dict | None:
+    """What became of one fault; None where the machine was too busy to tell."""
     start = time.perf_counter()
     copy.put(mutant)
     try:
@@ -168,6 +176,8 @@ def run(copy: Copy, mutant: Mutant, limit: float) -> dict:
         raise RuntimeError(f"{mutant.name} does not compile:\n{error.stderr[-3000:]}") from error
     finally:
         copy.put(None)
+    if outcome == "no verdict":
+        return None
     result = {"killed": outcome != "passed", "by": detail if outcome == "failed" else outcome}
     return {**result, "seconds": round(time.perf_counter() - start)}
 
@@ -198,7 +208,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression for names")
     parser.add_argument("--again", action="store_true", help="run faults that have a result, too")
     parser.add_argument("--objects", type=Path, help="a folder that keeps compiled objects for the next time")
-    parser.add_argument("--limit", type=float, default=400, help="seconds for one run of a suite")
+    parser.add_argument("--limit", type=float, default=200, help="processor seconds for one run of a suite")
     args = parser.parse_args()
     path = args.report or args.output
     if path is None:
@@ -217,8 +227,11 @@ def main() -> None:
         copy.build()
         ordered = dict(results)
         for i, mutant in enumerate(chosen, 1):
-            results[mutant.name] = {**run(copy, mutant, args.limit), "fault": texts[mutant.name]}
-            found = results[mutant.name]
+            found = run(copy, mutant, args.limit)
+            if found is None:
+                say(f"{i}/{len(chosen)} {mutant.name}: no verdict, the tests waited too long for a processor")
+                continue
+            results[mutant.name] = {**found, "fault": texts[mutant.name]}
             verdict = f"killed by {found['by']}" if found["killed"] else "SURVIVED"
             say(f"{i}/{len(chosen)} {mutant.name}: {verdict} ({found['seconds']} s)")
             ordered = {name: results[name] for name in known if name in results}

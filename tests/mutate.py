@@ -4,9 +4,9 @@
     python tests/mutate.py --only 'cpu:|triton:' --output FILE          those whose name matches
     python tests/mutate.py --report benchmarks/results/mutants.json     the result as a table
 
-The file is written after every fault; a fault whose text has not changed is not run again (--again runs it). A fault is
-found if a test fails or the processor's time is over; at the end every test that has found one runs without a fault, and
-where it fails nothing is told of that fault. The native extension is built with -O1, and only what has changed of it.
+The file is written after every fault; a fault whose text has not changed is not run again (--again runs it). A fault
+is found if a test fails or takes too much of the processor's time; at the end every test that has found one runs
+without a fault, and where it fails nothing is told of that fault. The native extension is built with -O1, and only what has changed of it.
 PTXRUN_HOME, if it is set, is passed on to the tests that execute PTX. Nothing is written to the working tree but the
 output.
 """
@@ -120,8 +120,8 @@ class Copy:
     def test(self, words: list[str], limit: float) -> tuple[str, str]:
         """("passed", a count), ("failed", the first test that did), ("time limit", "") or ("no verdict", "").
 
-        pytest runs in a fork of this process, which has torch at hand, so that a fault costs what its tests do. The limit
-        is of the processor's time: a busy machine must not pass for a test that has found something.
+        pytest runs in a fork of this process, which has torch at hand, so that a fault costs what its tests do. The
+        limit is of the processor's time: a busy machine must not pass for a test that has found something.
         """
         words, environment = list(words), dict(self.environment)
         while "=" in words[0]:

@@ -45,12 +45,12 @@ def test_quick_form(sanitize):
     assert len(lines) == 2 and "matrix: 4" in lines[0] and "200 executions" in lines[1]
 
 
-# What the driver has to find: an access beyond a table, one beyond a tensor, overflow, a code that is wrong.
+# What the driver has to find: accesses beyond a table, a tensor and scratch memory, an overflow, a wrong code.
 PLANTED = {
-    "table": ("cpu.cpp", "float entry[kMaxLevels] = {};", "float entry[kMaxLevels / 2] = {};", "AddressSanitizer"),
+    "table": ("cpu.cpp", "float entry[kMaxLevels] = {};", "float entry[kMaxLevels / 2] = {};", "out of bounds"),
     "tail": ("cpu_loops.cpp", "store_first(xhat + i, bs, left);", "store(xhat + i, bs);", "AddressSanitizer"),
     "rows": ("cpu.cpp", "rows_.reset(new double[rows_length_]);", "rows_.reset(new double[1]);", "AddressSanitizer"),
-    "bound": ("cpu.cpp", "int(q.qp - q.qn) + 1}", "int(q.qp - q.qn) * 100000000 + 1}", "signed integer overflow"),
+    "bound": ("cpu.cpp", "int(q.qp - q.qn) + 1}", "int(q.qp * 1024) / 1024 - int(q.qn) + 1}", "outside the range"),
     "code": ("cpu_loops.cpp", "(code.c + 12582912.f)", "(code.c + 12582911.f)", "FAILED"),
 }
 

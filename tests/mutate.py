@@ -6,9 +6,9 @@
 
 The file is written after every fault; a fault whose text has not changed is not run again (--again runs it). A fault
 is found if a test fails or takes too much of the processor's time; at the end every test that has found one runs
-without a fault, and where it fails nothing is told of that fault. The native extension is built with -O1, and only what has changed of it.
-PTXRUN_HOME, if it is set, is passed on to the tests that execute PTX. Nothing is written to the working tree but the
-output.
+without a fault, and where it fails nothing is told of that fault. The native extension is built with -O1, and only
+what has changed of it. PTXRUN_HOME, if it is set, is passed on to the tests that execute PTX. Nothing is written to
+the working tree but the output.
 """
 
 from __future__ import annotations

@@ -132,6 +132,7 @@ class Copy:
             child = os.fork()
             if child == 0:
                 os.setsid()
+                assert "qbr" not in sys.modules, "the copy's is to be imported"
                 for descriptor in (1, 2):
                     os.dup2(output.fileno(), descriptor)
                 resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))

@@ -71,7 +71,9 @@ inline V load_as(const T* p) {
 
 inline VecF load(const float* p) { return load_as<VecF>(p); }
 inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
-inline VecF all(float f) { return VecF{} + f; }
+inline VecF all(float f) {  // f - 0, for f + 0 loses the sign of -0
+  return by_part([f](RegF zero) -> RegF { return f - zero; }, VecF{});
+}
 inline VecF absolute(VecF v) { return by_part([](RegF x) { return (RegF)((RegI)x & 0x7fffffff); }, v); }
 
 #if defined(__AVX512F__)

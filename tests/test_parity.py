@@ -27,7 +27,7 @@ EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 # The interpreter is slow: there one way to quantize of each kind stands for all.
 KINDS = ("w1", "w2", "w8", "u4-relu", "u2-relu-channel1")
 AWKWARD = [case for case in SPECS if not INTERPRETED or case.name in KINDS]
-HOSTILE_STEPS = [0.0, -0.3, float("nan"), float("inf"), 1e-42]
+HOSTILE_STEPS = [0.0, -0.0, -0.3, float("nan"), float("inf"), 1e-42]
 
 
 def run(backend: str, device: str, case: Case, x, alpha, grad) -> dict[str, torch.Tensor]:

@@ -195,3 +195,16 @@ def test_parameter_groups():
     torch.optim.AdamW([weights, alphas], lr=1.0)
     with pytest.raises(ValueError, match="call qbr.prepare"):
         qbr.parameter_groups(nn.Linear(2, 2), lr=0.1, weight_decay=0)
+
+
+def test_going_back_to_warm_up_drops_what_was_collected():
+    """A forward's bin loss is of the phase it ran in: none is left for an epoch that collects none."""
+    model = _model()
+    control = AlphaControl(warmup_epochs=1).attach(model)
+    control.begin_epoch(2)
+    model(_data())
+    control.begin_epoch(1)
+    assert not qbr.bin_loss(model).layers
+    control.begin_epoch(2)
+    model(_data())
+    assert qbr.bin_loss(model).layers

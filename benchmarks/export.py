@@ -4,7 +4,8 @@
     python benchmarks/export.py --checkpoint W2A2=runs/w2a2/checkpoints/best.pth --data DIR --out FILE.json
 
 With --data (as the CIFAR scripts take it) every test image goes through both runtimes, and accuracies are told; else
-64 samples of noise do. For each checkpoint: whether onnxruntime's codes and outputs are torch's; the bytes of the float
+64 samples of noise do. For each checkpoint: whether onnxruntime's codes and outputs are torch's, and whether torch's own are the same in
+channels_last, where convolutions add up in another order; the bytes of the float
 weights, of the float ONNX file, of the packed file and of the quantized ONNX file; and the median milliseconds of a
 batch for each size in --batch: in torch (float, prepared) and in onnxruntime (float, quantized with exact and with
 default settings), taken in turns. --out also writes the same as a table, FILE.md, and adds a --part to what is there;
@@ -14,6 +15,7 @@ default settings), taken in turns. --out also writes the same as a table, FILE.m
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import sys
@@ -36,6 +38,7 @@ from qbr.export.optional import need  # noqa: E402
 PAIRS = ("W2A2", "W4A4", "W8A8", "W2A4", "W3A3")
 NOISE = 64  # samples where there is no --data
 CHUNK = 500  # samples that go through both runtimes at once
+PARTS = ("equality", "itself", "latency")
 RUNTIMES = ("torch float", "torch prepared", "onnxruntime float", "quantized, exact", "quantized, default")
 
 
@@ -77,7 +80,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=FILE", help="instead of random ones")
     parser.add_argument("--data", type=Path, metavar="DIR", help="test images: CIFAR-10's root or image folders")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="batch sizes that are timed")
-    parser.add_argument("--part", nargs="+", choices=("equality", "latency"), default=["equality", "latency"])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--evaluator", type=int, default=4, metavar="N",
@@ -125,6 +128,8 @@ def examine(model: nn.Module, plain: nn.Module, images: Tensor, labels: Tensor |
         default = session(path, exact=False, threads=options.threads)
         if "equality" in options.part:
             figures |= _equality(model, path, default, images, labels, options)
+        if "itself" in options.part:
+            figures["itself"] = _itself(model, images)
         if "latency" in options.part:
             runs = {
                 "torch float": lambda x: _torch(plain, x),
@@ -156,6 +161,17 @@ def _equality(model: nn.Module, path: Path, default, images: Tensor, labels: Ten
     if labels is not None:
         figures["accuracy"] = {name: 100 * (each == labels).float().mean().item() for name, each in top1.items()}
     return figures
+
+
+def _itself(model: nn.Module, images: Tensor) -> dict:
+    """torch beside torch: the same model and images in channels_last, whose convolutions add up in another order."""
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    difference, equal = 0.0, 0
+    for chunk in images.split(CHUNK):
+        ours, theirs = _torch(model, chunk), _torch(other, chunk.to(memory_format=torch.channels_last))
+        difference = max(difference, (ours - theirs).abs().max().item())
+        equal += int((ours.argmax(1) == theirs.argmax(1)).sum())
+    return {"top1_equal": equal, "logits_difference": difference}
 
 
 def _beside_evaluator(path: Path, images: Tensor) -> float:
@@ -198,16 +214,18 @@ def table(result: dict) -> str:
         f"{result['threads']} threads, commit {result['commit']}",
         "",
         "| | test accuracy | top-1 equal | with default settings | logits differ by | codes that differ | in samples "
-        "| first, from a tie | given the same values | reference evaluator's logits |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| first, from a tie | given the same values | reference evaluator's logits | torch beside itself |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in (each for each in result["results"] if "samples" in each):
         accuracy = f"{r['accuracy']['torch']:.2f} %" if "accuracy" in r else ""
+        same = r.get("itself")
+        itself = f"{same['top1_equal']:,} equal, logits {same['logits_difference']:.2g}" if same else ""
         rows.append(
             f"| {r['name']} | {accuracy} | {r['top1_equal']:,} of {r['samples']:,} | {r['default_top1_equal']:,} "
             f"| {r['logits_difference']:.2g} of {r['logits_scale']:.2g} | {r['codes_differing']:,} of {r['codes']:,} "
             f"| {r['samples_differing']} | {r['from_tie']:.1g} steps | {sum(x for x, *_ in r['quantizers'].values())} "
-            f"| {r['evaluator_difference']:.2g} |"
+            f"| {r['evaluator_difference']:.2g} | {itself} |"
         )
     rows += ["", "| bytes | float weights | float ONNX | quantized ONNX | packed |", "|---|---|---|---|---|"]
     for r in result["results"]:

@@ -4,12 +4,12 @@
     python benchmarks/export.py --checkpoint W2A2=runs/w2a2/checkpoints/best.pth --data DIR --out FILE.json
 
 With --data (as the CIFAR scripts take it) every test image goes through both runtimes, and accuracies are told; else
-64 samples of noise do. For each checkpoint: whether onnxruntime's codes and outputs are torch's, and whether torch's own are the same in
-channels_last, where convolutions add up in another order; the bytes of the float
-weights, of the float ONNX file, of the packed file and of the quantized ONNX file; and the median milliseconds of a
-batch for each size in --batch: in torch (float, prepared) and in onnxruntime (float, quantized with exact and with
-default settings), taken in turns. --out also writes the same as a table, FILE.md, and adds a --part to what is there;
---table prints that of a FILE.json.
+64 samples of noise do. For each checkpoint: whether onnxruntime's codes and outputs are torch's (--part equality), and
+whether torch's own are the same in channels_last, where convolutions add up in another order (itself); the bytes of the
+float weights, of the float ONNX file, of the packed file and of the quantized ONNX file; and the median milliseconds of
+a batch for each size in --batch (latency): in torch (float, prepared) and in onnxruntime (float, quantized with exact
+and with default settings), taken in turns. --out also writes the same as a table, FILE.md, and adds a part to what is
+there; --table prints that of a FILE.json.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def build_driver(
     }
     objects = {name: folder / f"{name}.o" for name in commands}
     missing = {n: [*c, "-c", "-o", str(objects[n])] for n, c in commands.items() if not objects[n].exists()}
-    for done in build._compile(missing).values():
+    for done in build._run_each(missing).values():
         if done.returncode:
             raise build.BuildFailed(done.log)
     program = folder / "native_fuzz"

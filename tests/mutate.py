@@ -41,7 +41,7 @@ BUILD = """
 import hashlib, re, shutil, sys
 from pathlib import Path
 from qbr.kernels import build
-objects, others, compile_all = Path(sys.argv[1]), Path(sys.argv[2]), build._compile
+objects, others, compile_all = Path(sys.argv[1]), Path(sys.argv[2]), build._run_each
 
 def state(path, seen):
     if path in seen:
@@ -72,7 +72,7 @@ def compile_new(commands):
             shutil.copy(command[-1], kept[name])
     return {name: done.get(name, build._Done([], 0, "")) for name in commands}
 
-build._compile = compile_new
+build._run_each = compile_new
 build.build_cached(device=False)
 """
 

@@ -270,12 +270,15 @@ def _compile_cuda(p: Plan, out: Path) -> _Done:
     return done
 
 
-def _compile(p: Plan, out: Path, with_cuda: bool) -> dict[str, _Done]:
-    commands = _compile_commands(p, out, with_cuda)
+def _run_each(commands: dict[str, list[str]]) -> dict[str, _Done]:
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        cuda = {"cuda": pool.submit(_compile_cuda, p, out)} if with_cuda else {}
-        running = {name: pool.submit(_run, command) for name, command in commands.items()} | cuda
-        return {name: each.result() for name, each in running.items()}
+        return dict(zip(commands, pool.map(_run, commands.values())))
+
+
+def _compile(p: Plan, out: Path, with_cuda: bool) -> dict[str, _Done]:
+    with ThreadPoolExecutor(1) as beside:
+        cuda = {"cuda": beside.submit(_compile_cuda, p, out)} if with_cuda else {}
+        return _run_each(_compile_commands(p, out, with_cuda)) | {name: each.result() for name, each in cuda.items()}
 
 
 def build(p: Plan, directory: Path) -> Built:

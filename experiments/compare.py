@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from cifar10.files import markdown_table
+
 
 def row(folder: Path) -> list[str]:
     """One run's cells: name, test accuracies, BR per epoch of the BR phase, seconds per epoch, threads and device."""
@@ -28,8 +30,7 @@ def row(folder: Path) -> list[str]:
 def table(folders: list[Path]) -> str:
     head = ["run", "test %, best epoch", "test %, last", "validation % per epoch", "BR_W per epoch", "BR_A per epoch",
             "seconds per epoch", "device"]  # fmt: skip
-    rows = [head, ["---"] * len(head), *map(row, folders)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return markdown_table(head, [row(folder) for folder in folders])
 
 
 def main() -> int:

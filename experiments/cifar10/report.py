@@ -9,13 +9,13 @@ import argparse
 import base64
 import html
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from .files import UserError, atomic_write
+from .files import UserError, atomic_write, read_json
 
+REMEDY = "name the --output-dir of a run"
 PLOTS = {
     "losses": "Cross-entropy, and what bin regularization adds to the training loss; means of each epoch.",
     "accuracy": "Accuracy per epoch. Test images are looked at once, after training.",
@@ -57,9 +57,9 @@ def write(folder: Path) -> Path:
     """
     from . import plots  # matplotlib takes a second to import, and only reports need it
 
-    results, histograms = _read(folder / "results.json"), {}
+    results, histograms = read_json(folder / "results.json", REMEDY), {}
     if (folder / "histograms.json").exists():
-        histograms = _read(folder / "histograms.json")
+        histograms = read_json(folder / "histograms.json", REMEDY)
     if not results.get("epochs"):
         raise UserError(f"{folder / 'results.json'}: holds no epoch; nothing to report")
     (folder / "plots").mkdir(exist_ok=True)
@@ -75,13 +75,6 @@ def write(folder: Path) -> Path:
     with atomic_write(page, "w") as file:
         file.write(_page(results, images))
     return page
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); name the --output-dir of a run") from error
 
 
 def _page(results: dict[str, Any], images: dict[str, bytes]) -> str:

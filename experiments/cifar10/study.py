@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import UserError, write_json
+from .files import read_json, write_json
 
 REFERENCE = "lsq"  # its runs train the warm-ups that the other rows take over
 WITHIN = 1.0  # points of validation accuracy around a run's best, in which it counts as converged
@@ -86,15 +86,8 @@ def manifest(scale: str, data: Path | None, extra: list[str]) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A results.json of a run or of a study.
-
-    Raises:
-        UserError: where it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); name the --output of a study") from error
+    """A results.json of a run or of a study; UserError where it is missing or damaged."""
+    return read_json(path, "name the --output of a study")
 
 
 def finished(folder: Path) -> bool:

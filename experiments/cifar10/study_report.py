@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import report, study
-from .files import UserError, atomic_write
+from .files import UserError, atomic_write, markdown_table
 from .study import ROWS, by_row, difference, mean_and_spread
 
 COLUMNS = {
@@ -145,20 +145,15 @@ def _flags(results: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _lines(cells: list[list[str]]) -> list[str]:
-    body = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-    return ["| " + " | ".join(line) + " |" for line in body]
-
-
 def _markdown(results: dict[str, Any], images: dict[str, bytes]) -> str:
     parts = ["# Who may move alpha: LSQ with bin regularization on CIFAR-10", ""]
     for fact in _facts(results):
         parts += [fact, ""]
-    parts += [*_lines(table(results)), "", LEGEND, "", "## What the differences say", ""]
+    parts += [markdown_table(*_split(table(results))), "", LEGEND, "", "## What the differences say", ""]
     parts += [f"- {line}" for line in findings(results)]
     for name in images:
         parts += ["", f"## {_titles()[name]}", "", CAPTIONS[name], "", f"![{_titles()[name]}]({name}.png)"]
-    parts += ["", "## Rows", "", *_lines(_flags(results)), "", f"    {_command(results)}"]
+    parts += ["", "## Rows", "", markdown_table(*_split(_flags(results))), "", f"    {_command(results)}"]
     return "\n".join(parts) + "\n"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from . import checkpoints, data, space
 from .device import pick_device
 from .engine import TrainingDiverged
-from .files import UserError, atomic_write, write_json
+from .files import UserError, atomic_write, markdown_table, read_json, write_json
 from .options import flag, parse, plain, qat_parser
 from .runs import QAT, Run
 
@@ -258,32 +258,26 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: where there is none.
     """
-    path = folder / "search.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); name the --output-dir of a search") from error
+    return read_json(folder / "search.json", "name the --output-dir of a search")
 
 
 def table(folder: Path) -> str:
     """Markdown, from search.json alone: every trial, the best first."""
     search = read(folder)
     names = [axis["name"] for axis in search["space"]]
-    rows = [["trial", *names, "validation %", "of epoch", "epochs", "status", "s"]]
-    rows.append(["---"] * len(rows[0]))
+    titles, rows = ["trial", *names, "validation %", "of epoch", "epochs", "status", "s"], []
     for trial in ranked(search["trials"]):
         values = [f"{trial['params'][name]:g}" for name in names]
         accuracy = "–" if trial["val_acc"] is None else f"{trial['val_acc']:.2f}"
         epoch = "–" if trial["best_epoch"] is None else str(trial["best_epoch"])
         rows.append([str(trial["number"]), *values, accuracy, epoch, str(trial["epochs"]), trial["status"],
                      f"{trial['seconds']:.0f}"])  # fmt: skip
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
     head = (
         f"{len(search['trials'])} trials, {search['method']}, seed {search['seed']}, epochs of the rungs "
         f"{search['rungs']}; all with `{shlex.join(search['flags'])}`. Validation images alone: the best of many "
         "trials is the best partly by chance, and what it reaches on test images is for a run of its own to say."
     )
-    return "\n".join([head, "", *lines, ""])
+    return "\n".join([head, "", markdown_table(titles, rows), ""])
 
 
 def _named(params: dict[str, float]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from . import checkpoints
 from .files import UserError, atomic_write
+from .folders import CHECKPOINTS
 from .options import FREE_ON_RESUME, flag, plain
 
 # What plays no part before the first epoch of BR.
@@ -22,13 +23,13 @@ AFTERWARDS = {
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    return {name: folder / "checkpoints" / f"warmup-{name}.pth" for name in ("best", "last")}
+    return {name: folder / CHECKPOINTS / f"warmup-{name}.pth" for name in ("best", "last")}
 
 
 def keep(folder: Path) -> None:
     """Keep the checkpoints of the run in ``folder`` as those of its warm-up, which has just ended."""
     for name, kept in _files(folder).items():
-        _copy(folder / "checkpoints" / f"{name}.pth", kept)
+        _copy(folder / CHECKPOINTS / f"{name}.pth", kept)
 
 
 def is_kept(folder: Path) -> bool:
@@ -37,7 +38,7 @@ def is_kept(folder: Path) -> bool:
 
 def take(folder: Path, into: Path) -> None:
     """The best checkpoint of the warm-up kept in ``folder``, as that of the run in ``into``."""
-    _copy(_files(folder)["best"], into / "checkpoints" / "best.pth")
+    _copy(_files(folder)["best"], into / CHECKPOINTS / "best.pth")
 
 
 def state(options: Any) -> dict[str, Any]:

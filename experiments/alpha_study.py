@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cifar10 import study, study_report, warmup
+from cifar10 import signals, study, study_report, warmup
 from cifar10.files import UserError, check_writable, write_json
 from tqdm import tqdm
 
@@ -35,13 +35,15 @@ def main(argv: list[str] | None = None) -> int:
         if options.report is not None:
             print(f"report: {study_report.write(options.report)}")
             return 0
-        return _Study(options).go()
+        with signals.stopping():
+            return _Study(options).go()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        message, code = signals.message(stop)
+        print(f"\n{message}", file=sys.stderr)
+        return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,6 +87,8 @@ class _Study:
             except BaseException:
                 for process in self.running.values():
                     process.terminate()
+                for process in self.running.values():
+                    process.wait()
                 raise
         results = self._collect()
         print(f"report: {study_report.write(self.folder)}")

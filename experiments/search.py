@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar10 import space, trials
+from cifar10 import signals, space, trials
 from cifar10.files import UserError, atomic_write, check_writable
 
 
@@ -36,7 +36,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 done, 2 for input that cannot be used (nothing was written), 130 interrupted."""
+    """0 done, 2 for input that cannot be used (nothing was written), 130 by Ctrl-C, 143 by SIGTERM."""
     argv = sys.argv[1:] if argv is None else list(argv)
     at = argv.index("--") if "--" in argv else len(argv)
     args, fixed = arguments().parse_args(argv[:at]), argv[at + 1 :]
@@ -58,16 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             print(search.listing())
             return 0
-        search.run()
+        with signals.stopping():
+            search.run()
         print(f"\n{trials.table(args.output_dir)}")
         if search.best():
             print(f"the best again, with test images: {search.command()}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on after the last whole epoch", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        message, code = signals.message(stop)
+        print(f"\n{message}", file=sys.stderr)
+        return code
     return 0
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -133,6 +137,24 @@ def test_a_shared_warm_up_changes_nothing(tmp_path, monkeypatch, capsys):
         refused = [*flags, "--warmup-from", str(first), *change, "--output-dir", str(tmp_path / "refused")]
         assert qat(refused) == 2
         assert expected in capsys.readouterr().err and not (tmp_path / "refused").exists()
+
+
+def test_sigterm_ends_a_study_and_its_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cifar10_baseline.py").write_text("import time; print('at work', flush=True); time.sleep(600)")
+    monkeypatch.setattr(sys.modules["alpha_study"], "SCRIPTS", tmp_path)
+    output = tmp_path / "study"
+    log = output / "baseline" / "log.txt"
+
+    def stop():
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert alpha_study(["--scale", "smoke", "--output", str(output)]) == 143
+    assert "stopped by SIGTERM: the same command goes on" in capsys.readouterr().err
+    with (output / ".lock").open("w") as file:  # the runs have it, too, as long as they live
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.slow

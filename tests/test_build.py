@@ -147,6 +147,15 @@ def test_a_failed_nvcc_leaves_the_cpu_part_and_says_so(stubs, cache, tmp_path, m
 
 
 @needs_compiler
+@pytest.mark.parametrize("record", ["", "{", "[]", '{"sources": "x"}', '{"sources": 1, "more": 2}', "\xff"])
+def test_a_damaged_record_is_no_library(stubs, cache, record, capfd):
+    built = build.build_cached(stubs, cache)
+    (built.path.parent / build.RECORD).write_bytes(record.encode("latin1"))
+    assert build.find_cached(stubs, cache) is None
+    assert build.build_cached(stubs, cache) == built and capfd.readouterr().err.count("building") == 2
+
+
+@needs_compiler
 def test_two_processes_build_once(stubs, cache):
     code = f"{BY_PATH}print(build['build_cached'](Path({str(stubs)!r}), Path({str(cache)!r})).path)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

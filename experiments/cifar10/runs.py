@@ -53,7 +53,7 @@ def cli(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | None
         print(f"{processes.label()}error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        message, code = signals.message(stop)
+        message, code = signals.message(stop, "the same command with --resume")
         print(f"\n{message}", file=sys.stderr)
         return code
     return 0

@@ -42,8 +42,8 @@ def stopping():
             signal.signal(number, handler)
 
 
-def message(stop: KeyboardInterrupt) -> tuple[str, int]:
+def message(stop: KeyboardInterrupt, command: str = "the same command") -> tuple[str, int]:
     """What to print, and the exit code: 128 + the signal's number, as shells give it."""
     number = signal.Signals(getattr(stop, "number", signal.SIGINT))
     why = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-    return f"{why}: the same command with --resume goes on after the last whole epoch", 128 + number
+    return f"{why}: {command} goes on after the last whole epoch", 128 + number

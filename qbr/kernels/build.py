@@ -93,12 +93,11 @@ class Built:
 
     @classmethod
     def read(cls, directory: Path) -> Built | None:
-        try:
-            record = json.loads((directory / RECORD).read_text())
-        except FileNotFoundError:
-            return None
         path = directory / LIBRARY
-        return cls(path, **record) if path.exists() else None
+        try:
+            return cls(path, **json.loads((directory / RECORD).read_text())) if path.exists() else None
+        except (FileNotFoundError, ValueError, TypeError):  # none, or a damaged record: to be built anew
+            return None
 
 
 # ---- finding -------------------------------------------------------------------------------------------------------

@@ -93,9 +93,9 @@ struct Lanes {
   }
 };
 
-// Distances in fixed point. Within the range |d| <= alpha / 2, so |r| = |d| * 2^-e < 1 for alpha < 2^(e+1). Each of 8
-// tiers holds two powers of two of |r|, 17 bits of r and r^2, so that small distances keep their precision; the 4096
-// elements of a tile cannot overflow 32 bits. Thread k owns slot k: it moves each tile's integers to its own doubles.
+// Distances in fixed point, r = d * 2^-e for alpha < 2^(e+1): |r| < 1 within the range, but for rounding. Each of 8 tiers
+// holds two powers of two of |r|, 16 bits or more of r and 15 of r^2, so that small distances keep their precision: below
+// 2^18 and 2^19, of which a tile's 4096 fit in 32 bits. Thread k owns slot k: it moves each tile's integers to doubles.
 // Distances that do not fit, beyond the ends of the range, go to floats of their own; a NaN only poisons its slot.
 struct Atomics {
   static constexpr int kTiers = 8;
@@ -145,11 +145,11 @@ struct Atomics {
       else if (slot == levels - 1) end_s[1] += d, end_q[1] += d * d;
       else atomicOr(&poison[slot], 1u);
     } else if (r != 0.f) {
-      const int tier = min(int(127u - (__float_as_uint(r) >> 23 & 255u) + 1u) >> 1, kTiers - 1);
+      const int tier = min(int(127u - (__float_as_uint(r) >> 23 & 255u)) >> 1, kTiers - 1);
       const float up = __uint_as_float(uint32_t(127 + 17 + 2 * tier) << 23);
       const float fixed = __fmul_rn(r, up), square = __fmul_rn(__fmul_rn(fixed, fixed), 0x1p-17f);
       const int at = tier * levels + slot;
-      // Both lie within 2^20: adding 1.5 * 2^23 rounds them to integers in the low bits.
+      // Both lie within 2^19: adding 1.5 * 2^23 rounds them to integers in the low bits.
       atomicAdd(&s[at], int(__float_as_uint(__fadd_rn(fixed, 12582912.f)) - 0x4b400000u));
       atomicAdd(&q[at], __float_as_uint(__fadd_rn(square, 12582912.f)) - 0x4b400000u);
     }

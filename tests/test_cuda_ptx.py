@@ -119,6 +119,12 @@ def test_hostile_steps(emulated, name):
         test_parity.test_hostile_steps("emulated", "cpu", CASES[name], step)
 
 
+@pytest.mark.parametrize("value, step", test_parity.ONE_BIN, ids=str)
+@pytest.mark.parametrize("name", quick_and_slow(["w8"]))
+def test_one_bin_holds_all(emulated, name, value, step):
+    test_parity.test_one_bin_holds_all("emulated", "cpu", name, value, step)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_other_hostile_steps(emulated, name):

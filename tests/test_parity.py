@@ -162,6 +162,22 @@ def test_infinities_and_nan(backend, device, case: Case):
         assert got["bin_loss.table"][: case.spec.num_slots].sum() == x.numel()
 
 
+# Distances of just under half a step, from steps at either end of a power of two.
+ONE_BIN = [(0.8, 1.9), (-0.4, 0.95), (0.9999999, 1.9999998), (0.4999, 1.0)]
+
+
+@pytest.mark.parametrize("value, step", ONE_BIN, ids=str)
+@pytest.mark.parametrize("name", ["w2", "w4", "w5", "w8"])
+@pytest.mark.parametrize("backend, device", TARGETS)
+def test_one_bin_holds_all(backend, device, name, value, step):
+    """As in an image's flat background: the sums of one bin are as large as they can be."""
+    load(backend, device)
+    case = next(case for case in SPECS if case.name == name)
+    x, grad, alpha = torch.full((8197,), value), torch.ones(8197), torch.tensor([step])
+    expected = run("reference", "cpu", case, x, alpha, grad)
+    compare(run(backend, device, case, x, alpha, grad), expected, x, alpha, grad, case)
+
+
 @pytest.mark.parametrize("step", HOSTILE_STEPS, ids=str)
 @pytest.mark.parametrize("case", AWKWARD, ids=lambda case: case.name)
 @pytest.mark.parametrize("backend, device", TARGETS)

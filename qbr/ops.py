@@ -17,9 +17,11 @@ Shapes and dtypes of the raw ops:
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qbr import kernels
 from qbr.kernels import foreach, reference
@@ -113,7 +115,7 @@ def check(x: Tensor, alpha, spec: QuantSpec, relu: bool, clip: float | None) -> 
         TypeError, ValueError: naming the argument, its value and the remedy. Values of an alpha that is a tensor
             are not read (that would synchronise with the device); modules check them when they are made or loaded.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor) or x.dtype not in reference.DTYPES:
         got = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x is a {got}: expected a tensor of float32, bfloat16, float16 or float64; cast it first")
     if not isinstance(spec, QuantSpec):
@@ -140,8 +142,11 @@ def check(x: Tensor, alpha, spec: QuantSpec, relu: bool, clip: float | None) -> 
 def check_alpha(alpha, x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """alpha as a tensor [channels] of dtype on x's device; a number is checked and converted."""
     if not isinstance(alpha, Tensor):
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"alpha={alpha}: expected a positive, finite step size")
+        if not isinstance(alpha, numbers.Real):
+            raise TypeError(f"alpha={alpha!r}: expected a number, or a tensor of one step or one per channel")
+        limits = torch.finfo(dtype)
+        if not limits.tiny * limits.eps <= alpha <= limits.max:
+            raise ValueError(f"alpha={alpha}: expected a positive, finite step size, in {dtype}'s range")
         return torch.full((channels,), alpha, dtype=dtype, device=x.device)
     if alpha.numel() != channels:
         what = "one step per tensor" if channels == 1 else f"one step per channel, {channels}"
@@ -163,6 +168,7 @@ class _LSQ(torch.autograd.Function):
         return _ops[backend, "lsq_fwd"](x, alpha, *plain)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_xhat):
         x, alpha = ctx.saved_tensors
         backend, plain, grad_scale = ctx.call
@@ -181,6 +187,7 @@ class _BinLoss(torch.autograd.Function):
         return loss, bins
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, _):
         x, alpha, weights, dloss_dalpha = ctx.saved_tensors
         backend, plain, br_to_alpha = ctx.call
@@ -203,6 +210,7 @@ class _LSQBin(torch.autograd.Function):
         return xhat, loss, bins
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_xhat, grad_loss, _):
         x, alpha, weights, dloss_dalpha = ctx.saved_tensors
         backend, plain, grad_scale, br_to_alpha = ctx.call
@@ -237,6 +245,7 @@ class _ForeachLSQ(torch.autograd.Function):
         return tuple(_ops[backend, "foreach_lsq_fwd"](xs, alphas, *quant))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grad_xhats):
         xs, alphas = _halves(ctx.saved_tensors)
         backend, (ranges, *relu), grad_scales = ctx.call
@@ -260,6 +269,7 @@ class _ForeachBinLoss(torch.autograd.Function):
         return *losses, *bins
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         xs, alphas, weights, dloss_dalphas = _halves(ctx.saved_tensors, 4)
         backend, (ranges, *relu), br_to_alphas = ctx.call
@@ -284,28 +294,34 @@ class _ForeachLSQBin(torch.autograd.Function):
         return *xhats, *losses, *bins
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         xs, alphas, weights, dloss_dalphas = _halves(ctx.saved_tensors, 4)
         backend, (ranges, *relu), grad_scales, br_to_alphas = ctx.call
         count = len(xs)
         # A tensor that nobody used has no gradient, as one that was never quantized.
-        used = [i for i in range(count) if grads[i] is not None or grads[count + i] is not None]
-        grad_xhats = [
-            torch.zeros_like(xs[i]) if grads[i] is None else kernels.laid_out_like(grads[i], xs[i]) for i in used
-        ]
-        without_loss = all(grad is None for grad in grads[count : 2 * count])
-        grad_losses = [alphas[i].new_zeros(()) if grads[count + i] is None else grads[count + i] for i in used]
-        xs, alphas, weights, grad_scales = _at(used, xs, alphas, weights, grad_scales)
-        rest = _ranges(used, ranges), *relu, grad_scales
-        if without_loss:  # what LSQ alone does, to the bit
-            dxs, dalphas = _ops[backend, "foreach_lsq_bwd"](grad_xhats, xs, alphas, *rest)
-        else:
-            lists = grad_xhats, grad_losses, xs, alphas, weights
-            dxs, dalphas = _ops[backend, "foreach_lsq_bin_bwd"](*lists, *rest)
-            for j, i in enumerate(used):
-                if br_to_alphas[i] != 0:
-                    dalphas[j] = dalphas[j] + dloss_dalphas[i] * (grad_losses[j] * br_to_alphas[i])
-        return None, None, None, None, None, *_spread(used, dxs, count), *_spread(used, dalphas, count)
+        grad_losses = grads[count : 2 * count]
+        with_loss = [i for i in range(count) if grad_losses[i] is not None]
+        without = [i for i in range(count) if grad_losses[i] is None and grads[i] is not None]
+        dxs, dalphas = [None] * count, [None] * count
+        # Two lists, since what LSQ alone does is not BR with a gradient of 0 where a distance is infinite.
+        for used, op in ((without, "foreach_lsq_bwd"), (with_loss, "foreach_lsq_bin_bwd")):
+            if not used:
+                continue
+            of_xhats = [
+                torch.zeros_like(xs[i]) if grads[i] is None else kernels.laid_out_like(grads[i], xs[i]) for i in used
+            ]
+            if used is without:
+                lists = of_xhats, *_at(used, xs, alphas)
+            else:
+                lists = of_xhats, *_at(used, grad_losses, xs, alphas, weights)
+            made = _ops[backend, op](*lists, _ranges(used, ranges), *relu, *_at(used, grad_scales))
+            for i, dx, dalpha in zip(used, *made):
+                dxs[i], dalphas[i] = dx, dalpha
+        for i in with_loss:
+            if br_to_alphas[i] != 0:
+                dalphas[i] = dalphas[i] + dloss_dalphas[i] * (grad_losses[i] * br_to_alphas[i])
+        return None, None, None, None, None, *dxs, *dalphas
 
 
 def _asks_br(br_to_alphas: list[float], dampenings: list[bool]) -> bool:

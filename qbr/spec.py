@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 MAX_LEVELS = 256
+LARGEST_CODE = 1 << 19  # up to which every backend divides and rounds as the reference
 REGULARIZERS = ("br", "dampening")
 # How a bin loss reaches alpha, see check_to_alpha().
 ToAlpha = bool | float | str | tuple[float, str]
@@ -16,14 +17,15 @@ class QuantSpec:
     """The integer grid of one quantized tensor.
 
     Signed b bits: qn = -2^(b-1), qp = 2^(b-1) - 1. Unsigned b bits: qn = 0, qp = 2^b - 1.
-    Signed 1 bit is binary: codes -1 and +1. Other ranges, ternary (-1, 1) for one, are had by
-    naming ``qn`` and ``qp``.
+    Signed 1 bit is binary: codes -1 and +1. Other ranges are had by naming ``qn`` and ``qp``: ternary is
+    ``bits=2, qn=-1, qp=1``.
 
     Args:
         bits: width of a code, 1 to 8.
         signed: weights are signed, activations after a ReLU are not.
         channel_axis: the dimension of x along which steps differ; None for one step per tensor.
-        qn, qp: both or neither; they override the range that ``bits`` and ``signed`` give.
+        qn, qp: both or neither, within +-524288; they override the range that ``bits`` and ``signed`` give.
+        binary: codes are -1 and +1, and 0 does not occur. Default: for signed 1 bit without ``qn`` and ``qp``.
 
     Raises:
         ValueError, TypeError: for a range that no kernel has; the message names the argument.
@@ -36,6 +38,7 @@ class QuantSpec:
     channel_axis: int | None = None
     qn: int | None = None
     qp: int | None = None
+    binary: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("bits", "channel_axis", "qn", "qp"):
@@ -49,21 +52,23 @@ class QuantSpec:
             raise ValueError(f"qn={self.qn}, qp={self.qp}: name both or neither")
         object.__setattr__(self, "signed", bool(self.signed))
         named = self.qn is not None
-        object.__setattr__(self, "_binary", self.signed and self.bits == 1 and not named)
+        if self.binary is None:
+            object.__setattr__(self, "binary", self.signed and self.bits == 1 and not named)
+        elif self.binary and not (self.signed and self.bits == 1 and (self.qn, self.qp) in ((None, None), (-1, 1))):
+            raise ValueError(f"binary=True with {self.bits} bits, signed={self.signed}, qn={self.qn}, qp={self.qp}: "
+                             "expected bits=1, signed=True and no other range")  # fmt: skip
+        object.__setattr__(self, "binary", bool(self.binary))
         if not named:
             half = 1 << (self.bits - 1)
             low, high = (-half, half - 1) if self.signed else (0, 2 * half - 1)
             object.__setattr__(self, "qn", low)
-            object.__setattr__(self, "qp", 1 if self._binary else high)
+            object.__setattr__(self, "qp", 1 if self.binary else high)
         if self.qn > self.qp:
             raise ValueError(f"qn={self.qn} > qp={self.qp}: expected qn <= qp")
         if self.qp - self.qn + 1 > MAX_LEVELS:
             raise ValueError(f"qn={self.qn}, qp={self.qp}: {self.num_slots} levels, expected at most {MAX_LEVELS}")
-
-    @property
-    def binary(self) -> bool:
-        """True for signed 1 bit: codes are -1 and +1, and 0 does not occur."""
-        return self._binary
+        if max(-self.qn, self.qp) > LARGEST_CODE:
+            raise ValueError(f"qn={self.qn}, qp={self.qp}: expected codes within {LARGEST_CODE} of 0; shift x")
 
     @property
     def num_slots(self) -> int:

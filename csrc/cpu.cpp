@@ -27,10 +27,12 @@ const Loops& choose_loops() {
   const std::string_view wanted = named ? named : "";
 #ifdef QBR_X86_LOOPS
   __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && (wanted.empty() || wanted == "avx512")) return loops_avx512;
-  if (__builtin_cpu_supports("avx2") && (wanted.empty() || wanted == "avx2")) return loops_avx2;
+  if (avx2 && (wanted.empty() || wanted == "avx2")) return loops_avx2;
 #endif
   STD_TORCH_CHECK(wanted.empty() || wanted == "baseline", "QBR_CPU_ISA=", wanted,
                   ": expected baseline, avx2 or avx512, as far as this machine has it; unset it for the best");

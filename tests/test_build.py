@@ -110,7 +110,7 @@ def test_cuda_is_planned_beside_a_cuda_torch_or_on_demand(stubs, monkeypatch):
     monkeypatch.setenv("QBR_CUDA", "1")
     assert build.cuda_plan(cpu_torch, stubs) == ("nvcc", None)
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
-    with pytest.raises(build.CannotBuild, match="CUDA_HOME"):
+    with pytest.raises(build.BuildFailed, match="CUDA_HOME"):
         build.cuda_plan(cuda_torch, stubs)
     monkeypatch.setenv("QBR_CUDA", "0")
     assert "QBR_CUDA=0" in build.cuda_plan(cuda_torch, stubs)[1]
@@ -144,6 +144,58 @@ def test_a_failed_nvcc_leaves_the_cpu_part_and_says_so(stubs, cache, tmp_path, m
     monkeypatch.setenv("QBR_CUDA", "1")
     with pytest.raises(build.BuildFailed, match="unsupported GNU version"):
         build.build(plan, cache)
+
+
+def _fake_nvcc(folder: Path, body: str) -> str:
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{body}\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+@needs_compiler
+def test_insisting_on_cuda_is_not_met_by_what_failed_before(stubs, cache, tmp_path, monkeypatch):
+    torch_ = dataclasses.replace(build.find_torch(), cuda="13.0")
+    monkeypatch.setattr(build, "find_torch", lambda: torch_)
+    monkeypatch.setattr(build, "find_nvcc", lambda: _fake_nvcc(tmp_path, "echo unsupported GNU version; exit 1"))
+    monkeypatch.delenv("QBR_CUDA", raising=False)
+    (stubs / "cuda.cu").touch()
+    built = build.build_cached(stubs, cache)
+    assert not built.cuda and "QBR_CUDA=1 tries again" in built.why_no_cuda
+    assert build.find_cached(stubs, cache) == built
+    monkeypatch.setenv("QBR_CUDA", "1")
+    assert build.find_cached(stubs, cache) is None
+    with pytest.raises(build.BuildFailed, match="unsupported GNU version"):
+        build.build_cached(stubs, cache)
+    monkeypatch.delenv("QBR_CUDA")
+    assert build.find_cached(stubs, cache) == built
+
+
+@needs_compiler
+def test_why_there_is_no_cuda_part_is_told_as_it_is_now(stubs, cache, monkeypatch):
+    torch_ = dataclasses.replace(build.find_torch(), cuda="13.0")
+    monkeypatch.setattr(build, "find_torch", lambda: torch_)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.delenv("QBR_CUDA", raising=False)
+    (stubs / "cuda.cu").touch()
+    assert "sees no CUDA device" in build.build_cached(stubs, cache, device=False).why_no_cuda
+    assert "no nvcc: put" in build.find_cached(stubs, cache, device=True).why_no_cuda
+
+
+def test_insisting_on_cuda_without_nvcc_is_not_passed_over(fresh_native, monkeypatch):
+    monkeypatch.setenv("QBR_CUDA", "1")
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    (build.source_dir() / "cuda.cu").touch()
+    with pytest.raises(RuntimeError, match="QBR_CUDA=1, but no nvcc") as error:
+        fresh_native.load("cpu")
+    assert not isinstance(error.value, BackendUnavailable)
+
+
+def test_nvcc_s_host_compiler_is_no_wrapper(stubs, tmp_path, monkeypatch):
+    (stubs / "cuda.cu").touch()
+    nvcc = _fake_nvcc(tmp_path, 'echo "$@"; exit 1')
+    plan = build.Plan(stubs, build.find_torch(), ["/usr/bin/ccache", "g++-13"], nvcc, None)
+    assert "-ccbin g++-13 " in build._compile_cuda(plan, tmp_path).output
 
 
 @needs_compiler

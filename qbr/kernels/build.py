@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MIN_TORCH = (2, 11)
@@ -43,15 +43,13 @@ _CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 _PREFIX_FLAG = "-ffile-prefix-map={}=csrc"  # messages name the sources as csrc/..., wherever they were compiled
 # Contraction would move codes across ties; errno and traps keep loops with divisions and comparisons scalar.
 _LOOP_FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
-_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512cd", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-# The loops' copies by instruction set; their names are cpu_loops.h's.
+_AVX2 = ("-mavx2", "-mfma", "-mbmi2")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 _X86 = platform.machine() in ("x86_64", "AMD64")
-_LOOPS = {"baseline": (), "avx2": _AVX2, "avx512": _AVX512} if _X86 else {"baseline": ()}
+_LOOPS = {"baseline": (), "avx2": _AVX2, "avx512": _AVX512} if _X86 else {"baseline": ()}  # named as in cpu_loops.h
 # A100 and its kin, H100, and PTX for what comes after.
 _ARCHS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
 _NVCC_FLAGS = ("-std=c++17", "--threads=0", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-_LOG_TAIL = 4000
 # nvcc gives names to a shell, in double quotes at best, the folder that it runs in among them: these mean themselves.
 _PLAIN = re.compile(r"[\w@%+=:,./ -]*")
 
@@ -61,7 +59,7 @@ class CannotBuild(RuntimeError):
 
 
 class BuildFailed(RuntimeError):
-    """A compiler that was found did not compile our sources; the message ends with its output."""
+    """What was asked for could not be built; of a compiler's failure the message ends with its output."""
 
 
 class UnsafeDirectory(RuntimeError):
@@ -156,7 +154,7 @@ def cuda_plan(torch: Torch | None, sources: Path, device: bool = True) -> tuple[
         return None, "torch sees no CUDA device (QBR_CUDA=1 builds it nevertheless)"
     if nvcc is None:
         if wish == "1":
-            raise CannotBuild("QBR_CUDA=1, but no nvcc: put a CUDA toolkit's nvcc on the PATH or set CUDA_HOME")
+            raise BuildFailed("QBR_CUDA=1, but no nvcc: put a CUDA toolkit's nvcc on the PATH or set CUDA_HOME")
         return None, "no nvcc: put a CUDA toolkit's nvcc on the PATH or set CUDA_HOME"
     return nvcc, None
 
@@ -200,7 +198,7 @@ def plan(sources: Path | None = None, device: bool = True) -> Plan:
     """Everything a build needs; ``device`` as in cuda_plan.
 
     Raises:
-        CannotBuild: naming what is missing and how to get it.
+        CannotBuild: naming what is missing and how to get it. BuildFailed: QBR_CUDA=1 without nvcc.
     """
     sources = sources or source_dir()
     if sources is None:
@@ -227,16 +225,16 @@ class _Done:
 
     @property
     def log(self) -> str:
-        return f"$ {shlex.join(self.command)}\n{self.output[-_LOG_TAIL:]}"
+        return f"$ {shlex.join(self.command)}\n{self.output[-4000:]}"
 
 
 def _run(command: list[str], **where) -> _Done:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
     try:
-        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        done = subprocess.run(command, text=True, errors="replace", **both, **where)
+        done = subprocess.run(command, text=True, errors="replace", **streams, **where)
+        return _Done(command, done.returncode, done.stdout)
     except OSError as error:
         return _Done(command, 127, str(error))
-    return _Done(command, done.returncode, done.stdout)
 
 
 def _compile_commands(p: Plan, out: Path, with_cuda: bool) -> dict[str, list[str]]:
@@ -256,7 +254,8 @@ def _compile_commands(p: Plan, out: Path, with_cuda: bool) -> dict[str, list[str
 def _compile_cuda(p: Plan, out: Path) -> _Done:
     """cuda.o in ``out``; compiled in a folder of a plain name, since nvcc has a shell read names."""
     archs = [word for arch in _ARCHS for word in ("-gencode", arch)]
-    nvcc, host = (os.path.abspath(name) if os.sep in name else name for name in (p.nvcc, p.compiler[0]))
+    cxx = next((word for word in p.compiler if Path(word).name not in ("ccache", "sccache", "distcc")), p.compiler[0])
+    nvcc, host = (os.path.abspath(name) if os.sep in name else name for name in (p.nvcc, cxx))
     command = [nvcc, *_NVCC_FLAGS, "-ccbin", host, *archs, "csrc/cuda.cu", "-c", "-o", "cuda.o"]
     with tempfile.TemporaryDirectory(prefix="qbr-build-", dir=out if _PLAIN.fullmatch(str(out)) else "/tmp") as folder:
         odd = next((name for name in (nvcc, host, folder) if not _PLAIN.fullmatch(name)), None)
@@ -294,7 +293,7 @@ def build(p: Plan, directory: Path) -> Built:
         if with_cuda and done["cuda"].returncode != 0:
             if os.environ.get("QBR_CUDA") == "1":
                 raise BuildFailed(f"nvcc failed on csrc/cuda.cu\n{done['cuda'].log}")
-            with_cuda, why_no_cuda = False, f"nvcc failed on csrc/cuda.cu\n{done.pop('cuda').log}"
+            with_cuda, why_no_cuda = False, f"nvcc failed (QBR_CUDA=1 tries again)\n{done.pop('cuda').log}"
             done["bindings"] = _run(_compile_commands(p, out, False)["bindings"])
         for name, result in done.items():
             if result.returncode != 0:
@@ -373,7 +372,7 @@ def cache_dir() -> Path:
 
 
 def _cache_key(sources: Path, torch: Torch | None, device: bool) -> str:
-    """Sources, torch's release, and whether a CUDA part is wanted: not the compiler, which may be gone by now."""
+    """Sources, torch's release, and whether a CUDA part can be had: not the C++ compiler, which may be gone by now."""
     release = "none" if torch is None else "{}.{}".format(*torch.release)
     cuda = cuda_plan(torch, sources, device)[0] is not None
     return f"{sources_hash(sources, cuda)}-torch{release}-{'cuda' if cuda else 'cpu'}-{platform.machine()}"
@@ -384,12 +383,14 @@ def _read_cached(target: Path) -> Built | None:
     if built is not None:
         _check_ours(target, stat.S_ISDIR)
         _check_ours(built.path, stat.S_ISREG)
-    return built
+    return None if built and not built.cuda and os.environ.get("QBR_CUDA") == "1" else built
 
 
 def find_cached(sources: Path, cache: Path, device: bool = True) -> Built | None:
     """What was built before, if it is of these sources; UnsafeDirectory if somebody else may have put it there."""
-    return _read_cached(cache / _cache_key(sources, find_torch(), device))
+    torch = find_torch()
+    built, why = _read_cached(cache / _cache_key(sources, torch, device)), cuda_plan(torch, sources, device)[1]
+    return replace(built, why_no_cuda=why) if built and why else built  # when it was built that may have been another
 
 
 def find_built(sources: Path, device: bool = True) -> Built | None:

@@ -141,7 +141,7 @@ class LSQQuantizer(nn.Module):
             xhat = functional.fake_quantize(x, self.alpha, self.spec, relu=relu, clip=clip, alpha_grad=alpha_grad)
             entry = None
         if entry is not None:
-            if self.collects():
+            if self.collecting:
                 self._retain(entry)
             if self.observer is not None:
                 self.observer.see(x, xhat, entry.bins)
@@ -173,10 +173,6 @@ class LSQQuantizer(nn.Module):
         self.alpha.requires_grad_(not frozen or distributed.is_initialised())
         if frozen:
             self.alpha.grad = None
-
-    def collects(self) -> bool:
-        """Whether a forward here and now keeps its bin loss."""
-        return self.collecting and self.training and torch.is_grad_enabled()
 
     def makes_bins(self) -> bool:
         """Whether a forward here and now has bin sums, for its loss or for an observer."""

@@ -197,6 +197,8 @@ def test_a_layer_is_torch_s_with_the_quantized_weight(make, x, per_channel):
     else:
         assert torch.equal(y, plain(x))
     y.sum().backward()
+    if kind is nn.Embedding:
+        assert [bool(row.any()) for row in layer.weight.grad[[1, 2, 8]]] == [True, layer.padding_idx is None, True]
     assert layer.weight.grad is not None and layer.weight_quantizer.alpha.grad is not None
     channels = {nn.ConvTranspose2d: 3, nn.Embedding: 9, nn.Conv1d: 6, nn.Conv3d: 3}[kind]
     assert layer.weight_quantizer.alpha.numel() == (channels if per_channel else 1)

@@ -7,8 +7,8 @@ import torch
 from cases import DTYPES, SPECS
 from test_parity import TARGETS, load
 
+from qbr import QuantSpec, ops
 from qbr import functional as F
-from qbr import ops
 
 BACKENDS = [pytest.param("reference", "cpu", id="reference-cpu"), *TARGETS]
 SIZES = [(0, 3, 2), (1, 1, 1), (3, 5, 7), (64, 3, 3, 3), (40, 10, 11, 5), (130, 130)]
@@ -54,6 +54,29 @@ def test_lists_are_loops(backend, device, relu, dtype):
     same([each.bins.table for each in got], [each.bins.table for each in expected])
     outputs = [each.xhat for each in expected] + [each.loss for each in expected]
     same(got_grads, torch.autograd.grad(outputs, [*xs, *alphas], [*grads, *half]))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_each_member_has_its_own_alpha_grad(backend, device):
+    load(backend, device)
+    xs, alphas, specs, grads = (each[:3] for each in members(False, device, torch.float32))
+    alphas, ways = [alpha.requires_grad_() for alpha in alphas], [1.0, 0.5, 0.0]
+    together = F.foreach_fake_quantize(xs, alphas, specs, backend=backend, alpha_grad=ways)
+    alone = [F.fake_quantize(*each, backend=backend, alpha_grad=way) for *each, way in zip(xs, alphas, specs, ways)]
+    same(*(torch.autograd.grad(form, alphas, grads) for form in (together, alone)))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_channels_counted_from_the_end(backend, device):
+    load(backend, device)
+    x, grad = torch.randn(2, 5, 4, 3, 6, device=device).unbind()
+    for axis in range(4):
+        alpha = torch.linspace(0.2, 0.7, x.shape[axis], device=device, requires_grad=True)
+        found = []
+        for spec in (QuantSpec(3, channel_axis=axis), QuantSpec(3, channel_axis=axis - 4)):
+            xhat = F.fake_quantize(x, alpha, spec, backend=backend)
+            found.append([xhat, *torch.autograd.grad(xhat, alpha, grad)])
+        same(*found)
 
 
 def same(got, expected) -> None:

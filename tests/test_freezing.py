@@ -68,6 +68,24 @@ def test_released_alphas_learn_again_and_frozen_ones_do_not():
     assert moved == [both, neither, {"weight": True, "activation": False}]
 
 
+def test_a_frozen_alpha_whose_gradient_is_0_stays_under_momentum(monkeypatch):
+    """As under DistributedDataParallel, where there is such a gradient: an optimizer that sees it adds its momentum."""
+    model = _model()
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.1, weight_decay=0.0), momentum=0.9)
+    monkeypatch.setattr(qbr.distributed, "is_initialised", lambda: True)
+    monkeypatch.setattr(qbr.distributed, "ranks", lambda: 1)
+    for frozen in (False, True):
+        for quantizer in quantizers(model).values():
+            quantizer.freeze(frozen)
+        before = [q.alpha.detach().clone() for q in quantizers(model).values()]
+        model(_x()).square().mean().backward()
+        assert all(q.alpha.grad is not None for q in quantizers(model).values())
+        optimizer.step()
+        same = [torch.equal(q.alpha, alpha) for q, alpha in zip(quantizers(model).values(), before)]
+        assert all(same) if frozen else not any(same)
+        optimizer.zero_grad()
+
+
 def test_by_step():
     model = _model()
     control = AlphaControl(Freeze(step=3, release_step=5), Freeze(epoch=1, release_step=4)).attach(model)

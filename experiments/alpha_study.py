@@ -90,6 +90,9 @@ class _Study:
                 for process in self.running.values():
                     process.wait()
                 raise
+        if not study.finished(self.folder / "baseline"):
+            log = self.folder / "baseline" / "log.txt"
+            raise UserError(f"the baseline has failed: see {log}, and give the same command again")
         results = self._collect()
         print(f"report: {study_report.write(self.folder)}")
         diverged = [f"{run['row']} (seed {run['seed']})" for run in results["runs"] if run["status"] == "diverged"]
@@ -167,8 +170,8 @@ class _Study:
         else:
             best = self.folder / "baseline" / "checkpoints" / "best.pth"
             reference = folder.name == study.REFERENCE
-            command = ["cifar10_qat_br.py", *self.scale.qat, *self.options.extra]
-            command += [*(() if reference else self.scale.strength), *study.ROWS[folder.name].flags]
+            command = ["cifar10_qat_br.py", *self.scale.qat, *(() if reference else self.scale.strength)]
+            command += [*self.options.extra, *study.ROWS[folder.name].flags]
             command += ["--seed", folder.parent.name.removeprefix("seed"), "--pretrained-baseline", str(best)]
             shared = ["--warmup-from", str(folder.with_name(study.REFERENCE))]
             command += [*(["--keep-warmup"] if reference else shared), "--monitor", *common]

@@ -21,7 +21,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 for _needed in ("tqdm", "PIL", "matplotlib"):
     pytest.importorskip(_needed)
 study, study_report = (importlib.import_module(f"cifar10.{name}") for name in ("study", "study_report"))
-files = importlib.import_module("cifar10.files")
+files, options = (importlib.import_module(f"cifar10.{name}") for name in ("files", "options"))
 alpha_study = importlib.import_module("alpha_study").main
 qat = importlib.import_module("cifar10_qat_br").main
 
@@ -137,6 +137,46 @@ def test_a_shared_warm_up_changes_nothing(tmp_path, monkeypatch, capsys):
         refused = [*flags, "--warmup-from", str(first), *change, "--output-dir", str(tmp_path / "refused")]
         assert qat(refused) == 2
         assert expected in capsys.readouterr().err and not (tmp_path / "refused").exists()
+
+
+def test_flags_of_a_study_overrule_its_strength_and_rows_overrule_both(tmp_path, monkeypatch, capsys):
+    started = []
+
+    class Ended:
+        def __init__(self, command, **_):
+            folder = Path(command[command.index("--output-dir") + 1])
+            started.append((folder.name, options.parse(options.qat_parser(), command[2:])[0]))
+
+        def poll(self):
+            return 1
+
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline" / "results.json").write_text(json.dumps({"status": "finished"}))
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    monkeypatch.setattr(sys.modules["alpha_study"].warmup, "is_kept", lambda folder: True)
+    rows = ["--rows", "weights-only", "default", "--seeds", "0"]
+    module = sys.modules["alpha_study"]
+    chosen = module._parser().parse_args(["--scale", "smoke", "--output", str(tmp_path), *rows, "--", "--lambda-br=50"])
+    found = module._Study(chosen)
+    with found._alone():
+        found._run_all()
+    strengths = {row: (each.lambda_br, each.lambda_br_act) for row, each in started}
+    assert strengths == {"lsq": (0, 0), "default": (50, 0.1), "weights-only": (50, 0)}
+
+
+def test_a_baseline_that_failed_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cifar10_baseline.py").write_text("raise SystemExit(1)")
+    monkeypatch.setattr(sys.modules["alpha_study"], "SCRIPTS", tmp_path)
+    assert alpha_study(["--scale", "smoke", "--output", str(tmp_path / "study")]) == 2
+    assert "the baseline has failed: see" in capsys.readouterr().err
+
+
+def test_figures_without_validation_images(folder):
+    run = study.by_row(study.read(folder / "results.json"))["freeze"][1]
+    for epoch in run["epochs"]:
+        epoch["val_acc"] = None
+    assert study.figures(run)["converged"] is None and study.figures(run)["test"] == 62.3
+    assert study.mean_and_spread([None, None]) is None
 
 
 def test_sigterm_ends_a_study_and_its_runs(tmp_path, monkeypatch, capsys):

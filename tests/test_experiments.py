@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_data import make_folders
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 for _needed in ("tqdm", "PIL", "matplotlib"):
@@ -19,6 +20,7 @@ checkpoints, engine, files, models, options, report, runs = (
     importlib.import_module(f"cifar10.{name}")
     for name in ("checkpoints", "engine", "files", "models", "options", "report", "runs")
 )
+compare = importlib.import_module("compare")
 baseline = importlib.import_module("cifar10_baseline").main
 qat = importlib.import_module("cifar10_qat_br").main
 
@@ -237,6 +239,23 @@ def test_resuming_with_other_flags_is_refused(qat_run, capsys):
     assert "--lr 0.5 (was 0.01)" in message and "--num-bits-weight 4 (was 2)" in message
 
 
+def test_a_baseline_goes_on_where_its_data_has_moved_to(tmp_path, monkeypatch, capsys, no_report):
+    here, moved, other = (tmp_path / name for name in ("data", "moved", "other"))
+    make_folders(here, per_class=8), make_folders(other, per_class=6)
+    run, flags = tmp_path / "run", [*TINY, "--epochs", "2", "--val-fraction", "0", "--resume"]
+    flags += ["--output-dir", str(run)]
+    with monkeypatch.context() as patch:
+        _stop_in_epoch(patch, 2, 0)
+        assert baseline([*flags, "--data", str(here)]) == 130
+    here.rename(moved)
+    assert baseline([*flags, "--data", str(other)]) == 2
+    assert "its images are {'train': 12, 'val': 0, 'test': 12}, and the run in" in capsys.readouterr().err
+    assert baseline([*flags, "--data", str(moved)]) == 0
+    results = _results(run)
+    assert len(results["epochs"]) == 2 and results["options"]["data"] == str(moved)
+    assert compare.row(run)[3] == "–"  # no validation images
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten_by_accident(qat_run, qat_flags, capsys):
     before = (qat_run / "results.json").read_bytes()
     assert qat([*qat_flags, "--output-dir", str(qat_run)]) == 2
@@ -362,11 +381,14 @@ def test_checkpoints_that_do_not_fit_are_refused(baseline_run, qat_run, tmp_path
     truncated, text, tensor, other = (tmp_path / f"{name}.pth" for name in ("truncated", "text", "list", "other"))
     truncated.write_bytes(good.read_bytes()[:-2000])
     text.write_text("not a checkpoint")
+    like_pickles = [tmp_path / f"text{i}" for i in range(4)]  # each begins with an opcode of pickle's
+    for path, words in zip(like_pickles, ("args: lr", "batch: 3", "README", "Xy")):
+        path.write_text(words)
     torch.save([1, 2], tensor)
     torch.save({"model_state_dict": models.resnet18().state_dict(), "args": {"model": "resnet18"}}, other)
     for path, expected in (
         (truncated, "truncated, or not a checkpoint"),
-        (text, "truncated, or not a checkpoint"),
+        *((path, "truncated, or not a checkpoint") for path in (text, *like_pickles)),
         (tensor, "holds a list"),
         (other, "not a resnet20 of this data's classes: it was trained with --model resnet18"),
         (qat_run / "checkpoints" / "best.pth", "a quantized model"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from torch import Tensor, nn
 from .files import UserError, atomic_write
 
 REMEDY = "name a checkpoint that cifar10_baseline.py or the predecessor wrote, or a state_dict saved with torch.save"
+
+
+# What torch.load makes of a damaged file, and of a text that begins like a pickle.
+_NOT_READ = (
+    pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError, ValueError, LookupError,
+    TypeError, AttributeError, OSError,
+)  # fmt: skip
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -39,7 +47,7 @@ def load(path: Path, flag: str) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except _NOT_READ as error:
         # torch's own words tell how to load it unsafely: not what anyone should do with a file that is not theirs.
         raise UserError(f"{flag} {path}: truncated, or not a checkpoint ({type(error).__name__}); {REMEDY}") from error
     if not isinstance(state, dict):

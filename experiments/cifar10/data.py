@@ -65,6 +65,11 @@ class Splits:
     classes: tuple[str, ...]
     source: str
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many images each set has."""
+        return {"train": len(self.train), "val": len(self.val), "test": len(self.test)}
+
     def describe(self) -> str:
         sizes = f"{len(self.train):,} training, {len(self.val):,} validation and {len(self.test):,} test images"
         return f"data: {self.source}; {sizes} in {len(self.classes)} classes"

@@ -68,6 +68,8 @@ class Trainer:
         self.batches = Batches(
             splits.train.to(device), options.batch_size, self.generator, self.channels_last, options.drop_last
         )
+        if len(splits.train) == 0:
+            raise UserError("--val-fraction and --limit leave no training images; lower the first or raise the second")
         if len(self.batches) == 0:
             raise UserError(
                 f"--batch-size {options.batch_size} --drop-last: the training set has {len(splits.train)} images, "

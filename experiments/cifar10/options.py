@@ -36,6 +36,7 @@ QUICK_QAT = {
 FREE_ON_RESUME = {
     "output_dir", "resume", "overwrite", "gpu", "tensorboard", "download", "keep_warmup", "warmup_from",
 }  # fmt: skip
+MOVABLE = {"data", "pretrained_baseline"}  # the same files may lie elsewhere by then
 
 
 def baseline_parser() -> argparse.ArgumentParser:
@@ -186,15 +187,15 @@ def resumed(options: argparse.Namespace, given: set[str], saved: dict[str, Any])
         UserError: listing the flags that differ.
     """
     now = plain(options)
-    names = given - FREE_ON_RESUME
+    names = given - FREE_ON_RESUME - MOVABLE
     if "num_bits" in names:
         names |= {"num_bits_weight", "num_bits_act"}
     differing = sorted(name for name in names if now[name] != saved.get(name))
     if differing:
         listed = ", ".join(f"{flag(name)} {now[name]} (was {saved.get(name)})" for name in differing)
         raise UserError(f"--resume: {listed}: a run goes on as it began; leave these out, or start another run")
-    keep = {name: getattr(options, name) for name in FREE_ON_RESUME}
-    values = {**vars(options), **saved, **keep}
+    keep = (FREE_ON_RESUME | MOVABLE & given) & vars(options).keys()
+    values = {**vars(options), **saved, **{name: getattr(options, name) for name in keep}}
     for name in ("data", "pretrained_baseline"):
         if values.get(name) is not None:
             values[name] = Path(values[name])

@@ -21,13 +21,14 @@ import qbr
 from qbr import kernels
 
 from . import checkpoints, data, files, folders, histograms, logs, oscillation, processes, report, signals, warmup
-from .device import keep_freed_memory, pick_device
+from .device import commit, keep_freed_memory, pick_device
 from .engine import Trainer, TrainingDiverged
 from .files import UserError, check_writable, write_json
 from .models import MODELS
 from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, freeze, parse, plain, resumed
 
 BASELINE, QAT = "cifar10_baseline", "cifar10_qat_br"
+NOT_PRETRAINED = "warning: no --pretrained-baseline: quantization-aware training starts from random weights"
 
 
 def cli(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | None = None) -> int:
@@ -110,6 +111,8 @@ class Run:
                     limit=options.limit,
                     quiet=processes.rank() > 0,
                 )
+        if self.state:
+            self._check_data()
         torch.manual_seed(options.seed)
         self.model = MODELS[options.model](len(self.splits.classes))
         self.epochs = options.epochs if script == BASELINE else options.qat_epochs
@@ -119,6 +122,14 @@ class Run:
                 self._load_float(options.pretrained_baseline)
             elif options.quick:
                 self.first_run = self._quick_baseline()
+
+    def _check_data(self) -> None:
+        """A run goes on with the images that it began with, wherever they are by now."""
+        for key, now in (("classes", list(self.splits.classes)), ("images", self.splits.sizes)):
+            before = self.state.get(key, now)  # an older checkpoint has no "images"
+            if before != now:
+                raise UserError(f"--data {self.options.data}: its {key} are {now}, and the run in {self.folder} began "
+                                f"with {before}; name the same data")  # fmt: skip
 
     def _load_float(self, path) -> None:
         """Into rank 0's model, from which DistributedDataParallel gives it to the others."""
@@ -239,7 +250,7 @@ class Run:
 
     def _warn_unless_pretrained(self) -> None:
         if self.options.pretrained_baseline is None and not self.options.quick:
-            print("warning: no --pretrained-baseline: quantization-aware training starts from random weights")
+            print(NOT_PRETRAINED)
 
     def _header(self, trainer: Trainer) -> dict[str, Any]:
         """Print what is about to run, and give the part of results.json that does not change."""
@@ -258,6 +269,7 @@ class Run:
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "qbr": qbr.__version__,
+                "commit": commit(),
                 "numpy": np.__version__,
             },
             "device": where,
@@ -266,9 +278,7 @@ class Run:
             "data": {
                 "source": self.splits.source,
                 "classes": list(self.splits.classes),
-                "train": len(self.splits.train),
-                "val": len(self.splits.val),
-                "test": len(self.splits.test),
+                **self.splits.sizes,
                 "val_seed": data.VAL_SEED,
             },
         }
@@ -331,6 +341,7 @@ class Run:
             "history": history,
             "args": plain(self.options),
             "classes": list(self.splits.classes),
+            "images": self.splits.sizes,
         }
         if processes.rank():
             return

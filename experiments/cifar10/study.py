@@ -141,13 +141,12 @@ def figures(run: dict[str, Any]) -> dict[str, float | None]:
         change from the end of warm-up to the end, percent. seconds: of all epochs, warm-up included.
     """
     epochs, final, warmup = run["epochs"], run["final"], run["warmup_epochs"]
-    accuracy = [epoch["val_acc"] for epoch in epochs]
     seen = epochs[-1].get("oscillation")
     found = {
         "test": final["last"]["test_acc"],
         "br_w": final.get("br_w", {}).get("end"),
         "br_a": final.get("br_a", {}).get("end"),
-        "converged": next(e["epoch"] for e in epochs if e["val_acc"] >= max(accuracy) - WITHIN),
+        "converged": _converged(epochs),
         "oscillating": 100 * seen["oscillating"] if seen else None,
         "seconds": sum(epoch["seconds"] for epoch in epochs),
     }
@@ -156,6 +155,13 @@ def figures(run: dict[str, Any]) -> dict[str, float | None]:
         changes = [100 * (after[name] / before[name] - 1) for name in layers]
         found[side] = statistics.fmean(changes) if changes else None
     return found
+
+
+def _converged(epochs: list[dict[str, Any]]) -> int | None:
+    accuracy = [epoch["val_acc"] for epoch in epochs]
+    if None in accuracy:  # --val-fraction 0
+        return None
+    return next(e["epoch"] for e, found in zip(epochs, accuracy) if found >= max(accuracy) - WITHIN)
 
 
 def sides(alphas: dict[str, float]) -> tuple[list[str], list[str]]:

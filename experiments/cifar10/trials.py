@@ -19,7 +19,7 @@ from .device import pick_device
 from .engine import TrainingDiverged
 from .files import UserError, atomic_write, markdown_table, read_json, write_json
 from .options import flag, parse, plain, qat_parser
-from .runs import QAT, Run
+from .runs import NOT_PRETRAINED, QAT, Run
 
 NOT_IN_A_TRIAL = {"resume", "overwrite", "quick", "tensorboard"}
 
@@ -64,7 +64,7 @@ class Trial(Run):
             return super()._header(trainer)
 
     def _warn_unless_pretrained(self) -> None:
-        pass
+        pass  # the search has said it once
 
     def _test(self, trainer, history: list, best: dict, board) -> dict[str, Any]:
         assert len(self.splits.test) == 0, "a search never sees the test images"
@@ -163,6 +163,8 @@ class Search:
             data.load(first.data, download=first.download, val_fraction=first.val_fraction, limit=first.limit)
         )
         print(splits.describe())
+        if first.pretrained_baseline is None:
+            print(NOT_PRETRAINED)
         shared = types.SimpleNamespace(device=device, splits=splits)
         for rung, until in enumerate(self.head["rungs"]):
             for trial in self.trials:

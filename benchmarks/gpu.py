@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py --output DIR [--data CIFAR_FOLDER] [--only STAGE ...] [--minutes 10]
 
-Each stage writes its own log and result under DIR and a line in DIR/stages.json; run again, and the stages that ended
-well at this commit are skipped, training goes on from its last checkpoint. A stage that does not fit into --minutes is
-stopped and left for the next run. --device cpu rehearses the whole on a machine without a GPU.
+Each stage writes its own log and result under DIR and a line in DIR/stages.json; run again, and what ended well at this
+commit on this kind of device is skipped, training goes on from its last checkpoint (a run's results.json has the commit
+that it began at). A command that does not fit into --minutes is stopped and left for the next run. --device cpu, with
+another DIR, rehearses the whole on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PY = sys.executable
+# Fails where a backend is missing: what follows would skip it, or train on the CPU.
+BUILD = """
+import sys, torch, qbr
+print(torch.__version__)
+print(found := qbr.backends())
+sys.exit(any(found[name][sys.argv[1]] for name in (("native", "triton") if sys.argv[1] == "cuda" else ("native",))))
+"""
 # What a rehearsal on the CPU adds to the flags of each script.
 SMALL = {"cifar10_baseline": ["--epochs", "1"], "cifar10_qat_br": ["--warmup-epochs", "1", "--qat-epochs", "2"]}
 
@@ -40,7 +49,7 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
         for tool in (("memcheck", "racecheck", "initcheck") if on_gpu else ("none",))
     ]
     return {
-        "build": [[PY, "-c", "import torch, qbr; print(torch.__version__); print(qbr.backends())"]],
+        "build": [[PY, "-c", BUILD, device]],
         "parity": [[PY, *parity, str(out / "parity.xml"), "tests", *mark]],
         "memory": memory,
         "benchmarks": [
@@ -141,7 +150,18 @@ def _end(process: subprocess.Popen) -> None:
             process.wait(patience)
 
 
+def _commit() -> str:
+    """From QBR_COMMIT, else from git; "unknown" where neither is to be had."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    return os.environ.get("QBR_COMMIT") or found or "unknown"
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of run()'s finally, which ends what it started
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
@@ -158,40 +178,39 @@ def main() -> None:
     unknown = set(args.only or ()) - plan.keys()
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(plan)}")
-    commit = (
-        os.environ.get("QBR_COMMIT")
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-    )
+    about = {"commit": _commit(), "device": args.device}
     record_path = out / "stages.json"
     record = json.loads(record_path.read_text()) if record_path.exists() else {}
     for stage in args.only or plan:
-        if record.get(stage, {}).get("status") == "ok" and record[stage]["commit"] == commit:
+        before = record.get(stage, {})
+        same = before if {key: before.get(key) for key in about} == about else {}
+        if same.get("status") == "ok":
             print(f"{stage:10} done before", flush=True)
             continue
         if time.time() > deadline - 5:
             print(f"{stage:10} left for the next run", flush=True)
             continue
-        start = time.time()
+        start, done = time.time(), same.get("done", [])
         with open(out / f"{stage}.log", "a") as log:
             codes = []
             for command in plan[stage]:
+                if shlex.join(command) in done:
+                    continue
                 codes.append(run(command, log, deadline))
+                if codes[-1] == 0:
+                    done.append(shlex.join(command))
                 if codes[-1] == 124:  # what follows may build on it
                     break
         status = "ok" if not any(codes) else "stopped by the time limit" if 124 in codes else f"failed: exit {codes}"
-        record[stage] = {
-            "status": status,
-            "commit": commit,
-            "device": args.device,
-            "seconds": round(time.time() - start, 1),
-        }
+        seconds = round(same.get("seconds", 0) + time.time() - start, 1)
+        record[stage] = {"status": status, **about, "seconds": seconds, "done": done}
         partial = record_path.with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1) + "\n")
         partial.replace(record_path)
         tail = (out / f"{stage}.log").read_text().strip().splitlines()[-4:]
-        print(f"{stage:10} {status}, {record[stage]['seconds']} s", *tail, sep="\n    ", flush=True)
+        print(f"{stage:10} {status}, {seconds} s", *tail, sep="\n    ", flush=True)
+        if stage == "build" and any(codes):
+            sys.exit("nothing else is run without what the build was to give")
     sys.exit(any(record.get(stage, {}).get("status") != "ok" for stage in args.only or plan))
 
 

@@ -1,4 +1,4 @@
-"""Time on the device, kernel by kernel, of one fused forward and backward per backend and of one training step.
+"""Time on the device, kernel by kernel, of one fused forward and backward per backend.
 
 python benchmarks/profile_kernels.py --output FILE [--device cuda|cpu]
 """

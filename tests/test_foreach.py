@@ -59,7 +59,7 @@ def test_lists_are_loops(backend, device, relu, dtype):
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_each_member_has_its_own_alpha_grad(backend, device):
     load(backend, device)
-    xs, alphas, specs, grads = (each[:3] for each in members(False, device, torch.float32))
+    xs, alphas, specs, grads = (each[-3:] for each in members(False, device, torch.float32))
     alphas, ways = [alpha.requires_grad_() for alpha in alphas], [1.0, 0.5, 0.0]
     together = F.foreach_fake_quantize(xs, alphas, specs, backend=backend, alpha_grad=ways)
     alone = [F.fake_quantize(*each, backend=backend, alpha_grad=way) for *each, way in zip(xs, alphas, specs, ways)]

@@ -1,0 +1,79 @@
+"""benchmarks/gpu.py: what a second call repeats, what one device's result says of another, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# The script with other stages: a command that leaves a line in "ran", and {second}.
+SCRIPT = """
+import sys
+sys.path.insert(0, {folder!r})
+import gpu
+gpu.stages = lambda out, device, data: dict(
+    build=[[gpu.PY, "-c", "import sys; open(sys.argv[1], 'a').write('first ')", str(out / "ran")],
+           [gpu.PY, "-c", {second!r}, str(out / "ran")]],
+    more=[[gpu.PY, "-c", "pass"]],
+)
+gpu.main()
+"""
+
+
+def command(tmp_path: Path, second: str, *flags: str) -> list[str]:
+    code = SCRIPT.format(folder=str(ROOT / "benchmarks"), second=second)
+    return [sys.executable, "-c", code, "--output", str(tmp_path), *flags]
+
+
+def call(tmp_path: Path, second: str, *flags: str, **environment: str) -> tuple[int, dict, str]:
+    """The exit code, stages.json, and the words in "ran"."""
+    done = subprocess.run(
+        command(tmp_path, second, *flags), env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, json.loads((tmp_path / "stages.json").read_text()), (tmp_path / "ran").read_text()
+
+
+FAILS, WORKS = "raise SystemExit(7)", "import sys; open(sys.argv[1], 'a').write('second ')"
+
+
+def test_commands_that_ended_well_are_not_repeated(tmp_path):
+    code, record, ran = call(tmp_path, FAILS)
+    assert (code, record["build"]["status"], ran) == (1, "failed: exit [0, 7]", "first ")
+    assert "more" not in record  # nothing is run after a build that failed
+    code, record, ran = call(tmp_path, FAILS)
+    assert ran == "first " and record["build"]["status"] == "failed: exit [7]"
+    code, record, ran = call(tmp_path, WORKS)
+    assert (code, ran) == (0, "first second ") and record["build"]["status"] == record["more"]["status"] == "ok"
+    assert call(tmp_path, WORKS)[2] == ran
+
+
+@pytest.mark.parametrize("flags, environment", [(["--device", "cpu"], {}), ([], {"QBR_COMMIT": "another"})])
+def test_another_device_or_commit_is_another_result(tmp_path, flags, environment):
+    assert call(tmp_path, WORKS)[2] == "first second "
+    code, record, ran = call(tmp_path, WORKS, *flags, **environment)
+    assert (code, ran) == (0, "first second first second ")
+    assert record["build"]["device"] == (flags or ["", "cuda"])[1]
+    assert record["build"]["commit"] == environment.get("QBR_COMMIT", record["build"]["commit"])
+
+
+def test_a_machine_without_git(tmp_path):
+    assert call(tmp_path, WORKS, PATH="/nowhere")[1]["build"]["commit"] == "unknown"
+
+
+def test_sigterm_ends_what_was_started(tmp_path):
+    waits = "import os, sys, time; open(sys.argv[1] + '.pid', 'w').write(f'{os.getpid()} '); time.sleep(600)"
+    process = subprocess.Popen(command(tmp_path, waits), stdout=subprocess.DEVNULL)
+    pid = tmp_path / "ran.pid"
+    while not (pid.exists() and pid.read_text().endswith(" ")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)

@@ -118,6 +118,8 @@ MUTANTS = [
            "i < w.outer * w.segments; i += 32", "i + 1 < w.outer * w.segments; i += 32", "cuda"),
     Mutant("cuda: the upper end's distances", "csrc/cuda_bins.cuh",
            "else if (slot == levels - 1) end_s[1]", "else if (slot == levels - 2) end_s[1]", "cuda"),
+    Mutant("cuda: a tile's squares beyond 32 bits", "csrc/cuda_bins.cuh",
+           ">> 23 & 255u)) >> 1, kTiers - 1)", ">> 23 & 255u) + 1u) >> 1, kTiers - 1)", "cuda"),
     # ---- the formulas ----
     Mutant("reference: floor for round", REFERENCE,
            "b = v.clamp(qn, qp).round()", "b = v.clamp(qn, qp).floor()", "formulas"),

@@ -52,7 +52,9 @@ def main() -> None:
     images, labels = _images(options.data)
     given = dict(text.split("=", 1) for text in options.checkpoint)
     about = {**measure.environment("cpu"), "onnxruntime": need("onnxruntime").__version__, "model": options.model}
-    results = _earlier(options.out, options.model)
+    results, parts = _earlier(options.out, options.model)
+    how = {key: about.pop(key) for key in ("command", "commit", "date", "threads")}
+    about["parts"] = {**parts, **dict.fromkeys(options.part, how)}
     for name in given or PAIRS:
         model = _checkpoint(options.model, given[name]) if given else _random(options.model, name, images)
         found = examine(model, MODELS[options.model]().eval(), images, labels, options)
@@ -65,12 +67,12 @@ def main() -> None:
     print(table({**about, "results": list(results.values())}))
 
 
-def _earlier(path: Path | None, model: str) -> dict[str, dict]:
-    """What the file holds of this model already, by name: a later part joins it."""
-    if path is None or not path.exists():
-        return {}
-    result = json.loads(path.read_text())
-    return {each["name"]: each for each in result["results"]} if result["model"] == model else {}
+def _earlier(path: Path | None, model: str) -> tuple[dict[str, dict], dict[str, dict]]:
+    """What the file holds of this model already, by name, and how each part was made: a later part joins it."""
+    result = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    if result.get("model") != model:
+        return {}, {}
+    return {each["name"]: each for each in result["results"]}, result["parts"]
 
 
 def _options() -> argparse.Namespace:
@@ -210,8 +212,8 @@ def _times(runs: dict, x: Tensor, repeats: int) -> dict[str, float]:
 def table(result: dict) -> str:
     """Markdown of one result file: equality, bytes, and milliseconds."""
     rows = [
-        f"{result['model']}; torch {result['torch']}, onnxruntime {result['onnxruntime']}, {result['hardware']}, "
-        f"{result['threads']} threads, commit {result['commit']}",
+        f"{result['model']}; torch {result['torch']}, onnxruntime {result['onnxruntime']}, {result['hardware']}; "
+        + ", ".join(f"{part} at {how['commit']}" for part, how in result["parts"].items()),
         "",
         "| | test accuracy | top-1 equal | with default settings | logits differ by | codes that differ | in samples "
         "| first, from a tie | given the same values | reference evaluator's logits | torch beside itself |",
@@ -231,7 +233,8 @@ def table(result: dict) -> str:
     for r in result["results"]:
         kinds = ("float_bytes", "float_onnx_bytes", "onnx_bytes", "packed_bytes")
         rows.append(f"| {r['name']} | " + " | ".join(f"{r[kind]:,}" for kind in kinds) + " |")
-    rows += ["", f"| ms | batch | {' | '.join(RUNTIMES)} |", "|---|---|" + "---|" * len(RUNTIMES)]
+    threads = result["parts"].get("latency", {}).get("threads")
+    rows += ["", f"| ms, {threads} threads | batch | {' | '.join(RUNTIMES)} |", "|---|---|" + "---|" * len(RUNTIMES)]
     for r in result["results"]:
         for size, times in r.get("ms", {}).items():
             rows.append(f"| {r['name']} | {size} | " + " | ".join(f"{times[name]:.1f}" for name in RUNTIMES) + " |")

@@ -213,9 +213,11 @@ __device__ __forceinline__ void each(const Share& s, bool quick, const T* __rest
       }
       if (!MayBeNull) *reinterpret_cast<uint4*>(out + at + k * 32 * Pack<T>::size) = px[k].bits;
     }
-    if (!MayBeNull || !out) return;
+    if constexpr (MayBeNull) {
+      if (!out) return;
 #pragma unroll
-    for (int k = 0; k < packs; ++k) *reinterpret_cast<uint4*>(out + at + k * 32 * Pack<T>::size) = px[k].bits;
+      for (int k = 0; k < packs; ++k) *reinterpret_cast<uint4*>(out + at + k * 32 * Pack<T>::size) = px[k].bits;
+    }
     return;
   }
   constexpr int batch = 4;  // loads in flight

@@ -80,8 +80,8 @@ def fake_quantize(
         xhat, in x's shape and dtype.
 
     Raises:
-        TypeError, ValueError: for a bad argument. BackendUnavailable: for a backend that is not there. RuntimeError: where
-        a gradient of the gradient is asked for, which is that of steps and no use (so for all functions here).
+        TypeError, ValueError: for a bad argument. BackendUnavailable: for a backend that is not there. RuntimeError:
+        where a gradient of the gradient is asked for, which is that of steps and no use (so in all functions here).
 
     Source: Esser et al., Learned Step Size Quantization, ICLR 2020, equations 1 to 5.
     """

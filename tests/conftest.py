@@ -15,12 +15,32 @@ if _PTXRUN.is_dir():
     sys.path.insert(0, str(_PTXRUN))
 
 
+# The files that take longest, the longest first: with several processes nobody waits for the last of them.
+LONGEST = ("test_triton_interpreter.py",)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (LONGEST.index(name) if (name := item.path.name) in LONGEST else len(LONGEST)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests in one process, as they share fixtures, but each child of the interpreter's by itself."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_triton_interpreter.py" in nodeid else super()._split_scope(nodeid)
+
+    if config.getvalue("dist") != "load":  # of -n; somebody who names another way gets it
+        return None
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,16 +40,10 @@ def run(arguments):
     return subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def children():
-    """Every part in a child of its own, two at a time: the interpreter is slow, and runs on one core."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {part: pool.submit(run, arguments) for part, (arguments, _) in PARTS.items()}
-
-
 @pytest.mark.parametrize("part", PARTS)
-def test_parity_in_the_interpreter(part, children):
-    check(children[part].result(), PARTS[part][1])
+def test_parity_in_the_interpreter(part):
+    arguments, least = PARTS[part]
+    check(run(arguments), least)
 
 
 @pytest.mark.slow

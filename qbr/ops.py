@@ -299,11 +299,10 @@ class _ForeachLSQBin(torch.autograd.Function):
         xs, alphas, weights, dloss_dalphas = _halves(ctx.saved_tensors, 4)
         backend, (ranges, *relu), grad_scales, br_to_alphas = ctx.call
         count = len(xs)
-        # A tensor that nobody used has no gradient, as one that was never quantized.
         grad_losses = grads[count : 2 * count]
         with_loss = [i for i in range(count) if grad_losses[i] is not None]
         without = [i for i in range(count) if grad_losses[i] is None and grads[i] is not None]
-        dxs, dalphas = [None] * count, [None] * count
+        dxs, dalphas = [None] * count, [None] * count  # none for a tensor that nobody used
         # Two lists, since what LSQ alone does is not BR with a gradient of 0 where a distance is infinite.
         for used, op in ((without, "foreach_lsq_bwd"), (with_loss, "foreach_lsq_bin_bwd")):
             if not used:

@@ -167,7 +167,7 @@ ONE_BIN = [(0.8, 1.9), (-0.4, 0.95), (0.9999999, 1.9999998), (0.4999, 1.0)]
 
 
 @pytest.mark.parametrize("value, step", ONE_BIN, ids=str)
-@pytest.mark.parametrize("name", ["w2", "w4", "w5", "w8"])
+@pytest.mark.parametrize("name", ["w8"] if INTERPRETED else ["w2", "w4", "w5", "w8"])
 @pytest.mark.parametrize("backend, device", TARGETS)
 def test_one_bin_holds_all(backend, device, name, value, step):
     """As in an image's flat background: the sums of one bin are as large as they can be."""

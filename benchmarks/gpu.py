@@ -45,7 +45,7 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
     checked = [PY, "benchmarks/sanitize.py", "--device", device]
     memory = [
         ([sanitizer, "--tool", tool, "--error-exitcode", "7"] if on_gpu else []) + checked + ["--backends", backend]
-        for backend in ("native", "triton")
+        for backend in (("native", "triton") if on_gpu else ("native",))
         for tool in (("memcheck", "racecheck", "initcheck") if on_gpu else ("none",))
     ]
     return {

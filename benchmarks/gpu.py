@@ -23,6 +23,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from experiments.cifar10.sources import commit  # noqa: E402
+
 PY = sys.executable
 # Fails where a backend is missing: what follows would skip it, or train on the CPU.
 BUILD = """
@@ -150,16 +153,6 @@ def _end(process: subprocess.Popen) -> None:
             process.wait(patience)
 
 
-def _commit() -> str:
-    """From QBR_COMMIT, else from git; "unknown" where neither is to be had."""
-    try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        found = ""
-    return os.environ.get("QBR_COMMIT") or found or "unknown"
-
-
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of run()'s finally, which ends what it started
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -178,7 +171,7 @@ def main() -> None:
     unknown = set(args.only or ()) - plan.keys()
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(plan)}")
-    about = {"commit": _commit(), "device": args.device}
+    about = {"commit": commit() or "unknown", "device": args.device}
     record_path = out / "stages.json"
     record = json.loads(record_path.read_text()) if record_path.exists() else {}
     for stage in args.only or plan:

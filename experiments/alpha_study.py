@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cifar10 import signals, study, study_report, warmup
+from cifar10 import exits, study, study_report, warmup
 from cifar10.files import UserError, check_writable, write_json
 from tqdm import tqdm
 
@@ -31,19 +31,9 @@ POLL_SECONDS = 0.5
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    try:
-        if options.report is not None:
-            print(f"report: {study_report.write(options.report)}")
-            return 0
-        with signals.stopping():
-            return _Study(options).go()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        message, code = signals.message(stop)
-        print(f"\n{message}", file=sys.stderr)
-        return code
+    if options.report is not None:
+        return exits.exit_code(lambda: print(f"report: {study_report.write(options.report)}"))
+    return exits.exit_code(lambda: _Study(options).go())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar10 import signals, space, trials
+from cifar10 import exits, space, trials
 from cifar10.files import UserError, atomic_write, check_writable
 
 
@@ -37,41 +37,35 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 done, 2 for input that cannot be used (nothing was written), 130 by Ctrl-C, 143 by SIGTERM."""
+    """The exit code, as exits.exit_code gives it."""
     argv = sys.argv[1:] if argv is None else list(argv)
     at = argv.index("--") if "--" in argv else len(argv)
     args, fixed = arguments().parse_args(argv[:at]), argv[at + 1 :]
-    try:
-        if args.table:
-            text = trials.table(args.output_dir)
-            with atomic_write(args.output_dir / "search.md", "w") as file:
-                file.write(text)
-            print(text)
-            return 0
-        for name, least in (("trials", 1), ("halving", 0)):
-            if getattr(args, name) < least:
-                raise UserError(f"--{name} {getattr(args, name)}: expected {least} or more")
-        if args.halving == 1:
-            raise UserError("--halving 1: every rung would keep all trials; expected 2 or more, or 0 for none")
-        check_writable(args.output_dir)
-        axes = space.read(args.space)
-        search = trials.Search(args.output_dir, axes, args.method, args.trials, args.seed, args.halving, fixed)
-        if args.dry_run:
-            print(search.listing())
-            return 0
-        with signals.stopping():
-            search.run()
-        print(f"\n{trials.table(args.output_dir)}")
-        if search.best():
-            print(f"the best again, with test images: {search.command()}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        message, code = signals.message(stop)
-        print(f"\n{message}", file=sys.stderr)
-        return code
-    return 0
+    return exits.exit_code(lambda: search(args, fixed))
+
+
+def search(args: argparse.Namespace, fixed: list[str]) -> None:
+    if args.table:
+        text = trials.table(args.output_dir)
+        with atomic_write(args.output_dir / "search.md", "w") as file:
+            file.write(text)
+        print(text)
+        return
+    for name, least in (("trials", 1), ("halving", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: expected {least} or more")
+    if args.halving == 1:
+        raise UserError("--halving 1: every rung would keep all trials; expected 2 or more, or 0 for none")
+    check_writable(args.output_dir)
+    axes = space.read(args.space)
+    made = trials.Search(args.output_dir, axes, args.method, args.trials, args.seed, args.halving, fixed)
+    if args.dry_run:
+        print(made.listing())
+        return
+    made.run()
+    print(f"\n{trials.table(args.output_dir)}")
+    if made.best():
+        print(f"the best again, with test images: {made.command()}")
 
 
 if __name__ == "__main__":

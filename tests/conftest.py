@@ -15,12 +15,12 @@ if _PTXRUN.is_dir():
     sys.path.insert(0, str(_PTXRUN))
 
 
-# The files that take longest, the longest first: with several processes nobody waits for the last of them.
-LONGEST = ("test_triton_interpreter.py",)
+# The file that takes longest comes first: with several processes nobody waits for the last of it.
+LONGEST = "test_triton_interpreter.py"
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: (LONGEST.index(name) if (name := item.path.name) in LONGEST else len(LONGEST)))
+    items.sort(key=lambda item: item.path.name != LONGEST)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
@@ -35,7 +35,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid if "test_triton_interpreter.py" in nodeid else super()._split_scope(nodeid)
+            return nodeid if LONGEST in nodeid else super()._split_scope(nodeid)
 
     if config.getvalue("dist") != "load":  # of -n; somebody who names another way gets it
         return None

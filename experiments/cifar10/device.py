@@ -1,13 +1,10 @@
-"""Where a run trains, what the process is set to for it, and of which sources it is."""
+"""Where a run trains, and what the process is set to for it."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
@@ -37,13 +34,3 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def commit() -> str | None:
-    """The commit of these sources, by QBR_COMMIT or by git; None where neither knows it."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        found = ""
-    return os.environ.get("QBR_COMMIT") or found or None

@@ -20,44 +20,28 @@ from torch import nn
 import qbr
 from qbr import kernels
 
-from . import checkpoints, data, files, folders, histograms, logs, oscillation, processes, report, signals, warmup
-from .device import commit, keep_freed_memory, pick_device
+from . import checkpoints, data, exits, folders, histograms, logs, oscillation, processes, report, warmup
+from .device import keep_freed_memory, pick_device
 from .engine import Trainer, TrainingDiverged
 from .files import UserError, check_writable, write_json
 from .models import MODELS
 from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, freeze, parse, plain, resumed
+from .sources import commit
 
 BASELINE, QAT = "cifar10_baseline", "cifar10_qat_br"
 NOT_PRETRAINED = "warning: no --pretrained-baseline: quantization-aware training starts from random weights"
 
 
 def cli(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | None = None) -> int:
-    """Run one script; its exit code.
-
-    0 done, 1 diverged, 2 for input that cannot be used (nothing was written), 3 for a file that could not be
-    written, 130 by Ctrl-C, 143 by SIGTERM; after 1, 3, 130 and 143 the last whole epoch's checkpoint is there.
-    """
+    """Run one script; its exit code, as exits.exit_code gives it."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
+
+    def work() -> None:
         options, given = parse(parser, argv)
-        with signals.stopping(), processes.joined(options.gpu):
+        with processes.joined(options.gpu):
             Run(script, options, given, shlex.join(["python", f"experiments/{script}.py", *argv])).go()
-    except UserError as error:
-        print(f"{processes.label()}error: {error}", file=sys.stderr)
-        return 3 if isinstance(error, files.CannotWrite) else 2
-    except OSError as error:
-        if error.errno not in files.NOT_WRITABLE:
-            raise
-        print(f"{processes.label()}error: {files.cannot_write(error)}", file=sys.stderr)  # logs, plots, the terminal's
-        return 3
-    except TrainingDiverged as error:
-        print(f"{processes.label()}error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        message, code = signals.message(stop, "the same command with --resume")
-        print(f"\n{message}", file=sys.stderr)
-        return code
-    return 0
+
+    return exits.exit_code(work, "the same command with --resume")
 
 
 class Run:

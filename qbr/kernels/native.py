@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -80,9 +81,12 @@ def _find() -> build.Built | None:
         return packaged
     try:
         if packaged is not None and packaged.sources == build.sources_hash(sources, packaged.cuda):
-            # Installed beside a CPU-only torch and used beside a CUDA build: a new build has more to offer.
-            if packaged.cuda or build.cuda_plan(build.find_torch(), sources, _device())[0] is None:
+            if packaged.cuda:
                 return packaged
+            nvcc, why_no_cuda = build.cuda_plan(build.find_torch(), sources, _device())
+            # Installed beside a CPU-only torch and used beside a CUDA build: a new build has more to offer.
+            if nvcc is None:
+                return replace(packaged, why_no_cuda=why_no_cuda)
         return build.find_built(sources, _device())
     except build.CannotBuild as error:
         raise BackendUnavailable(str(error)) from error

@@ -40,7 +40,7 @@ WAIT = 20  # times the limit, by the clock
 BUILD = """
 import hashlib, re, shutil, sys
 from pathlib import Path
-from qbr.kernels import build
+from qbr.kernels import build, library_cache
 objects, others, compile_all = Path(sys.argv[1]), Path(sys.argv[2]), build._run_each
 
 def state(path, seen):
@@ -73,7 +73,7 @@ def compile_new(commands):
     return {name: done.get(name, build._Done([], 0, "")) for name in commands}
 
 build._run_each = compile_new
-build.build_cached(device=False)
+library_cache.build_cached(device=False)
 """
 
 

@@ -6,6 +6,7 @@ Most tests build stub sources, which compile in no time; the real library is loo
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import stat
@@ -18,15 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qbr.kernels import BackendUnavailable, build, native
+from qbr.kernels import BackendUnavailable, build, library_cache, native
 
 ROOT = Path(__file__).resolve().parents[1]
-# The builder alone, as setup.py has it.
-BY_PATH = (
-    "import runpy, sys; from pathlib import Path; sys.modules['builder'] = type(sys)('builder')\n"
-    f"build = runpy.run_path({str(ROOT / 'qbr/kernels/build.py')!r}, run_name='builder')\n"
-)
-
 needs_compiler = pytest.mark.skipif(
     build.find_compiler() is None or not sys.platform.startswith("linux"), reason="needs a C++ compiler on Linux"
 )
@@ -65,7 +60,11 @@ def test_finds_torch_without_importing_it():
     found = build.find_torch()
     assert found.version == torch.__version__ and found.cuda == torch.version.cuda
     assert (found.root / "include/torch/csrc/stable/library.h").exists()
-    code = f"{BY_PATH}print(build['find_torch']().version); assert not {{'torch', 'qbr'}} & set(sys.modules)"
+    code = (  # as setup.py has it
+        "import runpy, sys; sys.modules['builder'] = type(sys)('builder')\n"
+        f"build = runpy.run_path({str(ROOT / 'qbr/kernels/build.py')!r}, run_name='builder')\n"
+        "print(build['find_torch']().version); assert not {'torch', 'qbr'} & set(sys.modules)"
+    )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed.strip() == torch.__version__
 
@@ -160,15 +159,15 @@ def test_insisting_on_cuda_is_not_met_by_what_failed_before(stubs, cache, tmp_pa
     monkeypatch.setattr(build, "find_nvcc", lambda: _fake_nvcc(tmp_path, "echo unsupported GNU version; exit 1"))
     monkeypatch.delenv("QBR_CUDA", raising=False)
     (stubs / "cuda.cu").touch()
-    built = build.build_cached(stubs, cache)
+    built = library_cache.build_cached(stubs, cache)
     assert not built.cuda and "QBR_CUDA=1 tries again" in built.why_no_cuda
-    assert build.find_cached(stubs, cache) == built
+    assert library_cache.find_cached(stubs, cache) == built
     monkeypatch.setenv("QBR_CUDA", "1")
-    assert build.find_cached(stubs, cache) is None
+    assert library_cache.find_cached(stubs, cache) is None
     with pytest.raises(build.BuildFailed, match="unsupported GNU version"):
-        build.build_cached(stubs, cache)
+        library_cache.build_cached(stubs, cache)
     monkeypatch.delenv("QBR_CUDA")
-    assert build.find_cached(stubs, cache) == built
+    assert library_cache.find_cached(stubs, cache) == built
 
 
 @needs_compiler
@@ -178,8 +177,24 @@ def test_why_there_is_no_cuda_part_is_told_as_it_is_now(stubs, cache, monkeypatc
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     monkeypatch.delenv("QBR_CUDA", raising=False)
     (stubs / "cuda.cu").touch()
-    assert "sees no CUDA device" in build.build_cached(stubs, cache, device=False).why_no_cuda
-    assert "no nvcc: put" in build.find_cached(stubs, cache, device=True).why_no_cuda
+    assert "sees no CUDA device" in library_cache.build_cached(stubs, cache, device=False).why_no_cuda
+    assert "no nvcc: put" in library_cache.find_cached(stubs, cache, device=True).why_no_cuda
+
+
+@needs_compiler
+@pytest.mark.parametrize("wish", ["", "1"])
+def test_a_cuda_part_is_found_after_its_nvcc_has_gone(stubs, cache, monkeypatch, wish):
+    torch_ = dataclasses.replace(build.find_torch(), cuda="13.0")
+    monkeypatch.setattr(build, "find_torch", lambda: torch_)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setenv("QBR_CUDA", wish)
+    (stubs / "cuda.cu").touch()
+    target = cache / library_cache._key(stubs, torch_, True)
+    target.mkdir(mode=0o700, parents=True)
+    (target / build.LIBRARY).touch(mode=0o600)
+    record = {"sources": build.sources_hash(stubs, True), "cuda": True, "why_no_cuda": None}
+    (target / build.RECORD).write_text(json.dumps(record))
+    assert library_cache.find_cached(stubs, cache) == build.Built(target / build.LIBRARY, **record)
 
 
 def test_insisting_on_cuda_without_nvcc_is_not_passed_over(fresh_native, monkeypatch):
@@ -201,15 +216,18 @@ def test_nvcc_s_host_compiler_is_no_wrapper(stubs, tmp_path, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("record", ["", "{", "[]", '{"sources": "x"}', '{"sources": 1, "more": 2}', "\xff"])
 def test_a_damaged_record_is_no_library(stubs, cache, record, capfd):
-    built = build.build_cached(stubs, cache)
+    built = library_cache.build_cached(stubs, cache)
     (built.path.parent / build.RECORD).write_bytes(record.encode("latin1"))
-    assert build.find_cached(stubs, cache) is None
-    assert build.build_cached(stubs, cache) == built and capfd.readouterr().err.count("building") == 2
+    assert library_cache.find_cached(stubs, cache) is None
+    assert library_cache.build_cached(stubs, cache) == built and capfd.readouterr().err.count("building") == 2
 
 
 @needs_compiler
 def test_two_processes_build_once(stubs, cache):
-    code = f"{BY_PATH}print(build['build_cached'](Path({str(stubs)!r}), Path({str(cache)!r})).path)"
+    code = (
+        "from pathlib import Path; from qbr.kernels import library_cache\n"
+        f"print(library_cache.build_cached(Path({str(stubs)!r}), Path({str(cache)!r})).path)"
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
     results = [process.communicate() for process in both]
@@ -229,16 +247,16 @@ def test_two_threads_build_once(fresh_native, capfd):
 
 def test_the_cache_is_ours_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    directory = build.cache_dir()
+    monkeypatch.setattr(library_cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    directory = library_cache.cache_dir()
     assert directory == tmp_path / "qbr" and stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
 def test_a_home_that_cannot_be_written_to_is_no_obstacle(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    assert build.cache_dir() == tmp_path / "tmp" / f"qbr-{os.getuid()}"
+    monkeypatch.setattr(library_cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    assert library_cache.cache_dir() == tmp_path / "tmp" / f"qbr-{os.getuid()}"
 
 
 def test_the_library_changes_with_its_sources(stubs):

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_build import BY_PATH, fresh_native, needs_compiler, stubs  # noqa: F401 (fixtures)
+from test_build import fresh_native, needs_compiler, stubs  # noqa: F401 (fixtures)
 from test_parity import load
 
-from qbr.kernels import BackendUnavailable, build, native
+from qbr.kernels import BackendUnavailable, build, library_cache, native
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="permissions as on Linux")
@@ -93,7 +93,7 @@ def test_with_everything_closed_what_was_built_is_used(closed, tmp_path):
     """A home that cannot be written to, with the library in its cache; a site-packages that cannot, either; and no
     compiler: the native backend runs, and nothing was written anywhere."""
     load("native", "cpu")
-    key = build._cache_key(build.source_dir(), build.find_torch(), False)
+    key = library_cache._key(build.source_dir(), build.find_torch(), False)
     shutil.copytree(native.status().path.parent, closed / "home/.cache/qbr" / key)
     site = closed / "site"  # also where the child stands: python -c looks for modules there first
     for name in ("qbr", "csrc"):
@@ -114,7 +114,8 @@ def test_a_closed_home_s_cache_lies_under_the_temporary_directory(closed, tmp_pa
     (closed / "home").mkdir()
     close(closed / "home")
     places = dict(HOME=str(closed / "home"), XDG_CACHE_HOME=None, TMPDIR=str(tmp_path))
-    done = child(f"{BY_PATH}print(build['cache_dir']())", writable_everywhere=False, **places)
+    code = "from qbr.kernels import library_cache; print(library_cache.cache_dir())"
+    done = child(code, writable_everywhere=False, **places)
     assert done.stdout.strip() == str(tmp_path / f"qbr-{os.getuid()}"), done.stderr
 
 
@@ -122,8 +123,8 @@ def test_a_closed_home_s_cache_lies_under_the_temporary_directory(closed, tmp_pa
 def test_nowhere_to_write_is_no_error_but_a_reason(fresh_native, monkeypatch, tmp_path):  # noqa: F811
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(build.tempfile, "tempdir", None)
-    monkeypatch.setattr(build.tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    monkeypatch.setattr(library_cache.tempfile, "tempdir", None)
+    monkeypatch.setattr(library_cache.tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
     with pytest.raises(BackendUnavailable, match="no directory for what is built .*: set XDG_CACHE_HOME"):
         fresh_native.load("cpu")
 
@@ -138,9 +139,9 @@ def test_a_user_without_a_home_gets_no_folder_named_tilde(monkeypatch, tmp_path)
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(library_cache.tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.chdir(tmp_path)
-    assert build.cache_dir() == tmp_path / "tmp" / f"qbr-{os.getuid()}"
+    assert library_cache.cache_dir() == tmp_path / "tmp" / f"qbr-{os.getuid()}"
     assert not (tmp_path / "~").exists()
 
 

@@ -23,7 +23,7 @@ from test_parity import load
 from torch import nn
 
 import qbr
-from qbr.kernels import build
+from qbr.kernels import build, library_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, forks")
@@ -106,7 +106,7 @@ def check_flat(monkeypatch, warm_up: int, steps: int) -> None:
     course = Course()
     course.train(warm_up)
     for function in ("build_cached", "find_built", "cache_dir"):  # a step has no business with what is built
-        monkeypatch.setattr(build, function, None)
+        monkeypatch.setattr(library_cache, function, None)
     gc.collect()
     gc.disable()
     try:
@@ -193,7 +193,7 @@ def test_a_child_forked_during_a_build_holds_up_nobody(tmp_path):
     import fcntl
 
     ready, wait = os.pipe(), os.pipe()
-    with build._locked(tmp_path / "a.lock"):
+    with library_cache._locked(tmp_path / "a.lock"):
         child = os.fork()
         if child == 0:
             os.write(ready[1], b"x")

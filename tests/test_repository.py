@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["qbr.spec", "qbr.whole"],
     ["qbr.kernels.build"],
+    ["qbr.kernels.library_cache"],
     ["qbr.kernels.reference", "qbr.kernels.native", "qbr.kernels.triton_kernels", "qbr.kernels.triton_backend"],
     ["qbr.kernels.foreach"],
     ["qbr.kernels.triton_lists"],

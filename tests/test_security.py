@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from qbr import kernels
-from qbr.kernels import build, native
+from qbr.kernels import build, library_cache, native
 
 ROOT = Path(__file__).resolve().parents[1]
 # Calls that run code, or may, out of a file or a string.
@@ -220,11 +220,11 @@ def _ran(tmp_path: Path) -> list[Path]:
 
 @needs_compiler
 def test_names_that_a_shell_would_run_are_names(hostile, tmp_path):
-    cache = build.cache_dir()
+    cache = library_cache.cache_dir()
     assert cache == hostile / "qbr"
-    built = build.build_cached(hostile / "csrc", cache)
+    built = library_cache.build_cached(hostile / "csrc", cache)
     assert built.path.is_relative_to(cache) and built.path.stat().st_size > 0
-    assert build.find_cached(hostile / "csrc", cache) == built
+    assert library_cache.find_cached(hostile / "csrc", cache) == built
     assert not _ran(tmp_path)
     subprocess.run(["sh", "-c", f'echo "{HOSTILE[6:]}"'], cwd=hostile, capture_output=True, check=False)
     assert _ran(tmp_path)  # a shell would have
@@ -247,7 +247,7 @@ def test_names_that_a_shell_would_run_are_names(hostile, tmp_path):
 def test_a_hostile_compiler_name_runs_nothing(cxx, hostile, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", cxx)
     with pytest.raises((build.CannotBuild, build.BuildFailed)) as error:
-        build.build_cached(hostile / "csrc", build.cache_dir())
+        library_cache.build_cached(hostile / "csrc", library_cache.cache_dir())
     assert "CXX=" in str(error.value) or "$ c++ " in str(error.value)  # the name that is wrong, or the command
     assert not _ran(tmp_path)
 
@@ -267,11 +267,11 @@ def test_nvcc_is_given_no_name_that_its_shell_would_run(hostile, tmp_path):
     (tmp_path / "libcudart_static.a").write_text("!<arch>\n")
     (hostile / "csrc" / "cuda.cu").touch()
     plan = dataclasses.replace(build.plan(hostile / "csrc"), nvcc=str(nvcc), why_no_cuda=None)
-    built = build.build(plan, build.cache_dir())
+    built = build.build(plan, library_cache.cache_dir())
     assert built.cuda and not _ran(tmp_path), built.why_no_cuda
     odd = hostile / "nvcc"
     odd.symlink_to(nvcc)
-    refused = build.build(dataclasses.replace(plan, nvcc=str(odd)), build.cache_dir())
+    refused = build.build(dataclasses.replace(plan, nvcc=str(odd)), library_cache.cache_dir())
     assert not refused.cuda and "nvcc would have a shell read the name" in refused.why_no_cuda
     assert not _ran(tmp_path)
 
@@ -306,15 +306,15 @@ def _open_to(mode: int):
 ])  # fmt: skip
 def test_a_cache_that_others_can_write_to_is_refused(make, problem, cache):
     make(cache)
-    with pytest.raises(build.UnsafeDirectory, match=f"{cache} {problem}.*remove it, or set XDG_CACHE_HOME"):
-        build.cache_dir()
+    with pytest.raises(library_cache.UnsafeDirectory, match=f"{cache} {problem}.*remove it, or set XDG_CACHE_HOME"):
+        library_cache.cache_dir()
 
 
 def test_somebody_else_s_cache_is_refused(cache, monkeypatch):
-    assert build.cache_dir() == cache and stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert library_cache.cache_dir() == cache and stat.S_IMODE(cache.stat().st_mode) == 0o700
     monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
-    with pytest.raises(build.UnsafeDirectory, match="belongs to user"):
-        build.cache_dir()
+    with pytest.raises(library_cache.UnsafeDirectory, match="belongs to user"):
+        library_cache.cache_dir()
 
 
 def test_nothing_is_loaded_from_an_unsafe_cache(cache, monkeypatch):
@@ -323,20 +323,20 @@ def test_nothing_is_loaded_from_an_unsafe_cache(cache, monkeypatch):
     loaded = []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     cache.mkdir()
-    target = cache / build._cache_key(build.source_dir(), build.find_torch(), native._device())
+    target = cache / library_cache._key(build.source_dir(), build.find_torch(), native._device())
     target.mkdir()
     (target / build.LIBRARY).write_bytes(b"not to be loaded")
     record = {"sources": build.sources_hash(build.source_dir(), False), "cuda": False, "why_no_cuda": ""}
     (target / build.RECORD).write_text(json.dumps(record))
     for path in (cache, target):
         path.chmod(0o777)
-        with pytest.raises(build.UnsafeDirectory, match="written to by others"):
+        with pytest.raises(library_cache.UnsafeDirectory, match="written to by others"):
             native.load("cpu")
         path.chmod(0o700)
         native._broken = None
     (target / build.LIBRARY).rename(cache / "other.so")
     (target / build.LIBRARY).symlink_to(cache / "other.so")
-    with pytest.raises(build.UnsafeDirectory, match="qbr_native.so is a symbolic link"):
+    with pytest.raises(library_cache.UnsafeDirectory, match="qbr_native.so is a symbolic link"):
         native.load("cpu")
     assert loaded == []
 
@@ -346,18 +346,18 @@ def test_auto_does_not_pass_over_an_unsafe_cache(cache, monkeypatch):
     monkeypatch.setattr(native, "_broken", None)
     monkeypatch.setattr(kernels, "_resolved", {})
     _open_to(0o777)(cache)
-    with pytest.raises(build.UnsafeDirectory):
+    with pytest.raises(library_cache.UnsafeDirectory):
         kernels.resolve("auto", "cpu", torch.float32)
 
 
 @needs_compiler
 def test_what_a_killed_build_left_is_removed(hostile):
-    cache = build.cache_dir()
-    target = build.build_cached(hostile / "csrc", cache).path.parent
+    cache = library_cache.cache_dir()
+    target = library_cache.build_cached(hostile / "csrc", cache).path.parent
     shutil.rmtree(target)
     left = cache / f"{target.name}.killed"
     (left / "qbr-build-x").mkdir(parents=True)
     other = cache / "another-hash.building"
     other.mkdir()
-    build.build_cached(hostile / "csrc", cache)
+    library_cache.build_cached(hostile / "csrc", cache)
     assert {path.name for path in cache.iterdir()} == {target.name, f"{target.name}.lock", other.name}

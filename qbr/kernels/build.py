@@ -1,18 +1,17 @@
 """The builder of the native extension: finds torch's headers and the compilers, compiles csrc/, links one library.
 
-It imports neither torch nor qbr: setup.py loads it by path, in pip's isolated build too, and qbr/kernels/native.py
-calls it at first use where no built library lies in the package. LibTorch's stable ABI makes one library serve
-every torch from 2.11 on, CPU-only builds included, and every Python.
+It imports neither torch nor qbr: setup.py loads it by path, in pip's isolated build too, and library_cache.py calls it
+at first use where no built library lies in the package. LibTorch's stable ABI makes one library serve every torch from
+2.11 on, CPU-only builds included, and every Python.
 
 Environment:
     QBR_BUILD=0   build nothing, at install or at first use (what is built already is still used)
     QBR_CUDA=0    leave the CUDA part out;  QBR_CUDA=1: insist on it, beside a CPU-only torch too
-    CXX           the C++ compiler;  CUDA_HOME: the CUDA toolkit;  XDG_CACHE_HOME: where the cache lies
+    CXX           the C++ compiler;  CUDA_HOME: the CUDA toolkit
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -23,15 +22,12 @@ import re
 import shlex
 import shutil
 import site
-import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 MIN_TORCH = (2, 11)
@@ -60,10 +56,6 @@ class CannotBuild(RuntimeError):
 
 class BuildFailed(RuntimeError):
     """What was asked for could not be built; of a compiler's failure the message ends with its output."""
-
-
-class UnsafeDirectory(RuntimeError):
-    """Somebody else may write where libraries are loaded from; the message says where, and how to mend it."""
 
 
 @dataclass(frozen=True)
@@ -140,23 +132,30 @@ def find_nvcc() -> str | None:
     return (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
 
 
-def cuda_plan(torch: Torch | None, sources: Path, device: bool = True) -> tuple[str | None, str | None]:
-    """(nvcc, None) where a CUDA part is to be built, else (None, why not); ``device``: there may be one to use it."""
+def why_no_cuda(torch: Torch | None, sources: Path, device: bool = True) -> str | None:
+    """Why a CUDA part is not wanted, whatever compilers there are; ``device``: there may be one to use it."""
     wish = os.environ.get("QBR_CUDA", "")
-    nvcc = find_nvcc()
     if wish == "0":
-        return None, "QBR_CUDA=0 leaves it out"
+        return "QBR_CUDA=0 leaves it out"
     if not (sources / "cuda.cu").exists():
-        return None, "csrc/cuda.cu is absent"
+        return "csrc/cuda.cu is absent"
     if wish != "1" and (torch is None or torch.cuda is None):
-        return None, "torch is a CPU-only build (QBR_CUDA=1 builds it nevertheless)"
+        return "torch is a CPU-only build (QBR_CUDA=1 builds it nevertheless)"
     if wish != "1" and not device:
-        return None, "torch sees no CUDA device (QBR_CUDA=1 builds it nevertheless)"
+        return "torch sees no CUDA device (QBR_CUDA=1 builds it nevertheless)"
+    return None
+
+
+def cuda_plan(torch: Torch | None, sources: Path, device: bool = True) -> tuple[str | None, str | None]:
+    """(nvcc, None) where a CUDA part is to be built, else (None, why not); ``device`` as in why_no_cuda."""
+    why, nvcc = why_no_cuda(torch, sources, device), find_nvcc()
+    if why is not None:
+        return None, why
     if nvcc is None:
-        if wish == "1":
-            raise BuildFailed("QBR_CUDA=1, but no nvcc: put a CUDA toolkit's nvcc on the PATH or set CUDA_HOME")
-        return None, "no nvcc: put a CUDA toolkit's nvcc on the PATH or set CUDA_HOME"
-    return nvcc, None
+        why = "no nvcc: put a CUDA toolkit's nvcc on the PATH or set CUDA_HOME"
+        if os.environ.get("QBR_CUDA") == "1":
+            raise BuildFailed(f"QBR_CUDA=1, but {why}")
+    return nvcc, why
 
 
 def cuda_library_dirs(nvcc: str) -> list[str]:
@@ -310,141 +309,3 @@ def build(p: Plan, directory: Path) -> Built:
         shutil.copy(out / LIBRARY, directory / LIBRARY)
         (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return Built(directory / LIBRARY, **record)
-
-
-# ---- the cache -----------------------------------------------------------------------------------------------------
-
-
-def _check_ours(path: Path, kind: Callable[[int], bool]) -> None:
-    """Raise UnsafeDirectory unless ``path``, itself and no link to it, is this user's; of a directory, his alone."""
-    status = path.lstat()
-    if not kind(status.st_mode):
-        problem = "is a symbolic link" if stat.S_ISLNK(status.st_mode) else "is not what qbr made"
-    elif status.st_uid != os.getuid():
-        problem = f"belongs to user {status.st_uid}, not to {os.getuid()}"
-    elif stat.S_ISDIR(status.st_mode) and status.st_mode & 0o022:
-        problem = f"can be written to by others (mode {stat.S_IMODE(status.st_mode):o})"
-    else:
-        return
-    raise UnsafeDirectory(f"{path} {problem}, and what lies there would be loaded as part of this process: remove it, "
-                          "or set XDG_CACHE_HOME to a directory of your own")  # fmt: skip
-
-
-def _private(directory: Path) -> Path | None:
-    """The directory, made if need be; None where it cannot be made or written to.
-
-    Raises:
-        UnsafeDirectory: if it is there and somebody else can write to it.
-    """
-    with contextlib.suppress(OSError):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        _check_ours(directory, stat.S_ISDIR)
-        with tempfile.TemporaryFile(dir=directory):
-            return directory
-    except OSError:
-        return None
-
-
-def _places() -> list[Path]:
-    """Where a cache may lie, the best first: under the home, and under the temporary directory."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    home = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
-    places = [home / "qbr"] if home.is_absolute() else []  # "~" stays for a user without a home
-    with contextlib.suppress(FileNotFoundError):  # no temporary directory can be written to
-        places.append(Path(tempfile.gettempdir()) / f"qbr-{os.getuid()}")
-    return places
-
-
-def cache_dir() -> Path:
-    """A directory of this user alone: under the home, else under the temporary directory, else one for this process.
-
-    Raises:
-        UnsafeDirectory: as ``_private``. CannotBuild: where nothing can be written to.
-    """
-    for place in _places():
-        if (directory := _private(place)) is not None:
-            return directory
-    try:
-        return Path(tempfile.mkdtemp(prefix="qbr-"))
-    except OSError as error:
-        raise CannotBuild(f"no directory for what is built ({error}): set XDG_CACHE_HOME to one of yours") from error
-
-
-def _cache_key(sources: Path, torch: Torch | None, device: bool) -> str:
-    """Sources, torch's release, and whether a CUDA part can be had: not the C++ compiler, which may be gone by now."""
-    release = "none" if torch is None else "{}.{}".format(*torch.release)
-    cuda = cuda_plan(torch, sources, device)[0] is not None
-    return f"{sources_hash(sources, cuda)}-torch{release}-{'cuda' if cuda else 'cpu'}-{platform.machine()}"
-
-
-def _read_cached(target: Path) -> Built | None:
-    built = Built.read(target)
-    if built is not None:
-        _check_ours(target, stat.S_ISDIR)
-        _check_ours(built.path, stat.S_ISREG)
-    return None if built and not built.cuda and os.environ.get("QBR_CUDA") == "1" else built
-
-
-def find_cached(sources: Path, cache: Path, device: bool = True) -> Built | None:
-    """What was built before, if it is of these sources; UnsafeDirectory if somebody else may have put it there."""
-    torch = find_torch()
-    built, why = _read_cached(cache / _cache_key(sources, torch, device)), cuda_plan(torch, sources, device)[1]
-    return replace(built, why_no_cuda=why) if built and why else built  # when it was built that may have been another
-
-
-def find_built(sources: Path, device: bool = True) -> Built | None:
-    """find_cached() in whichever cache is there, also one that cannot be written to; makes no directory."""
-    for place in _places():
-        if os.path.lexists(place):
-            _check_ours(place, stat.S_ISDIR)
-            if (built := find_cached(sources, place, device)) is not None:
-                return built
-    return None
-
-
-def build_cached(sources: Path | None = None, cache: Path | None = None, device: bool = True) -> Built:
-    """Build into the cache, once, whoever else is at it: the others wait, then find it there.
-
-    Without a ``device`` the CUDA part, which takes nvcc far longer than all else, is left out.
-
-    Raises:
-        CannotBuild, BuildFailed: as ``plan`` and ``build`` do.
-    """
-    p = plan(sources, device)
-    cache = cache or cache_dir()
-    target = cache / _cache_key(p.sources, p.torch, device)
-    with _locked(cache / f"{target.name}.lock"):
-        found = _read_cached(target)
-        if found is not None:
-            return found
-        for left in cache.glob(f"{target.name}.*/"):  # of a build that was killed: nobody else is at this one
-            shutil.rmtree(left, ignore_errors=True)
-        _say(f"building the native extension, once, in {target} ...")
-        start = time.perf_counter()
-        staging = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=cache))
-        try:
-            built = build(p, staging)
-            shutil.rmtree(target, ignore_errors=True)  # half a directory from an older failure, or none
-            staging.rename(target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    why = "with CUDA" if built.cuda else f"without CUDA: {(built.why_no_cuda or '').splitlines()[0]}"
-    _say(f"built in {time.perf_counter() - start:.0f} s ({why})")
-    return _read_cached(target)
-
-
-@contextlib.contextmanager
-def _locked(path: Path):
-    import fcntl  # not on Windows, where nothing is built
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # closing is not enough: a process that was forked meanwhile has the file open, too
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _say(message: str) -> None:
-    print(f"qbr: {message}", file=sys.stderr, flush=True)

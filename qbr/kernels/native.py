@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qbr.kernels import BackendUnavailable, build
+from qbr.kernels import BackendUnavailable, build, library_cache
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,24 +79,26 @@ def _find() -> build.Built | None:
     packaged = build.Built.read(Path(__file__).resolve().parent)
     if sources is None:
         return packaged
-    try:
-        if packaged is not None and packaged.sources == build.sources_hash(sources, packaged.cuda):
-            if packaged.cuda:
-                return packaged
-            nvcc, why_no_cuda = build.cuda_plan(build.find_torch(), sources, _device())
-            # Installed beside a CPU-only torch and used beside a CUDA build: a new build has more to offer.
-            if nvcc is None:
-                return replace(packaged, why_no_cuda=why_no_cuda)
-        return build.find_built(sources, _device())
-    except build.CannotBuild as error:
-        raise BackendUnavailable(str(error)) from error
+    fits = packaged is not None and packaged.sources == build.sources_hash(sources, packaged.cuda)
+    if fits and packaged.cuda:
+        return packaged
+    torch_, device = build.find_torch(), _device()
+    why_no_cuda = build.why_no_cuda(torch_, sources, device)
+    if fits and why_no_cuda is not None:
+        return replace(packaged, why_no_cuda=why_no_cuda)
+    # Installed beside a CPU-only torch and used beside a CUDA build: the cache, or a new build, has more to offer.
+    cached = library_cache.find_built(sources, device)
+    if cached is not None or not fits:
+        return cached
+    nvcc, why_no_cuda = build.cuda_plan(torch_, sources, device)
+    return None if nvcc else replace(packaged, why_no_cuda=why_no_cuda)
 
 
 def _build() -> build.Built:
     if os.environ.get("QBR_BUILD") == "0":
         raise BackendUnavailable("the native extension is not built, and QBR_BUILD=0 forbids it: unset QBR_BUILD")
     try:
-        return build.build_cached(device=_device())
+        return library_cache.build_cached(device=_device())
     except build.CannotBuild as error:
         raise BackendUnavailable(str(error)) from error
 

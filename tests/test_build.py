@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -195,6 +196,43 @@ def test_a_cuda_part_is_found_after_its_nvcc_has_gone(stubs, cache, monkeypatch,
     record = {"sources": build.sources_hash(stubs, True), "cuda": True, "why_no_cuda": None}
     (target / build.RECORD).write_text(json.dumps(record))
     assert library_cache.find_cached(stubs, cache) == build.Built(target / build.LIBRARY, **record)
+
+
+def _no_build(monkeypatch, cache):
+    monkeypatch.setenv("QBR_BUILD", "0")
+
+
+def _no_compiler(monkeypatch, cache):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+
+
+def _unsafe_cache(monkeypatch, cache):
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+
+
+@pytest.mark.parametrize("hinder, why", [
+    (_no_build, "QBR_BUILD=0 forbids it"), (_no_compiler, "no C.. compiler"), (_unsafe_cache, "written to by others"),
+])  # fmt: skip
+def test_a_packaged_library_serves_where_one_with_cuda_cannot_be_built(fresh_native, stubs, tmp_path, monkeypatch,
+                                                                      hinder, why):  # fmt: skip
+    """Installed beside a CPU-only torch, used beside a CUDA build with nvcc."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / build.LIBRARY).touch()
+    (stubs / "cuda.cu").touch()
+    record = {"sources": build.sources_hash(stubs, False), "cuda": False, "why_no_cuda": "no nvcc"}
+    (tmp_path / "package" / build.RECORD).write_text(json.dumps(record))
+    torch_ = dataclasses.replace(build.find_torch(), cuda="13.0")
+    monkeypatch.setattr(fresh_native, "__file__", str(tmp_path / "package" / "native.py"))
+    monkeypatch.setattr(fresh_native, "_device", lambda: True)
+    monkeypatch.setattr(build, "find_torch", lambda: torch_)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    hinder(monkeypatch, tmp_path / "home" / "qbr")
+    found = fresh_native._find_or_build()
+    assert found.path == tmp_path / "package" / build.LIBRARY and re.search(why, found.why_no_cuda)
+    monkeypatch.setenv("QBR_CUDA", "1")
+    with pytest.raises(RuntimeError, match=why):
+        fresh_native._find_or_build()
 
 
 def test_insisting_on_cuda_without_nvcc_is_not_passed_over(fresh_native, monkeypatch):

@@ -341,6 +341,17 @@ def test_nothing_is_loaded_from_an_unsafe_cache(cache, monkeypatch):
     assert loaded == []
 
 
+def test_a_trap_in_the_temporary_directory_is_not_looked_at_where_the_home_can_be_written_to(cache, monkeypatch):
+    (cache.parent / "tmp" / f"qbr-{os.getuid()}").mkdir(parents=True)
+    (cache.parent / "tmp" / f"qbr-{os.getuid()}").chmod(0o777)
+    monkeypatch.setattr(library_cache.tempfile, "gettempdir", lambda: str(cache.parent / "tmp"))
+    assert library_cache.find_built(build.source_dir()) is None
+    (cache.parent / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "file"))  # nothing can be made there
+    with pytest.raises(library_cache.UnsafeDirectory, match="written to by others"):
+        library_cache.find_built(build.source_dir())
+
+
 def test_auto_does_not_pass_over_an_unsafe_cache(cache, monkeypatch):
     monkeypatch.setattr(native, "_loaded", None)
     monkeypatch.setattr(native, "_broken", None)

@@ -113,12 +113,18 @@ def find_cached(sources: Path, cache: Path, device: bool = True) -> Built | None
 
 
 def find_built(sources: Path, device: bool = True) -> Built | None:
-    """find_cached() in whichever cache is there, also one that cannot be written to; makes no directory."""
+    """find_cached() in whichever cache is there, also one that cannot be written to; makes no directory.
+
+    Not in those that come after one that can be written to: nothing is built there, and others may have made them.
+    """
     for place in _places():
         if os.path.lexists(place):
             _check_ours(place, stat.S_ISDIR)
             if (built := find_cached(sources, place, device)) is not None:
                 return built
+        there = next(each for each in (place, *place.parents) if each.exists())
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+            break
     return None
 
 

@@ -58,7 +58,7 @@ def _load() -> build.Built:
         if _broken is not None:  # a build that broke will break again: do not wait for it twice
             raise _broken
         try:
-            built = _find() or _build()
+            built = _find_or_build()
             try:
                 torch.ops.load_library(str(built.path))
             except OSError as error:
@@ -73,32 +73,45 @@ def _load() -> build.Built:
         return built
 
 
-def _find() -> build.Built | None:
-    """The library in the package, else in the cache, if it is of these sources."""
-    sources = build.source_dir()
-    packaged = build.Built.read(Path(__file__).resolve().parent)
-    if sources is None:
-        return packaged
-    fits = packaged is not None and packaged.sources == build.sources_hash(sources, packaged.cuda)
-    if fits and packaged.cuda:
-        return packaged
-    torch_, device = build.find_torch(), _device()
-    why_no_cuda = build.why_no_cuda(torch_, sources, device)
-    if fits and why_no_cuda is not None:
-        return replace(packaged, why_no_cuda=why_no_cuda)
-    # Installed beside a CPU-only torch and used beside a CUDA build: the cache, or a new build, has more to offer.
-    cached = library_cache.find_built(sources, device)
-    if cached is not None or not fits:
-        return cached
-    nvcc, why_no_cuda = build.cuda_plan(torch_, sources, device)
-    return None if nvcc else replace(packaged, why_no_cuda=why_no_cuda)
+def _packaged(sources: Path | None) -> build.Built | None:
+    """The library in the package, if it is of these sources or there are none beside it."""
+    found = build.Built.read(Path(__file__).resolve().parent)
+    if found is None or sources is None or found.sources == build.sources_hash(sources, found.cuda):
+        return found
+    return None
 
 
-def _build() -> build.Built:
+def _find_or_build() -> build.Built:
+    """The library in the package, else in the cache, else a new one.
+
+    Raises:
+        as load(), and library_cache.UnsafeDirectory.
+    """
+    sources, device = build.source_dir(), _device()
+    packaged = _packaged(sources)
+    if packaged is None:
+        return (library_cache.find_built(sources, device) if sources else None) or _build(device)
+    if packaged.cuda or sources is None:
+        return packaged
+    try:
+        why_no_cuda = build.why_no_cuda(build.find_torch(), sources, device)
+        if why_no_cuda is None:  # installed beside a CPU-only torch and used beside a CUDA build, or once without nvcc
+            cached = library_cache.find_built(sources, device)
+            why_no_cuda = None if cached else build.cuda_plan(build.find_torch(), sources, device)[1]
+            if why_no_cuda is None:
+                return cached or _build(device)
+    except (BackendUnavailable, build.BuildFailed, library_cache.UnsafeDirectory) as error:
+        if os.environ.get("QBR_CUDA") == "1":
+            raise
+        why_no_cuda = str(error)
+    return replace(packaged, why_no_cuda=why_no_cuda)
+
+
+def _build(device: bool) -> build.Built:
     if os.environ.get("QBR_BUILD") == "0":
         raise BackendUnavailable("the native extension is not built, and QBR_BUILD=0 forbids it: unset QBR_BUILD")
     try:
-        return library_cache.build_cached(device=_device())
+        return library_cache.build_cached(device=device)
     except build.CannotBuild as error:
         raise BackendUnavailable(str(error)) from error
 

@@ -51,8 +51,8 @@ class ActivationHookManager:
     Args:
         model: its forward starts a new set.
         target_modules: module types to watch, by default ReLU and ReLU6; QuantizedClippedReLU always is.
-        layer_names: watch exactly these instead.
-        exclude_first_last: leave out the first and the last match, where more than two match.
+        layer_names: a list of names to watch instead.
+        exclude_first_last: leave out the first and the last match, of layer_names too, where more than two match.
         detach_activations: give tensors outside of the graph.
 
     Attributes:
@@ -68,6 +68,10 @@ class ActivationHookManager:
         detach_activations: bool = False,
     ) -> None:
         self.model = model
+        if isinstance(layer_names, str):
+            raise TypeError(f"layer_names={layer_names!r}: expected a list of names")
+        if isinstance(target_modules, type):
+            raise TypeError(f"target_modules={target_modules.__name__}: expected a list of module types")
         self.target_modules = (nn.ReLU, nn.ReLU6) if target_modules is None else tuple(target_modules)
         self.layer_names = None if layer_names is None else list(layer_names)
         self.exclude_first_last = exclude_first_last

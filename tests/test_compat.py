@@ -159,6 +159,10 @@ def test_targets_and_exclusion():
     assert ActivationHookManager(model, layer_names=["2", "0"]).registered_layers == ["0", "2"]
     with pytest.warns(UserWarning, match="nowhere"):
         assert ActivationHookManager(model, layer_names=["1", "nowhere"]).registered_layers == ["1"]
+    with pytest.raises(TypeError, match="layer_names='0': expected a list"):
+        ActivationHookManager(model, layer_names="0")
+    with pytest.raises(TypeError, match="target_modules=ReLU: expected a list"):
+        ActivationHookManager(model, target_modules=nn.ReLU)
 
 
 def test_plain_relus_are_kept_too():

@@ -4,14 +4,18 @@ Prepare, calibrate, train, compile, save; then restore in a fresh process and co
     python examples/transformer.py transformer.pt && python examples/transformer.py transformer.pt --restore
 """
 
-import sys
+import argparse
 
 import torch
 from torch import nn
 
 import qbr
 
-path, restore = sys.argv[1], "--restore" in sys.argv
+parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser.add_argument("path", help="the checkpoint: written, or read with --restore")
+parser.add_argument("--restore", action="store_true", help="load it, convert, and compare the outputs")
+options = parser.parse_args()
+path, restore = options.path, options.restore
 torch.manual_seed(0)
 batches = [(torch.randint(1, 100, (4, 12)), torch.randint(100, (4,))) for _ in range(5)]
 

@@ -4,7 +4,7 @@ Prepare, calibrate, train, compile, save; then restore in a fresh process and co
     python examples/vgg11_bn.py vgg11_bn.pt && python examples/vgg11_bn.py vgg11_bn.pt --restore
 """
 
-import sys
+import argparse
 
 import torch
 from torch import nn
@@ -12,7 +12,11 @@ from torchvision.models import vgg11_bn
 
 import qbr
 
-path, restore = sys.argv[1], "--restore" in sys.argv
+parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser.add_argument("path", help="the checkpoint: written, or read with --restore")
+parser.add_argument("--restore", action="store_true", help="load it, convert, and compare the outputs")
+options = parser.parse_args()
+path, restore = options.path, options.restore
 torch.manual_seed(0)
 batches = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(5)]
 model = vgg11_bn(num_classes=10)

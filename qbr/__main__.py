@@ -13,7 +13,8 @@ from torch import nn
 
 from qbr.config import QATConfig
 from qbr.export import convert_checkpoint, inspect, load_packed, read_checkpoint, save_packed, to_onnx
-from qbr.export.files import PACKED, kind_of
+from qbr.export.files import PACKED, check_output, kind_of
+from qbr.export.predecessor import CONVERTED
 from qbr.prepare import prepare
 from qbr.quantizers import quantizers
 
@@ -145,6 +146,11 @@ def _loaded(path: Path, options: argparse.Namespace) -> nn.Module:
         raise ValueError(f"{path} is a float model (no step sizes in it): train it quantized first")
     if not quantizers(model):
         prepare(model, checkpoint.config)
+    for name, quantizer in quantizers(model).items():
+        spec = checkpoint.spec(name) if f"{name}.alpha" in checkpoint.state else None
+        if spec is not None and spec.bits != quantizer.spec.bits:
+            raise ValueError(f"{path} does not fit --model {options.model}: {name} has {spec.bits} bits in the "
+                             f"checkpoint and {quantizer.spec.bits} in the model")  # fmt: skip
     try:
         model.load_state_dict(checkpoint.state)
     except RuntimeError as error:
@@ -153,9 +159,13 @@ def _loaded(path: Path, options: argparse.Namespace) -> nn.Module:
 
 
 def _export(options: argparse.Namespace) -> None:
+    check_output(options.out, options.checkpoint, (".onnx",))
     model = _loaded(options.checkpoint, options)
     to_onnx(model, torch.zeros(2, *options.input), options.out, fold_batchnorm=options.fold_batchnorm)
-    print(inspect(options.out))
+    try:
+        print(inspect(options.out))
+    except ValueError as error:  # above 2 GB
+        print(f"written: {error}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -164,6 +174,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    check_output(options.new, options.old, CONVERTED)
     if options.model is not None and options.new.suffix == ".safetensors":
         save_packed(_loaded(options.old, options), options.new)
     else:

@@ -29,6 +29,22 @@ def kind_of(path: str | os.PathLike) -> str | None:
     return None
 
 
+def check_output(path: Path, source: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise, before anything is read or written, unless what ``source`` holds can be written to ``path``.
+
+    Raises:
+        ValueError: for another suffix, and for ``source`` itself. FileNotFoundError: for no folder.
+    """
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path}: expected a name that ends in {', '.join(suffixes[:-1])}"
+                         f"{' or ' if suffixes[1:] else ''}{suffixes[-1]}")  # fmt: skip
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    if path.exists() and source.exists() and path.samefile(source):
+        raise ValueError(f"{path} is the checkpoint itself, whose float weights and optimizer would be lost: name "
+                         "another file")  # fmt: skip
+
+
 def described(path: str | os.PathLike) -> str:
     """What a file that is not of the expected kind seems to be, for a message."""
     kind = kind_of(path)

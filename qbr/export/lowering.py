@@ -33,11 +33,18 @@ IR_VERSIONS = {21: 10, 25: 13}
 
 
 def storage(spec: QuantSpec, names: tuple[str, ...] = tuple(STORAGE)) -> tuple[str, int]:
-    """(ONNX integer type, zero point) of a range; UINT8 with a zero point where no type holds it as it is."""
+    """(ONNX integer type, zero point) of a range; UINT8 with a zero point where no type holds it as it is.
+
+    Raises:
+        ValueError: for a range that no zero point of UINT8 moves into the type.
+    """
     for name in names:
         low, high = STORAGE[name]
         if (low < 0) == (spec.qn < 0) and low <= spec.qn and spec.qp <= high:
             return name, 0
+    if not -255 <= spec.qn <= 0:
+        raise ValueError(f"codes {spec.qn}..{spec.qp}: no 8-bit type of ONNX holds them, with a zero point either; "
+                         "expected a lower end of -255 to 0, or 0..255")  # fmt: skip
     return "UINT8", -spec.qn
 
 
@@ -72,12 +79,13 @@ class Lowering:
 
     Args:
         model: with ``qbr::lsq_fwd`` nodes.
+        version: its opset.
         fold_batchnorm: see ``to_onnx``.
     """
 
-    def __init__(self, model: Any, fold_batchnorm: bool) -> None:
+    def __init__(self, model: Any, version: int, fold_batchnorm: bool) -> None:
         self.ir = need("onnxscript").ir
-        self.model, self.graph = model, model.graph
+        self.model, self.graph, self.version = model, model.graph, version
         self.notes: dict[str, dict] = {}  # what the graph does not say of its codes, for people and for inspect
         self._made: dict[tuple, Any] = {}
         self._names: dict[str, int] = {}
@@ -100,7 +108,8 @@ class Lowering:
         step = torch.from_numpy(alpha.const_value.numpy().copy())
         if alpha.dtype != self.ir.DataType.FLOAT or x.dtype == self.ir.DataType.DOUBLE:
             raise ValueError(f"{name} quantizes float64: export model.float(), ONNX quantizes no double")
-        if x.is_initializer():
+        # A parameter that an activation's quantizer reads may have a ReLU before it, or codes too narrow for the opset.
+        if x.is_initializer() and not relu and opset([spec]) <= self.version:
             key = id(x), id(alpha), spec
             if key not in self._made:
                 self._made[key] = self._weight(node, name, x, step, spec)

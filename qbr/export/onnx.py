@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from qbr import kernels
 from qbr.convert import warn_unset
 from qbr.export.codes import check_steps, quantized_weights
-from qbr.export.lowering import IR_VERSIONS, Lowering, opset, translation
+from qbr.export.lowering import IR_VERSIONS, Lowering, opset, storage, translation
 from qbr.export.optional import need
 from qbr.layers import renormalised
 from qbr.quantizers import quantizers
@@ -47,7 +47,7 @@ def to_onnx(
     model is exported in eval mode; it is left as it was.
 
     Args:
-        model: a model from ``qbr.prepare``, trained or calibrated, in float32, bfloat16 or float16.
+        model: a model from ``qbr.prepare``, trained or calibrated, in float32 or float16.
         example: what forward takes: a tensor, a tuple of positional arguments, or a dict of named ones. Its sizes
             are the file's, but for the batch.
         path: where the file goes; written whole or not at all. Above 2 GB its weights go beside it.
@@ -65,7 +65,8 @@ def to_onnx(
     Raises:
         ImportError: naming the pip command, where onnx or onnxscript is missing.
         TypeError, ValueError: for a model without quantizers, with a step that is not positive and finite, in
-            float64, or whose forward fixes the batch size.
+            float64 or bfloat16, with codes that no 8-bit type holds, whose forward does not take example or fixes
+            the batch size, and for a graph that onnx refuses. FileNotFoundError: for no folder at path.
 
     Warns:
         UserWarning: of step sizes that were never set from data.
@@ -79,6 +80,15 @@ def to_onnx(
                          "a float or converted model is torch.onnx.export's")  # fmt: skip
     for name, quantizer in found.items():
         check_steps(f"{name}.alpha", quantizer.alpha.detach())
+        try:
+            storage(quantizer.spec)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    low = next((name for name, each in model.named_parameters() if each.dtype == torch.bfloat16), None)
+    if low is not None:
+        raise TypeError(f"{low} is bfloat16, in which onnxruntime has no layers: export model.float()")
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}")
     warn_unset(model)
     version = opset([quantizer.spec for quantizer in found.values() if quantizer.kind == "weight"])
     args, kwargs = _arguments(example)
@@ -96,7 +106,7 @@ def to_onnx(
         )  # fmt: skip
     optimizer = need("onnxscript.optimizer")
     optimizer.optimize_ir(onnx_program.model)  # constants; it fuses nothing
-    Lowering(onnx_program.model, fold_batchnorm)
+    Lowering(onnx_program.model, version, fold_batchnorm)
     optimizer.optimize_ir(onnx_program.model)
     need("onnx_ir.passes.common").ClearMetadataAndDocStringPass()(onnx_program.model)  # it names this machine's files
     onnx_program.model.ir_version = IR_VERSIONS[version]
@@ -141,6 +151,13 @@ def _batch_shapes(args: tuple, kwargs: dict) -> tuple | dict:
 def _torch_export(model: nn.Module, args: tuple, kwargs: dict, shapes) -> torch.export.ExportedProgram:
     from torch._dynamo.exc import UserError  # here, since it imports all of torch._dynamo
 
+    with kernels.use_backend("reference"), torch.no_grad():
+        try:
+            copy.deepcopy(model)(*args, **kwargs)
+        except Exception as error:  # whatever forward raises
+            sizes = [tuple(each.shape) for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            raise ValueError(f"example, of the shapes {sizes}, does not go through the model's forward: "
+                             f"{type(error).__name__}: {error}") from error  # fmt: skip
     try:
         with kernels.use_backend("reference"), torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -162,7 +179,10 @@ def _write(model: Any, path: Path) -> Path:
 
     def write(temporary: Path) -> None:
         ir.save(model, temporary, external_data=beside)
-        onnx.checker.check_model(str(temporary), full_check=True)
+        try:
+            onnx.checker.check_model(str(temporary), full_check=True)
+        except Exception as error:  # onnx's errors have no base of their own
+            raise ValueError(f"{path}: onnx refuses the graph of this model: {error}") from error
         if beside is not None:
             with (path.parent / beside).open("rb+") as file:
                 os.fsync(file.fileno())

@@ -113,7 +113,10 @@ def save_packed(
         weight = renormalised(each.module, each.weight.detach().cpu())
         weights[each.name] = each.quantizer_name, weight
     specs = {name: quantizer.spec for name, quantizer in found.items()}
-    config = getattr(model, "qat_config", None) if config is None else config
+    noted = getattr(model, "qat_config", None)
+    if None not in (config, noted) and config != noted:
+        raise ValueError(f"config={config}: the model was prepared with {noted}; leave config out")
+    config = noted if config is None else config
     return write_packed(path, model.state_dict(keep_vars=True), weights, specs, config, float_dtype)
 
 

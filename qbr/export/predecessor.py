@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from qbr.config import QATConfig
-from qbr.export.files import CHECKPOINT, check_archive, described, kind_of
+from qbr.export.files import CHECKPOINT, check_archive, check_output, described, kind_of
 from qbr.export.packed import write_packed
 from qbr.spec import QuantSpec
 from qbr.whole import write_whole
 
 _WEIGHT, _ACTIVATION = ".weight_quantizer.alpha", ".quantizer.alpha"
 _LATER_CALL = re.compile(r"\.quantizer_\d+\.alpha$")
+CONVERTED = (".safetensors", ".pth", ".pt")  # what convert_checkpoint writes: packed weights, or a checkpoint
+_WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
 
 
 class _Values:
@@ -31,7 +33,7 @@ class Checkpoint:
     """What a checkpoint holds of a model.
 
     Attributes:
-        state: its state_dict, on the CPU, without DataParallel's ``module.``; loads into
+        state: its state_dict, on the CPU, without the prefixes of DataParallel and torch.compile; loads into
             ``qbr.prepare(model, config)`` with strict=True.
         config: what it was quantized with; None for a float model.
         predecessor: whether the predecessor wrote it.
@@ -50,6 +52,8 @@ class Checkpoint:
         if name.endswith(_WEIGHT) and layer.weight_bits is not None and not by_order:
             channels, shape = self.state[name].numel(), self.state[quantizer.removesuffix("_quantizer")].shape
             axis = None if not layer.weight_per_channel else 0 if shape[0] == channels else 1
+            if axis == 0 and len(shape) > 2 and shape[1] == channels:
+                return None  # of a transposed convolution it would be 1
             return QuantSpec(layer.weight_bits, channel_axis=axis)
         if (name.endswith(_ACTIVATION) or _LATER_CALL.search(name)) and layer.act_bits is not None:
             return QuantSpec(layer.act_bits, signed=False)
@@ -92,7 +96,7 @@ def read_checkpoint(
     Args:
         path: a file of torch.save (PyTorch 1.6 or later); ``model_state_dict``, ``state_dict`` or a bare one.
         config: how the model was prepared, instead of what the checkpoint says.
-        weight_bits, act_bits, clip: the same, one by one; 32 for float.
+        weight_bits, act_bits, clip: the same, one by one, instead of config's, too; 32 for float.
 
     Raises:
         FileNotFoundError. ValueError: for a file that is damaged or no checkpoint, whose tensors claim more than its
@@ -119,8 +123,14 @@ def read_checkpoint(
     args = vars(args) if predecessor else args if isinstance(args, dict) else {}
     if not steps(state):
         return Checkpoint(state, None, predecessor)
+    # Half-precision checkpoints hold their steps so, too; a quantizer's are float32.
+    state = {**state, **{name: state[name].float() for name in steps(state) if state[name].is_floating_point()}}
+    config = config or _recorded(content, path)
     if config is None:
-        config = _recorded(content, path) or _config(args, state, weight_bits, act_bits, clip, path)
+        config = _config(args, state, weight_bits, act_bits, clip, path)
+    else:
+        given = {"weight_bits": weight_bits, "act_bits": act_bits, "clip": clip}
+        config = replace(config, **{name: value for name, value in given.items() if value is not None})
     if predecessor and config.weight_bits == 1:
         raise ValueError(f"{path}: 1-bit weights of the predecessor have the levels -1, 0 and 1, which qbr's 1 bit "
                          "(-1 and 1) does not; train it again with qbr")  # fmt: skip
@@ -143,8 +153,7 @@ def convert_checkpoint(old: str | os.PathLike, new: str | os.PathLike, **options
         as ``read_checkpoint`` and ``save_packed``.
     """
     new = Path(new)
-    if new.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(f"{new}: expected .safetensors for packed weights, or .pth or .pt for a checkpoint")
+    check_output(new, Path(old), CONVERTED)
     checkpoint = read_checkpoint(old, **options)
     if checkpoint.config is None:
         raise ValueError(f"{old} is a float model (no step sizes in it): qbr.prepare takes it as it is")
@@ -164,7 +173,10 @@ def _state(content: dict, path: Path, size: int) -> dict[str, Tensor]:
         claimed = tensor.numel() * tensor.element_size()
         if claimed > size:
             raise ValueError(f"{path}: {name} claims {claimed} bytes, in a file of {size}")
-    return {name.removeprefix("module."): value.detach() for name, value in state.items()}
+    state = {name: value.detach() for name, value in state.items()}
+    while wrapper := next((each for each in _WRAPPERS if all(name.startswith(each) for name in state)), None):
+        state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    return state
 
 
 def _recorded(content: dict, path: Path) -> QATConfig | None:

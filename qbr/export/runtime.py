@@ -69,6 +69,8 @@ class Comparison:
             other side, and what follows from them differs more.
         rows_differing: samples with a code that differs.
         quantizers: {quantizer call: codes that differ} where qbr quantizes the very values that onnxruntime did.
+        missed: calls of torch's that the file does not show by that name, and whose codes were not compared: of a
+            quantizer under two names, and of one whose output is not used.
     """
 
     rows: int = 0
@@ -79,6 +81,7 @@ class Comparison:
     rows_differing: int = 0
     codes: dict[str, tuple[int, int]] = field(default_factory=dict)
     quantizers: dict[str, int] = field(default_factory=dict)
+    missed: tuple[str, ...] = ()
 
     def __add__(self, other: Comparison) -> Comparison:
         """Of two batches through one file: counts add up, differences are the larger ones."""
@@ -97,14 +100,16 @@ class Comparison:
             rows_differing=self.rows_differing + other.rows_differing,
             codes=codes,
             quantizers={name: self.quantizers.get(name, 0) + other.quantizers.get(name, 0) for name in codes},
+            missed=self.missed or other.missed,
         )
 
     def __str__(self) -> str:
         differing, total = (sum(pair[i] for pair in self.codes.values()) for i in (0, 1))
+        missed = f"; not compared: {', '.join(self.missed)}" if self.missed else ""
         return (f"top-1 equal for {self.top1_equal} of {self.rows}; outputs differ by {self.largest_difference:.3g} "
                 f"at most (largest magnitude {self.scale:.3g}); {differing} of {total} activation codes differ, in "
                 f"{self.rows_differing} samples, first within {self.from_tie:.1g} steps of a tie; given the same "
-                f"values, {sum(self.quantizers.values())} do")  # fmt: skip
+                f"values, {sum(self.quantizers.values())} do{missed}")  # fmt: skip
 
 
 def compare(
@@ -128,6 +133,7 @@ def compare(
     proto = onnx.load(str(path))
     tapped = {node.name.rpartition("/")[0]: node for node in proto.graph.node if node.op_type in _QUANTIZING}
     tapped = {name: node for name, node in tapped.items() if name in taps}
+    result.missed = tuple(name for name in taps if name not in tapped)
     inner = _with_outputs(onnx, proto, tapped)
     values = {**feed, **dict(zip([each.name for each in inner.get_outputs()], inner.run(None, feed)))}
     seen = torch.zeros(result.rows, dtype=torch.bool)  # samples that differ

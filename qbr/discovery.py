@@ -228,6 +228,6 @@ def _called(node: Node, states: dict[Node, int]) -> int:
         return _state(operands[0], states)
     if node.target in _AVERAGING:
         return max(_state(operands[0], states), NON_NEGATIVE)
-    if node.target in _ADDING and all(isinstance(value, Node) or value >= 0 for value in operands):
+    if node.target in _ADDING and all(isinstance(v, Node) or (type(v) in (int, float) and v >= 0) for v in operands):
         return max(_state([value for value in operands if isinstance(value, Node)], states), NON_NEGATIVE)
     return SIGNED

@@ -129,9 +129,9 @@ class _Planner:
                 self._relu(name, module, None)
             for function_name, function in functions.get(module, {}).items():
                 self._relu(function_name, None, function)
+        self._warn()
         self._check_ties()
         self._check_found()
-        self._warn()
 
     # What there is
 
@@ -276,8 +276,9 @@ class _Planner:
                 reason = f"all {len(all_)} are skipped or in float" if all_ else "the model has none"
                 if argument == "act_bits" and not all_:
                     reason += "; quantize_inputs=True quantizes what flows into layers instead"
+                why = "".join(f"; {each}" for each in self.plan.warnings)
                 raise ValueError(f"{argument}={bits}: no {what} to quantize ({reason}); pass {argument}=None to leave "
-                                 "that side out")  # fmt: skip
+                                 f"that side out{why}")  # fmt: skip
 
     def _configs(self, layers: bool) -> list[LayerConfig]:
         if layers:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from contextlib import contextmanager
 
 import torch
 import torch.fx
 from torch import nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
+
+from qbr.side_effects import Undone
 
 RELU_FUNCTIONS = {F.relu: None, F.relu_: None, torch.relu: None, torch.relu_: None, F.relu6: 6.0}  # and their bounds
 _RELU_METHODS = ("relu", "relu_")
@@ -32,13 +33,15 @@ def _modes() -> tuple[bool, ...]:
 class _Tracer(torch.fx.Tracer):
     """Every child is a leaf; arguments that are not named keep their default.
 
-    With ``strict``, a call under another gradient or autocast mode is refused: a graph would not keep the mode.
+    With ``strict``, buffers are stand-ins as well, and a call under another gradient or autocast mode is refused: a
+    graph would not keep the mode.
     """
 
     def __init__(self, names: tuple[str, ...], strict: bool) -> None:
         super().__init__()
         self.names = names
         self.modes = _modes() if strict else None
+        self.proxy_buffer_attributes = strict
 
     def create_node(self, *args, **kwargs):
         if self.modes not in (None, _modes()):
@@ -93,40 +96,31 @@ def _has_nodes(value) -> bool:
 def trace(owner: nn.Module, names: tuple[str, ...], training: bool = True, strict: bool = False) -> Graph:
     """The graph of owner's forward in training or in eval mode, with all its children as leaves.
 
-    Nothing is left behind: owner's attributes, its mode and the random number generator are as before.
+    Nothing is left behind: attributes, tensors, owner's mode and the random number generators are as before.
 
     Args:
         names: the arguments that are given; all others keep their defaults.
-        strict: refuse what a graph cannot repeat.
+        strict: refuse what a graph cannot repeat; in the graph, buffers are read anew, as parameters always are.
 
     Raises:
-        Untraceable: with torch.fx's reason.
+        Untraceable: with torch.fx's reason; or that random numbers were drawn, so that it may call other things the
+            next time.
     """
+    undone = Undone(owner)
     try:
-        with _untouched(owner), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with undone, torch.enable_grad():
             owner.__dict__["training"] = training
-            return _Tracer(names, strict).trace(owner)
+            graph = _Tracer(names, strict).trace(owner)
     except Untraceable:
         raise
     except Exception as error:  # the forward is anyone's code, run on stand-ins for tensors: it may raise anything
         reason = str(error).strip().split("\n")[0]
         raise Untraceable(f"{type(error).__name__}: {reason}" if reason else type(error).__name__) from error
-
-
-@contextmanager
-def _untouched(owner: nn.Module):
-    tables = ("_parameters", "_buffers", "_modules")
-    before = {**owner.__dict__, **{name: dict(owner.__dict__[name]) for name in tables}}
-    kept = {name: owner.__dict__[name] for name in tables}
-    try:
-        yield
-    finally:
-        owner.__dict__.clear()
-        owner.__dict__.update(before)
-        for name, table in kept.items():
-            table.clear()
-            table.update(before[name])
-            owner.__dict__[name] = table
+    if undone.drew:
+        raise Untraceable("it draws random numbers, and may do something else the next time")
+    if strict and undone.unrepeatable:
+        raise Untraceable(f"{undone.unrepeatable[0]}, which a graph does not repeat")
+    return graph
 
 
 def relu_calls(graph: Graph) -> list[Node]:

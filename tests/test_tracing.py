@@ -1,0 +1,192 @@
+"""Reading a forward: what it does while it is read is undone, and one that a graph cannot repeat is not rewritten."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qbr import QATConfig, plan, prepare
+
+
+def x_(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Layer(nn.Module):
+    """A layer, a ReLU module, and a forward that is given as a function."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.fc, self.act, self.run = nn.Linear(4, 4), nn.ReLU(), forward
+        self.log, self.cache, self.seen, self.last = [0], {"a": 1}, {1}, deque([2])
+        self.plain, self.n, self.feat = torch.zeros(2), 0, None
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("ema", torch.ones(4))
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def relu(layer, x):
+    return F.relu(layer.act(layer.fc(x)) - 0.1)
+
+
+# What does not stop the reading
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: s.act(s.fc(x).view(x.shape[:-1] + (2, 2))).reshape(x.size()[:-1] + (4,)),
+        lambda s, x: torch.add(s.act(s.fc(x)), x, out=None),
+        lambda s, x: torch.add(s.act(s.fc(x)), True) + [1.0][0],
+    ],
+)
+def test_sums_of_what_is_no_number(forward):
+    model = prepare(Layer(forward), QATConfig())
+    assert model(x_(2, 4)).shape == (2, 4) and hasattr(model.act, "quantizer")
+
+
+# What a forward does while it is read
+
+
+def count(layer, x):
+    layer.steps += 1
+    return relu(layer, x)
+
+
+def average(layer, x):
+    layer.ema.mul_(0.5)
+    return relu(layer, x)
+
+
+def write(layer, x):
+    layer.plain += 1
+    return relu(layer, x)
+
+
+def momentum(layer, x):
+    with torch.no_grad():
+        for parameter in layer.fc.parameters():
+            parameter.data = parameter.data * 0.9
+        for parameter in layer.fc.parameters():
+            parameter.data.mul_(0.9)
+    return relu(layer, x)
+
+
+def remember(layer, x):
+    layer.feat = layer.fc.feat = x
+    layer.n += 1
+    return relu(layer, x)
+
+
+def append(layer, x):
+    layer.log.append(x), layer.last.append(x), layer.seen.add(7)
+    layer.cache["a"] = x
+    return relu(layer, x)
+
+
+def skip(layer, x):
+    return x if random.random() < 2 else relu(layer, x)
+
+
+def skip_numpy(layer, x):
+    return x if np.random.rand() < 2 else relu(layer, x)
+
+
+def skip_torch(layer, x):
+    return x if torch.rand(1).item() < 2 else relu(layer, x)
+
+
+def look(layer, x):
+    return relu(layer, x) * (1.0 if layer.plain.sum().item() < 3 else 100.0)
+
+
+def look_at_a_buffer(layer, x):
+    return relu(layer, x) * (1.0 if layer.steps < 3 else 100.0)
+
+
+def own_tensor(layer, x):
+    return relu(layer, x) + torch.arange(4.0)
+
+
+def state(model):
+    tensors = [*model.state_dict().values(), model.plain]
+    values = [t.clone() for t in tensors], [t.data_ptr() for t in tensors]
+    items = [list(model.log), dict(model.cache), set(model.seen), list(model.last)]
+    attributes = [sorted(m.__dict__) for m in model.modules()]
+    return values, items, attributes, [model.n, model.feat, model.training, model.fc.training]
+
+
+def same(a, b) -> bool:
+    (values, addresses), *others = a
+    (values_b, addresses_b), *others_b = b
+    return all(map(torch.equal, values, values_b)) and addresses == addresses_b and others == others_b
+
+
+def random_states():
+    _, keys, position, *_ = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), keys.tolist(), position
+
+
+EFFECTS = [count, average, write, momentum, remember, append, skip, skip_numpy, skip_torch]
+
+
+@pytest.mark.parametrize("forward", EFFECTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_plan_changes_nothing(forward, training):
+    model = Layer(forward).train(training)
+    before, drawn = state(model), random_states()
+    plan(model, QATConfig())
+    assert same(state(model), before) and random_states() == drawn
+    forward(model, x_(2, 4))
+    assert not same(state(model), before) or random_states() != drawn  # it does something when it runs
+
+
+@pytest.mark.parametrize(
+    "forward, why",
+    [
+        (count, "it changes steps"), (write, "it writes to a tensor"), (momentum, "it writes to a tensor"),
+        (remember, "it changes "), (append, "it changes "), (skip, "draws random"), (skip_numpy, "draws random"),
+        (skip_torch, "draws random"), (look, "looks at a tensor's values"), (look_at_a_buffer, "control flow"),
+        (own_tensor, "makes a tensor of its own"),
+    ],
+)  # fmt: skip
+def test_a_forward_that_a_graph_does_not_repeat_is_not_rewritten(forward, why, monkeypatch):
+    monkeypatch.setattr(Layer, "forward", forward)  # so that the names in it are forward's own
+    model = nn.Sequential(Layer(forward), nn.ReLU())
+    with pytest.warns(UserWarning, match=f"^0 calls a ReLU as a function.*{why}"):
+        prepare(model, QATConfig())
+    assert "forward" not in model[0].__dict__ and not hasattr(model[0], "functional_relu_1")
+    before, drawn = state(model[0]), random_states()
+    model(x_(2, 4))
+    assert forward not in EFFECTS or not same(state(model[0]), before) or random_states() != drawn
+
+
+def test_operations_on_buffers_are_part_of_a_rewritten_forward():
+    model = prepare(nn.Sequential(Layer(average), nn.ReLU()), QATConfig())
+    assert "forward" in model[0].__dict__ and model[0].ema.tolist() == [1] * 4
+    model(x_(2, 4)), model.eval()(x_(2, 4))
+    assert model[0].ema.tolist() == [0.25] * 4
+
+
+def test_an_error_names_what_could_not_be_read():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            self.last = x
+            return self.fc(x).relu()
+
+    with pytest.raises(ValueError, match="act_bits=2: no ReLU.*the model calls a ReLU as a function.*it changes last"):
+        prepare(Remembers(), QATConfig())
+    model = prepare(Remembers(), QATConfig(act_bits=None))
+    assert not hasattr(model, "last")

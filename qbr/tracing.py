@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
+from qbr.grouping import are_saves_hooked
 from qbr.side_effects import Undone
 
 RELU_FUNCTIONS = {F.relu: None, F.relu_: None, torch.relu: None, torch.relu_: None, F.relu6: 6.0}  # and their bounds
@@ -26,15 +27,17 @@ class Untraceable(Exception):
     """Why a forward could not be read."""
 
 
-def _modes() -> tuple[bool, ...]:
-    return torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+def _modes() -> dict[str, object]:
+    autocast = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    return {"gradients or autocast": (torch.is_grad_enabled(), autocast),
+            "what is saved for backward": are_saves_hooked()}  # fmt: skip
 
 
 class _Tracer(torch.fx.Tracer):
     """Every child is a leaf; arguments that are not named keep their default.
 
-    With ``strict``, buffers are stand-ins as well, and a call under another gradient or autocast mode is refused: a
-    graph would not keep the mode.
+    With ``strict``, buffers are stand-ins as well, and a call under another gradient or autocast mode or under hooks
+    for saved tensors (checkpointing, offloading) is refused: a graph would not keep them.
     """
 
     def __init__(self, names: tuple[str, ...], strict: bool) -> None:
@@ -44,8 +47,9 @@ class _Tracer(torch.fx.Tracer):
         self.proxy_buffer_attributes = strict
 
     def create_node(self, *args, **kwargs):
-        if self.modes not in (None, _modes()):
-            raise Untraceable("it switches gradients or autocast, which a graph does not keep")
+        for what, value in (self.modes or {}).items():
+            if _modes()[what] != value:
+                raise Untraceable(f"it switches {what}, which a graph does not keep")
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module, name) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qbr import QATConfig, plan, prepare
 
@@ -116,6 +117,19 @@ def own_tensor(layer, x):
     return relu(layer, x) + torch.arange(4.0)
 
 
+def checkpointed(layer, x):
+    return relu(layer, checkpoint(layer.fc, x, use_reentrant=False))
+
+
+def checkpointed_reentrant(layer, x):
+    return relu(layer, checkpoint(layer.fc, x, use_reentrant=True))
+
+
+def offloaded(layer, x):
+    with torch.autograd.graph.save_on_cpu():
+        return relu(layer, x)
+
+
 def state(model):
     tensors = [*model.state_dict().values(), model.plain]
     values = [t.clone() for t in tensors], [t.data_ptr() for t in tensors]
@@ -155,7 +169,8 @@ def test_a_plan_changes_nothing(forward, training):
         (count, "it changes steps"), (write, "it writes to a tensor"), (momentum, "it writes to a tensor"),
         (remember, "it changes "), (append, "it changes "), (skip, "draws random"), (skip_numpy, "draws random"),
         (skip_torch, "draws random"), (look, "looks at a tensor's values"), (look_at_a_buffer, "control flow"),
-        (own_tensor, "makes a tensor of its own"),
+        (own_tensor, "makes a tensor of its own"), (checkpointed, "saved for backward"),
+        (offloaded, "saved for backward"), (checkpointed_reentrant, "it switches gradients"),
     ],
 )  # fmt: skip
 def test_a_forward_that_a_graph_does_not_repeat_is_not_rewritten(forward, why, monkeypatch):
@@ -174,6 +189,12 @@ def test_operations_on_buffers_are_part_of_a_rewritten_forward():
     assert "forward" in model[0].__dict__ and model[0].ema.tolist() == [1] * 4
     model(x_(2, 4)), model.eval()(x_(2, 4))
     assert model[0].ema.tolist() == [0.25] * 4
+
+
+def test_forwards_are_rewritten_within_saved_tensor_hooks_of_the_caller():
+    with torch.autograd.graph.save_on_cpu():
+        model = prepare(nn.Sequential(Layer(relu), nn.ReLU()), QATConfig())
+    assert "forward" in model[0].__dict__
 
 
 def test_an_error_names_what_could_not_be_read():

@@ -6,8 +6,10 @@ itself is unknown. The graphs also rewrite a forward so that a ReLU called as a 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import types
 
 import torch
 import torch.fx
@@ -143,9 +145,37 @@ def bound(node: Node) -> float | None:
 
 
 def may_call_relu(owner: nn.Module) -> bool:
-    """Whether a forward that cannot be read names a ReLU that is no child of owner; its source is not needed."""
-    code = getattr(inspect.unwrap(type(owner).forward), "__code__", None)
-    return code is not None and bool((set(code.co_names) & _RELU_NAMES) - set(owner._modules))
+    """Whether a forward that cannot be read, or one of the methods and functions that it names (torch's functions
+    excepted), names a ReLU that is no child of owner; sources are not needed."""
+    kind, seen = type(owner), set()
+    functions = [kind.forward]
+    while functions:
+        function = inspect.unwrap(functions.pop())
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        names = _names(code) - set(owner._modules)
+        if names & _RELU_NAMES:
+            return True
+        for name in names:
+            value = owner.__dict__.get(name, function.__globals__.get(name))
+            while isinstance(value, functools.partial):
+                value = value.func
+            if inspect.isroutine(value) and value in RELU_FUNCTIONS:
+                return True
+            if inspect.isfunction(value) and not str(value.__module__).startswith("torch."):
+                functions.append(value)
+            methods = [vars(base).get(name) for base in kind.__mro__ if base not in nn.Module.__mro__]
+            methods = [getattr(method, "__func__", method) for method in methods]
+            functions += [method for method in methods if inspect.isfunction(method)]
+    return False
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The names in a function's code and in that of the functions inside it."""
+    inner = [_names(each) for each in code.co_consts if isinstance(each, types.CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 class TracedForward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import deque
 
@@ -195,6 +196,67 @@ def test_forwards_are_rewritten_within_saved_tensor_hooks_of_the_caller():
     with torch.autograd.graph.save_on_cpu():
         model = prepare(nn.Sequential(Layer(relu), nn.ReLU()), QATConfig())
     assert "forward" in model[0].__dict__
+
+
+# ReLUs that a forward which cannot be read does not name itself
+
+
+class Helped(nn.Module):
+    def __init__(self, act=None):
+        super().__init__()
+        self.fc, self.act = nn.Linear(4, 4), act
+
+    def first(self, x):
+        return [F.relu(each) for each in (self.fc(x),)][0]
+
+
+class ByMethod(Helped):
+    def forward(self, x):
+        return self.first(x) if x.sum() < 1e9 else x
+
+
+class BySuper(ByMethod):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class ByAttribute(Helped):
+    def forward(self, x):
+        return self.act(self.fc(x)) if x.sum() < 1e9 else x
+
+
+class ByFunction(Helped):
+    def forward(self, x):
+        return rectified(self.fc(x)) if x.sum() < 1e9 else x
+
+
+class NoReLU(Helped):
+    def forward(self, x):
+        return self.act(self.fc(x), x) if x.sum() < 1e9 else self.cpu()
+
+
+def rectified(x):
+    return (lambda y: y.relu())(x)
+
+
+class OwnEncoderLayer(nn.TransformerEncoderLayer):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make, warned",
+    [
+        (ByMethod, True), (lambda: ByAttribute(F.relu), True), (ByFunction, True),
+        (BySuper, True),
+        (lambda: ByAttribute(functools.partial(F.relu, inplace=True)), True),
+        (lambda: ByAttribute(torch.relu), True), (lambda: ByAttribute(nn.ReLU()), False),
+        (lambda: ByAttribute(torch.tanh), False), (lambda: NoReLU(checkpoint), False),
+        (lambda: OwnEncoderLayer(4, 2, 8), True), (lambda: OwnEncoderLayer(4, 2, 8, activation="gelu"), False),
+    ],
+)  # fmt: skip
+def test_a_relu_behind_a_method_a_function_or_an_attribute_is_warned_of(make, warned):
+    found = plan(nn.Sequential(make(), nn.Linear(4, 4), nn.ReLU()), QATConfig()).warnings
+    assert [text.partition(" calls a ReLU as a function")[0] for text in found] == ["0"] * warned
 
 
 def test_an_error_names_what_could_not_be_read():

@@ -9,7 +9,7 @@ from torch import nn
 
 from qbr import discovery, running
 from qbr.config import LayerConfig, QATConfig, matches
-from qbr.discovery import NON_NEGATIVE, QUANTIZED, FunctionalReLU, Reading
+from qbr.discovery import QUANTIZED, SIGNED, FunctionalReLU, Reading
 from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
 from qbr.quantizers import quantizers
 from qbr.spec import QuantSpec
@@ -118,12 +118,13 @@ class _Planner:
         if example is not None and self.reading.untraced:
             _count_by_running(model, example, self.reading)
         self.layers = list(self.reading.inputs)
+        self.order = self.reading.order or self.layers
         self._check_patterns()
         functions: dict[nn.Module, dict[str, FunctionalReLU]] = {}
         for name, function in self.reading.functional.items():
             functions.setdefault(function.owner, {})[name] = function
         for name, module in model.named_modules():
-            if type(module) in WEIGHT_LAYERS or type(module) in ATTENTION:
+            if module in self.reading.inputs:
                 self._layer(name, module)
             elif type(module) in RELUS:
                 self._relu(name, module, None)
@@ -164,7 +165,7 @@ class _Planner:
         return {}
 
     def _policy(self, layer: nn.Module) -> int | None:
-        first, last = layer is self.layers[0], layer is self.layers[-1]
+        first, last = layer is self.order[0], layer is self.order[-1]
         if first and last and None not in (self.config.first_layer, self.config.last_layer):
             if self.config.first_layer != self.config.last_layer:
                 raise ValueError(f"first_layer={self.config.first_layer} and last_layer={self.config.last_layer}: the "
@@ -199,14 +200,20 @@ class _Planner:
             inputs, note = [], ""
 
     def _inputs(self, name: str, module: nn.Module, config: LayerConfig) -> list[str]:
-        state = self.reading.inputs[module]
-        if not config.quantize_inputs or config.act_bits is None or state == QUANTIZED or type(module) is nn.Embedding:
+        if not config.quantize_inputs or config.act_bits is None or type(module) is nn.Embedding:
             return []
-        signed = state != NON_NEGATIVE if config.input_signed is None else config.input_signed
-        attributes = ["input_quantizer", *(["memory_quantizer"] if module in self.reading.memory else [])]
-        self.plan.inputs += [PlannedInput(name, module, each, config.act_bits, signed) for each in attributes]
-        kind = "signed" if signed else "unsigned"
-        return [f"{each.partition('_')[0]} {config.act_bits} bits {kind}" for each in attributes]
+        states = {"input_quantizer": self.reading.inputs[module]}
+        if module in self.reading.memory:
+            states["memory_quantizer"] = self.reading.memory[module]
+        if states["input_quantizer"] == QUANTIZED:  # else memory needs its own, or would get the input's
+            states = {name: state for name, state in states.items() if state != QUANTIZED}
+        kinds = []
+        for attribute, state in states.items():
+            signed = state == SIGNED if config.input_signed is None else config.input_signed
+            self.plan.inputs.append(PlannedInput(name, module, attribute, config.act_bits, signed))
+            kind = "signed" if signed else "unsigned"
+            kinds.append(f"{attribute.partition('_')[0]} {config.act_bits} bits {kind}")
+        return kinds
 
     def _relu(self, name: str, module: nn.Module | None, function: FunctionalReLU | None) -> None:
         config = self.config.layer(name)
@@ -222,14 +229,16 @@ class _Planner:
         callers = self.reading.calls.get(module, {}) if function is None else {}
         calls = sum(callers.values())
         planned = PlannedReLU(name, module, function, bits, clip)
-        note = "part of a rewritten forward" if function is not None and function.given is not None else ""
+        notes = ["part of a rewritten forward"] if function is not None and function.given is not None else []
         if calls > 1:
             planned.places = callers if self.config.step_per_call else {}
-            note = f"called {calls} times, {planned.steps} {'steps' if planned.steps > 1 else 'step'}"
+            notes.append(f"called {calls} times, {planned.steps} {'steps' if planned.steps > 1 else 'step'}")
+        if module in self.reading.uneven:
+            notes.append("one step for calls that differ between training and eval")
         elif not callers and self._may_be_repeated(name):
-            note = "one step for all calls: its parent's forward does not trace"
+            notes.append("one step for all calls: its parent's forward does not trace")
         self.plan.relus.append(planned)
-        self._row(name, kind, "", f"{bits} bits" + ("" if clip is None else f", clip {clip:g}"), note)
+        self._row(name, kind, "", f"{bits} bits" + ("" if clip is None else f", clip {clip:g}"), "; ".join(notes))
 
     def _may_be_repeated(self, name: str) -> bool:
         parents = [""] + [name[:i] for i, letter in enumerate(name) if letter == "."]
@@ -289,7 +298,7 @@ class _Planner:
     def _warn(self) -> None:
         remedy = "that ReLU stays in float; use an nn.ReLU module there"
         owners = {name.rpartition(".")[0]: why for name, why in self.given_up.items()}
-        owners |= {name: self.reading.untraced[name] for name in self.reading.hidden}
+        owners = {**self.reading.hidden, **owners}
         for name, why in owners.items():
             if self.config.layer(_join(name, "functional_relu_1")).act_bits is not None:
                 text = f"{name or 'the model'} calls a ReLU as a function, and its forward cannot be read ({why}): "

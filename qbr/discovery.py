@@ -39,6 +39,7 @@ _AVERAGING = {
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
     torch.mean, "mean",
 }  # fmt: skip
+_KIND = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "size", "dim", "numel", "is_floating_point"}
 _ADDING = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -68,6 +69,11 @@ class Reading:
         inputs: {layer with a weight: the worst of what flows into it, over all calls}, in the order of first calls.
         order: those of them that the model's forward reaches, as far as is known.
         memory: {attention layer: the worst of the keys that are not the query and the values that are not the key}.
+        given: {owner: the ways in which its forward is called: (arguments that its graph has, others given)}.
+        in_place: {owner: the ReLU modules it calls, to be quantized, whose input in place is read afterwards}.
+        spoiled: {name of a ReLU to be quantized: whose forward reads what the ReLU, in another forward, changed in
+            place before}.
+        weights: {id of a parameter: the name of a module whose forward reads its values}.
         untraced: {module name: why its forward could not be read}.
         hidden: the same of those that seem to call a ReLU as a function, be it in one mode.
     """
@@ -78,6 +84,10 @@ class Reading:
     inputs: dict[nn.Module, int] = field(default_factory=dict)
     order: list[nn.Module] = field(default_factory=list)
     memory: dict[nn.Module, int] = field(default_factory=dict)
+    given: dict[nn.Module, set[tuple]] = field(default_factory=dict)
+    in_place: dict[nn.Module, set[nn.Module]] = field(default_factory=dict)
+    spoiled: dict[str, str] = field(default_factory=dict)
+    weights: dict[int, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
 
@@ -106,6 +116,7 @@ class _Reader:
         self.visited: set[nn.Module] = set()
         self.reached = True  # whether the forwards that are followed are called by the model's
         self.followed: dict[tuple, int] = {}  # what a forward puts out, by what it is called with
+        self.changed: dict[nn.Module, dict[str, set[str]]] = {}  # {owner: {argument: ReLUs that change it in place}}
 
     def visit(self, name: str, module: nn.Module, node: Node | None, states: dict[Node, int]) -> int:
         """What a call of module puts out; what is called inside is noted. Without node: nothing is known of it."""
@@ -162,6 +173,8 @@ class _Reader:
             if key not in self.followed:
                 graph = tracing.trace(owner, tuple(given))
                 self.followed[key] = self._both(name, owner, graph, inputs)
+            ways = self.reading.given.setdefault(owner, set())
+            ways.add((tuple(given), tuple(tracing.others(owner, node))))
             return self.followed[key]
         except Untraceable as error:
             if _has_forward(owner):
@@ -210,16 +223,41 @@ class _Reader:
                 if type(called) in RELUS:
                     calls.setdefault(called, []).append(_source(each))
                 states[each] = self.visit(self.names[called], called, each, states)
+                self._in_place(owner, called, each)
             elif each in relus:
                 index = relus.index(each)
                 states[each] = self._function(name, owner, tuple(inputs), index, tracing.bound(each))
+                if tracing.works_in_place(each) and states[each] == QUANTIZED:
+                    self._changes(owner, each.args[0] if each.args else None, {_functional(name, index)})
             elif each.op in ("call_function", "call_method"):
                 states[each] = _called(each, states)
+            elif each.op == "get_attr" and not each.target.startswith("_tensor_constant"):
+                if not all(map(_asks_for_its_kind, each.users)):
+                    self.reading.weights.setdefault(id(operator.attrgetter(each.target)(owner)), name)
             elif each.op == "output":
                 return _state(each.args[0], states), calls
 
+    def _in_place(self, owner: nn.Module, called: nn.Module, node: Node) -> None:
+        """Note what ReLUs that are to be quantized change in place for those who read it after this call."""
+        if type(called) in RELUS:
+            name = self.names[called]
+            if called.inplace and self.quantized(name, called):
+                if tracing.readers_after(node):
+                    self.reading.in_place.setdefault(owner, set()).add(called)
+                self._changes(owner, node.args[0] if node.args else None, {name})
+        for argument, relus in self.changed.get(called, {}).items():
+            x = tracing.arguments(called, node).get(argument)
+            if isinstance(x, Node):
+                if any(node < user for user in x.users):
+                    self.reading.spoiled.update(dict.fromkeys(relus, self.names[owner]))
+                self._changes(owner, x, relus)
+
+    def _changes(self, owner: nn.Module, x: Node | None, relus: set[str]) -> None:
+        if x is not None and x.op == "placeholder":
+            self.changed.setdefault(owner, {}).setdefault(x.target, set()).update(relus)
+
     def _function(self, name: str, owner: nn.Module, given: tuple[str, ...], index: int, clip: float | None) -> int:
-        full = _join(name, f"functional_relu_{index + 1}")
+        full = _functional(name, index)
         self.reading.functional.setdefault(full, FunctionalReLU(owner, name, index, clip, given))
         return QUANTIZED if self.quantized(full, None) else NON_NEGATIVE
 
@@ -261,6 +299,15 @@ def _is_torchs(kind: type) -> bool:
 
 def _join(name: str, child: str) -> str:
     return f"{name}.{child}" if name else child
+
+
+def _functional(name: str, index: int) -> str:
+    return _join(name, f"functional_relu_{index + 1}")
+
+
+def _asks_for_its_kind(user: Node) -> bool:
+    """Whether a node asks a tensor for its dtype, shape and the like only, and not for its values."""
+    return (user.target is getattr and user.args[1] in _KIND) or (user.op == "call_method" and user.target in _KIND)
 
 
 def _source(call: Node) -> tuple:

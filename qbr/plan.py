@@ -65,9 +65,10 @@ class Plan:
 
     Attributes:
         weights, relus, inputs: what becomes quantized.
-        forwards: {module: the forward that takes the place of its own, with its functional ReLUs as modules}.
+        forwards: {module: the forward that takes the place of its own, with its functional ReLUs as modules, and with
+            the results of ReLU modules where these worked in place}.
         rows: the table: name, type, weight, activation, note.
-        warnings: ReLUs that stay in float because a forward could not be read.
+        warnings: ReLUs that stay in float because a forward could not be read, and weights that are read in float.
     """
 
     weights: list[PlannedWeight] = field(default_factory=list)
@@ -113,7 +114,8 @@ class _Planner:
         self.config = config
         self.plan = Plan()
         self.names = {module: name for name, module in model.named_modules()}
-        self.given_up: dict[str, str] = {}  # functional ReLUs whose owner cannot be rewritten, and why
+        self.given_up: dict[str, str] = {}  # ReLUs that need a rewritten forward which cannot be had, and why
+        self.spoiled: set[str] = set()  # those of them that work in place for the reader of another forward
         self.reading = self._read(model)
         if example is not None and self.reading.untraced:
             _count_by_running(model, example, self.reading)
@@ -137,32 +139,42 @@ class _Planner:
     # What there is
 
     def _read(self, model: nn.Module) -> Reading:
-        """The reading of model, with a rewritten forward for every owner of a functional ReLU to be quantized."""
+        """The reading of model, with a rewritten forward where ReLUs to be quantized need one."""
         while True:
             reading = discovery.read(model, lambda name, module: self._bits_of_relu(name) is not None)
             failed = self._rewrite(reading)
-            if not failed:
+            if not failed and not reading.spoiled:
                 return reading
             self.given_up.update(failed)
+            for name, reader in reading.spoiled.items():
+                self.given_up[name] = f"{reader or 'the model'} reads what it changes in place"
+                self.spoiled.add(name)
 
     def _bits_of_relu(self, name: str) -> int | None:
         return None if name in self.given_up else self.config.layer(name).act_bits
 
     def _rewrite(self, reading: Reading) -> dict[str, str]:
-        """Fill plan.forwards; {name: why} of the functional ReLUs for which that is impossible."""
+        """Fill plan.forwards; {name: why} of the ReLUs for which that is impossible."""
         self.plan.forwards = {}
-        owners: dict[nn.Module, dict[str, FunctionalReLU]] = {}
+        owners: dict[nn.Module, list[str]] = {owner: [] for owner in reading.in_place}
         for name, function in reading.functional.items():
-            if function.given is not None and name not in self.given_up:
-                owners.setdefault(function.owner, {})[name] = function
+            if function.given is not None:
+                owners.setdefault(function.owner, []).append(name)
         for owner, mine in owners.items():
+            in_place = reading.in_place.get(owner, set())
             wanted = [name.rpartition(".")[2] if self._bits_of_relu(name) is not None else None for name in mine]
-            if any(wanted):
+            if any(wanted) or in_place:
                 try:
-                    self.plan.forwards[owner] = TracedForward(owner, next(iter(mine.values())).given, wanted)
+                    self.plan.forwards[owner] = self._forward(owner, reading.given[owner], wanted, in_place)
                 except Untraceable as error:
-                    return dict.fromkeys(mine, str(error))
+                    return dict.fromkeys([*mine, *(self.names[relu] for relu in in_place)], str(error))
         return {}
+
+    def _forward(self, owner: nn.Module, ways: set[tuple], relus: list, in_place: set[nn.Module]) -> TracedForward:
+        (given, others), *more = ways
+        if more or others:
+            raise Untraceable("it is called with different arguments, or with others than its defaults")
+        return TracedForward(owner, given, relus, in_place)
 
     def _policy(self, layer: nn.Module) -> int | None:
         first, last = layer is self.order[0], layer is self.order[-1]
@@ -229,7 +241,10 @@ class _Planner:
         callers = self.reading.calls.get(module, {}) if function is None else {}
         calls = sum(callers.values())
         planned = PlannedReLU(name, module, function, bits, clip)
-        notes = ["part of a rewritten forward"] if function is not None and function.given is not None else []
+        rewritten = any(module in relus for relus in self.reading.in_place.values())
+        if function is not None:
+            rewritten = function.given is not None
+        notes = ["part of a rewritten forward"] if rewritten else []
         if calls > 1:
             planned.places = callers if self.config.step_per_call else {}
             notes.append(f"called {calls} times, {planned.steps} {'steps' if planned.steps > 1 else 'step'}")
@@ -296,14 +311,24 @@ class _Planner:
         return [self.config.layer(name) for name in [*names, *self.reading.functional]]
 
     def _warn(self) -> None:
-        remedy = "that ReLU stays in float; use an nn.ReLU module there"
-        owners = {name.rpartition(".")[0]: why for name, why in self.given_up.items()}
-        owners = {**self.reading.hidden, **owners}
+        warnings = self.plan.warnings
+        functions = [name for name in self.given_up if name in self.reading.functional and name not in self.spoiled]
+        owners = {**self.reading.hidden, **{name.rpartition(".")[0]: self.given_up[name] for name in functions}}
         for name, why in owners.items():
             if self.config.layer(_join(name, "functional_relu_1")).act_bits is not None:
                 text = f"{name or 'the model'} calls a ReLU as a function, and its forward cannot be read ({why}): "
-                self.plan.warnings.append(text + remedy)
-
+                warnings.append(text + "that ReLU stays in float; use an nn.ReLU module there")
+        for name in [name for name in self.given_up if name not in functions]:
+            why = self.given_up[name]
+            if name not in self.spoiled:
+                why = f"what it changes is read afterwards, by a forward that cannot be read ({why})"
+            warnings.append(f"{name} is a ReLU in place: {why}; it stays in float, use one that is not in place")
+        for each in self.plan.weights:
+            reader = self.reading.weights.get(id(getattr(each.module, each.parameter)))
+            if reader is not None:
+                warnings.append(f"the forward of {reader or 'the model'} reads {_join(each.name, each.parameter)} by "
+                                "itself, and gets the float values until convert(): call the layer there, or leave it "
+                                f"in float with QATConfig(skip=[{each.name!r}])")  # fmt: skip
 
 def _weight_spec(name: str, module: nn.Module, parameter: str, config: LayerConfig) -> QuantSpec:
     if isinstance(module, nn.Embedding):

@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import types
+from collections.abc import Container
 
 import torch
 import torch.fx
@@ -93,6 +94,14 @@ def arguments(owner: nn.Module, node: Node | None) -> dict[str, object]:
     }
 
 
+def others(owner: nn.Module, node: Node | None) -> list[str]:
+    """The arguments that a call passes values of its own to which are in no graph and not the defaults."""
+    names = parameters(owner)
+    given = {} if node is None else {**dict(zip(names, node.args)), **node.kwargs}
+    graph = arguments(owner, node)
+    return [name for name, value in given.items() if name not in graph and value is not names.get(name)]
+
+
 def _has_nodes(value) -> bool:
     found = []
     torch.fx.map_arg(value, found.append)
@@ -139,6 +148,16 @@ def relu_calls(graph: Graph) -> list[Node]:
     ]
 
 
+def readers_after(call: Node) -> list[Node]:
+    """Who else reads the input of a call after it."""
+    x = _input(call)
+    return [user for user in x.users if call < user] if isinstance(x, Node) else []
+
+
+def _input(call: Node):
+    return next(iter((*call.args, *call.kwargs.values())), None)
+
+
 def bound(node: Node) -> float | None:
     """The upper bound of a functional ReLU: 6 for relu6."""
     return RELU_FUNCTIONS.get(node.target)
@@ -182,23 +201,29 @@ class TracedForward:
     """A forward read by torch.fx in both modes, in which some ReLUs are modules; it takes forward's place on owner.
 
     An attribute that the original forward reads, other than parameters, buffers, modules and ``training``, has the
-    value of the time of reading.
+    value of the time of reading. What a ReLU changed in place is read from its result.
 
     Args:
         owner: whose forward it is.
         given: the arguments that the graphs have; others must keep their defaults.
         relus: the name that a ReLU module has in owner for each functional call, in order; None leaves one alone.
+        in_place: ReLU modules that owner calls, which work in place and will no longer.
 
     Raises:
-        Untraceable: if a mode does not trace, the modes call different ReLUs, forward makes tensors of its own, or
-            switches gradients or autocast.
+        Untraceable: if a mode does not trace, the modes call different ReLUs, or forward does what a graph does not
+            repeat (see trace).
     """
 
-    def __init__(self, owner: nn.Module, given: tuple[str, ...], relus: list[str | None]) -> None:
+    def __init__(
+        self, owner: nn.Module, given: tuple[str, ...], relus: list[str | None], in_place: Container[nn.Module] = ()
+    ) -> None:
         self.owner = owner
         self.given = given
         self.defaults = parameters(owner)
-        self._code = {mode: _rewritten(trace(owner, given, mode, strict=True), relus) for mode in (True, False)}
+        graphs = {mode: trace(owner, given, mode, strict=True) for mode in (True, False)}
+        if len({tuple(map(bound, relu_calls(graph))) for graph in graphs.values()}) > 1:
+            raise Untraceable("it calls different ReLUs in training and in eval mode")
+        self._code = {mode: _rewritten(owner, graph, relus, in_place) for mode, graph in graphs.items()}
         self._compile()
 
     def _compile(self) -> None:
@@ -252,30 +277,33 @@ class _Module:
         return importlib.import_module(self.name)
 
 
-def _rewritten(graph: Graph, relus: list[str | None]) -> tuple[str, dict]:
+def _rewritten(owner: nn.Module, graph: Graph, relus: list[str | None], in_place: Container[nn.Module]) -> tuple:
     """(source of a function ``forward(self, ...)``, the names it uses) of graph with modules for its ReLU calls."""
     if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in graph.nodes):
         raise Untraceable("its forward makes a tensor of its own, which would never change again")
     calls = relu_calls(graph)
     if len(calls) != len(relus):
-        raise Untraceable("it calls different ReLUs in training and in eval mode")
-    order = {node: i for i, node in enumerate(graph.nodes)}
+        raise Untraceable("it is called in several ways, which call different ReLUs")
+    for node in graph.nodes:
+        if node.op == "call_module" and owner.get_submodule(node.target) in in_place:
+            for user in readers_after(node):
+                user.replace_input_with(_input(node), node)
     for call, name in zip(calls, relus):
         if name is None:
             continue
-        x = call.args[0] if call.args else call.kwargs["input"]
+        x, readers = _input(call), readers_after(call) if works_in_place(call) else []
         with graph.inserting_after(call):
             module = graph.call_module(name, (x,))
-        if _in_place(call):  # whoever reads x afterwards has read the result
-            for user in [user for user in x.users if order.get(user, -1) > order[call]]:
-                user.replace_input_with(x, module)
+        for user in readers:
+            user.replace_input_with(x, module)
         call.replace_all_uses_with(module)
         graph.erase_node(call)
     code = graph.python_code("self")
     return code.src, dict(code.globals)
 
 
-def _in_place(call: Node) -> bool:
+def works_in_place(call: Node) -> bool:
+    """Whether a functional ReLU writes its result to its input."""
     if call.target in (F.relu_, torch.relu_, "relu_"):
         return True
     return call.target in (F.relu, F.relu6) and bool([*call.args[1:2], call.kwargs.get("inplace", False)][0])

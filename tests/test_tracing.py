@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qbr import QATConfig, plan, prepare
+from qbr import QATConfig, QuantizedClippedReLU, plan, prepare
 
 
 def x_(*shape, seed=0):
@@ -196,6 +196,127 @@ def test_forwards_are_rewritten_within_saved_tensor_hooks_of_the_caller():
     with torch.autograd.graph.save_on_cpu():
         model = prepare(nn.Sequential(Layer(relu), nn.ReLU()), QATConfig())
     assert "forward" in model[0].__dict__
+
+
+# ReLUs that work in place
+
+
+class PreActivated(nn.Module):
+    """A residual block whose ReLU in place changes what the shortcut reads."""
+
+    def __init__(self, relu=None, looks=False):
+        super().__init__()
+        self.fc, self.r, self.looks = nn.Linear(4, 4), relu or nn.ReLU(inplace=True), looks
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        x = x + 0
+        y = self.fc(self.r(x)) * 1e-3
+        if self.looks:
+            self.seen = self.seen + 1
+        return y + x
+
+
+def test_what_a_relu_changes_in_place_is_read_from_its_result():
+    for relu in (nn.ReLU(inplace=True), nn.ReLU6(inplace=True)):
+        assert "part of a rewritten forward" in str(plan(PreActivated(relu), QATConfig()))
+        model = prepare(PreActivated(relu), QATConfig(8, 8))
+        for mode in (True, False):
+            assert model.train(mode)(x_(64, 4)).min() > -0.01 and x_(64, 4).min() < -2
+    model = prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), QATConfig())
+    assert "forward" not in model.__dict__  # nobody reads it
+
+
+def test_a_relu_in_place_whose_readers_cannot_be_helped_stays_in_float():
+    with pytest.warns(UserWarning, match="^0.r is a ReLU in place: what it changes .*it changes seen"):
+        model = prepare(nn.Sequential(PreActivated(looks=True), nn.Linear(4, 4), nn.ReLU()), QATConfig(8, 8))
+    assert type(model[0].r) is nn.ReLU and model[0](x_(64, 4)).min() > -0.01
+    skipped = plan(nn.Sequential(PreActivated(looks=True), nn.Linear(4, 4), nn.ReLU()), QATConfig(skip=["0.r"]))
+    assert not skipped.warnings and not skipped.forwards
+
+
+class Around(nn.Module):
+    """A shortcut around a module that changes its input in place."""
+
+    def __init__(self, branch):
+        super().__init__()
+        self.branch, self.last = branch, nn.ReLU()
+
+    def forward(self, x):
+        x = x + 0
+        return self.last(self.branch(x)) * 1e-3 + x
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.relu(self.fc(F.relu_(x)))
+
+
+@pytest.mark.parametrize(
+    "branch, name",
+    [
+        (lambda: nn.Sequential(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))), "branch.0.0"),
+        (lambda: nn.Sequential(InPlace()), "branch.0.functional_relu_1"),
+    ],
+)
+def test_a_relu_that_changes_the_input_of_a_branch_in_place_stays_in_float(branch, name):
+    with pytest.warns(UserWarning, match=f"^{name} is a ReLU in place: the model reads what it changes in place"):
+        model = prepare(Around(branch()), QATConfig(8, 8))
+    assert model(x_(64, 4)).min() > -0.01
+    quantized = {name for name, module in model.named_modules() if type(module) is QuantizedClippedReLU}
+    assert quantized == {"last", *(["branch.0.functional_relu_2"] if "functional" in name else [])}
+
+
+# Calls that one graph does not serve, and weights that are read past their layers
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x, skip=None, scale=1.0):
+        y = F.relu(self.fc(x)) * scale
+        return y if skip is None else y + skip
+
+
+CALLS = [lambda f, x: f(x, skip=x), lambda f, x: f(x, None, 2.0), lambda f, x: f(x, scale=2.0)]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_forward_that_is_called_in_several_ways_is_not_rewritten(call):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.r = Inner(), nn.ReLU()
+
+        def forward(self, x):
+            return self.r(call(self.i, self.i(x)))
+
+    with pytest.warns(UserWarning, match="^i calls a ReLU as a function.*called with different arguments"):
+        model = prepare(Outer(), QATConfig())
+    assert model(x_(2, 4)).shape == (2, 4)
+
+
+def test_a_weight_that_a_forward_reads_itself_is_warned_of():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc, self.r = nn.Embedding(5, 4), nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, tokens):
+            x = self.r(self.fc(self.embed(tokens).to(self.fc.weight.dtype)))
+            return F.linear(x, self.embed.weight)
+
+    found = plan(Tied(), QATConfig()).warnings
+    assert len(found) == 1 and found[0].startswith("the forward of the model reads embed.weight by itself")
+    assert not plan(Tied(), QATConfig(skip=["embed"])).warnings
+    with pytest.warns(UserWarning, match="embed.weight"):
+        prepare(Tied(), QATConfig())
 
 
 # ReLUs that a forward which cannot be read does not name itself

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from qbr import discovery, running
 from qbr.config import LayerConfig, QATConfig, matches
@@ -130,6 +133,8 @@ class _Planner:
                 self._layer(name, module)
             elif type(module) in RELUS:
                 self._relu(name, module, None)
+            else:
+                self._row_of_a_kind(name, module)
             for function_name, function in functions.get(module, {}).items():
                 self._relu(function_name, None, function)
         self._warn()
@@ -258,6 +263,19 @@ class _Planner:
     def _may_be_repeated(self, name: str) -> bool:
         parents = [""] + [name[:i] for i, letter in enumerate(name) if letter == "."]
         return any(parent in self.reading.untraced for parent in parents[-1:])
+
+    def _row_of_a_kind(self, name: str, module: nn.Module) -> None:
+        """The row of a module that is of none of the exact types, and stays in float."""
+        kind = next((kind for kind in (*WEIGHT_LAYERS, *ATTENTION, *RELUS) if isinstance(module, kind)), None)
+        if kind is None or type(module) is NonDynamicallyQuantizableLinear:  # an out_proj is part of its attention
+            return
+        reason = f"subclass of {kind.__name__}"
+        if is_parametrized(module):
+            reason = "parametrized"
+        elif isinstance(module, LazyModuleMixin):
+            reason = "lazy: run the model once before"
+        cells = ("", f"float ({reason})") if kind in RELUS else (f"float ({reason})", "")
+        self._row(name, module, *cells, "")
 
     def _row(self, name: str, kind, weight: str, activation: str, note: str) -> None:
         kind = kind if isinstance(kind, str) else type(kind).__name__

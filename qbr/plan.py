@@ -341,12 +341,15 @@ class _Planner:
             if name not in self.spoiled:
                 why = f"what it changes is read afterwards, by a forward that cannot be read ({why})"
             warnings.append(f"{name} is a ReLU in place: {why}; it stays in float, use one that is not in place")
-        for each in self.plan.weights:
-            reader = self.reading.weights.get(id(getattr(each.module, each.parameter)))
-            if reader is not None:
-                warnings.append(f"the forward of {reader or 'the model'} reads {_join(each.name, each.parameter)} by "
-                                "itself, and gets the float values until convert(): call the layer there, or leave it "
-                                f"in float with QATConfig(skip=[{each.name!r}])")  # fmt: skip
+        read = {_join(each.name, each.parameter): self.reading.weights[id(getattr(each.module, each.parameter))]
+                for each in self.plan.weights
+                if id(getattr(each.module, each.parameter)) in self.reading.weights}  # fmt: skip
+        if read:
+            readers = sorted({name or "the model" for name in read.values()})
+            warnings.append(f"{list(read)}: read by forwards that are not their layers' (of {readers}), which get the "
+                            "float values until convert(): call the layers there, or leave these weights in float with "
+                            "QATConfig(skip=...)")  # fmt: skip
+
 
 def _weight_spec(name: str, module: nn.Module, parameter: str, config: LayerConfig) -> QuantSpec:
     if isinstance(module, nn.Embedding):

@@ -37,7 +37,7 @@ class Undone:
                 self._attributes.append((prefix, table, dict(table)))
             for key, value in module.__dict__.items():
                 if isinstance(value, (list, dict, set, deque)) and key not in _TABLES:
-                    self._containers.append((_join(prefix, key), value, _items(value)))
+                    self._containers.append((_join(prefix, key), value, _items(value) if value else []))
         for name, tensor in (*self.owner.named_parameters(), *self.owner.named_buffers()):
             if type(tensor) in (Tensor, nn.Parameter):
                 self._data.append((name, tensor, tensor.data))
@@ -56,7 +56,7 @@ class Undone:
                 tensor.data = data
                 self.unrepeatable.append(f"it replaces the values of {name}")
         for name, container, before in self._containers:
-            if not _same(_items(container), before):
+            if (container or before) and not _same(_items(container), before):
                 container.clear()
                 (container.extend if isinstance(container, (list, deque)) else container.update)(before)
                 self._note(name)
@@ -110,9 +110,10 @@ class _Generators:
 
     def put_back(self) -> bool:
         """Whether they had moved."""
-        moved = not _equal(self._states(), self.before)
+        python, numpy, cpu, *cuda = self.before
+        python_now, *others = self._states()
+        moved = python_now != python or not all(map(_equal, others, self.before[1:]))
         if moved:
-            python, numpy, cpu, *cuda = self.before
             random.setstate(python)
             np.random.set_state(numpy)
             torch.set_rng_state(cpu)
@@ -122,7 +123,8 @@ class _Generators:
 
 
 def _equal(a, b) -> bool:
-    if isinstance(a, (tuple, list)):
+    """Whether two states, or tuples with arrays among them, are the same."""
+    if isinstance(a, tuple):
         return len(a) == len(b) and all(map(_equal, a, b))
     return bool((a == b).all()) if isinstance(a, (Tensor, np.ndarray)) else a == b
 

@@ -313,7 +313,7 @@ def test_a_weight_that_a_forward_reads_itself_is_warned_of():
             return F.linear(x, self.embed.weight)
 
     found = plan(Tied(), QATConfig()).warnings
-    assert len(found) == 1 and found[0].startswith("the forward of the model reads embed.weight by itself")
+    assert len(found) == 1 and found[0].startswith("['embed.weight']: read by forwards that are not their layers' (of ")
     assert not plan(Tied(), QATConfig(skip=["embed"])).warnings
     with pytest.warns(UserWarning, match="embed.weight"):
         prepare(Tied(), QATConfig())

@@ -160,7 +160,7 @@ class _Planner:
 
     def _rewrite(self, reading: Reading) -> dict[str, str]:
         """Fill plan.forwards; {name: why} of the ReLUs for which that is impossible."""
-        self.plan.forwards = {}
+        self.plan.forwards, failed = {}, {}
         owners: dict[nn.Module, list[str]] = {owner: [] for owner in reading.in_place}
         for name, function in reading.functional.items():
             if function.given is not None:
@@ -172,8 +172,8 @@ class _Planner:
                 try:
                     self.plan.forwards[owner] = self._forward(owner, reading.given[owner], wanted, in_place)
                 except Untraceable as error:
-                    return dict.fromkeys([*mine, *(self.names[relu] for relu in in_place)], str(error))
-        return {}
+                    failed |= dict.fromkeys([*mine, *(self.names[relu] for relu in in_place)], str(error))
+        return failed
 
     def _forward(self, owner: nn.Module, ways: set[tuple], relus: list, in_place: set[nn.Module]) -> TracedForward:
         (given, others), *more = ways

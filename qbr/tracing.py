@@ -99,7 +99,13 @@ def others(owner: nn.Module, node: Node | None) -> list[str]:
     names = parameters(owner)
     given = {} if node is None else {**dict(zip(names, node.args)), **node.kwargs}
     graph = arguments(owner, node)
-    return [name for name, value in given.items() if name not in graph and value is not names.get(name)]
+    return [name for name, value in given.items() if name not in graph and not _is_same(value, names.get(name))]
+
+
+def _is_same(value, default) -> bool:
+    """Whether value is the default, or a number or string that is equal to it."""
+    alike = type(value) is type(default) and isinstance(value, (bool, int, float, str))
+    return value is default or (alike and value == default)
 
 
 def _has_nodes(value) -> bool:
@@ -243,7 +249,7 @@ class TracedForward:
         if len(args) > len(self.defaults) or len(values) < len(args) + len(kwargs):
             raise TypeError(f"{type(self.owner).__name__}.forward was called with arguments that it does not have")
         for name, value in values.items():
-            if name not in self.given and value is not self.defaults.get(name, self):
+            if name not in self.given and not _is_same(value, self.defaults.get(name, self)):
                 call = f"{type(self.owner).__name__}.forward({name}=<{type(value).__name__}>)"
                 raise TypeError(f"{call}: this forward calls a ReLU as a function and was read by torch.fx with "
                                 f"{name!r} at its default; use nn.ReLU there, or QATConfig(skip=...)")  # fmt: skip

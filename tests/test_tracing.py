@@ -300,6 +300,9 @@ def test_a_forward_that_is_called_in_several_ways_is_not_rewritten(call):
     with pytest.warns(UserWarning, match="^i calls a ReLU as a function.*called with different arguments"):
         model = prepare(Outer(), QATConfig())
     assert model(x_(2, 4)).shape == (2, 4)
+    call = lambda f, x: f(x, scale=float("1"))  # noqa: E731 (what Outer's forward looks up)
+    model = prepare(Outer(), QATConfig())
+    assert model(x_(2, 4)).shape == (2, 4) and "forward" in model.i.__dict__
 
 
 def test_a_weight_that_a_forward_reads_itself_is_warned_of():

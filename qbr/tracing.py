@@ -290,20 +290,21 @@ def _rewritten(owner: nn.Module, graph: Graph, relus: list[str | None], in_place
     calls = relu_calls(graph)
     if len(calls) != len(relus):
         raise Untraceable("it is called in several ways, which call different ReLUs")
-    for node in graph.nodes:
-        if node.op == "call_module" and owner.get_submodule(node.target) in in_place:
-            for user in readers_after(node):
-                user.replace_input_with(_input(node), node)
-    for call, name in zip(calls, relus):
-        if name is None:
+    names = dict(zip(calls, relus))
+    for node in list(graph.nodes):
+        name = names.get(node)
+        changes_input = node.op == "call_module" and owner.get_submodule(node.target) in in_place
+        if name is None and not changes_input:
             continue
-        x, readers = _input(call), readers_after(call) if works_in_place(call) else []
-        with graph.inserting_after(call):
-            module = graph.call_module(name, (x,))
-        for user in readers:
-            user.replace_input_with(x, module)
-        call.replace_all_uses_with(module)
-        graph.erase_node(call)
+        x, result = _input(node), node
+        readers = readers_after(node) if changes_input or works_in_place(node) else []
+        if name is not None:
+            with graph.inserting_after(node):
+                result = graph.call_module(name, (x,))
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+        for user in readers:  # they have read what was written to x
+            user.replace_input_with(x, result)
     code = graph.python_code("self")
     return code.src, dict(code.globals)
 

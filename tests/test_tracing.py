@@ -271,6 +271,46 @@ def test_a_relu_that_changes_the_input_of_a_branch_in_place_stays_in_float(branc
     assert quantized == {"last", *(["branch.0.functional_relu_2"] if "functional" in name else [])}
 
 
+class Program(nn.Module):
+    """Calls of ReLUs in place and not, by modules and functions, in a random order."""
+
+    def __init__(self, seed):
+        super().__init__()
+        draw = random.Random(seed)
+        self.r, self.s = nn.ReLU(inplace=True), nn.ReLU()
+        kinds = ["r", "s", "relu", "relu_", "method", "add", "shift"]
+        self.steps = tuple((draw.choice(kinds), draw.random(), draw.random()) for _ in range(9))
+
+    def forward(self, x):
+        values = [x - 0.1, x * 2]
+        for kind, i, j in self.steps:
+            a, b = values[int(i * len(values))], values[int(j * len(values))]
+            if kind == "relu_":
+                F.relu_(a)  # what it returns is not used
+            else:
+                values.append({
+                    "r": self.r, "s": self.s, "relu": F.relu, "method": lambda a: a.relu_(), "add": lambda a: a - b,
+                    "shift": lambda a: a - 0.3, "dropout": lambda a: F.dropout(a, 0.5, self.training),
+                }[kind](a))  # fmt: skip
+        return torch.stack(values)
+
+
+def test_with_relus_that_are_not_in_place_a_rewritten_forward_gives_what_it_gave():
+    rewritten = 0
+    for seed in range(40):
+        model = Program(seed)
+        expected = model.eval()(x_(3, 4))
+        found = plan(model, QATConfig(weight_bits=None))
+        for each in found.relus:
+            if each.module is None:
+                setattr(model, each.name, nn.ReLU())
+            each.module and setattr(each.module, "inplace", False)
+        rewritten += bool(found.forwards)
+        model.forward = found.forwards.get(model, model.forward)
+        assert torch.equal(model(x_(3, 4)), expected), seed
+    assert rewritten > 20
+
+
 # Calls that one graph does not serve, and weights that are read past their layers
 
 

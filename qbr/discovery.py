@@ -25,6 +25,12 @@ _MOVING_MODULES = (
     nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.PixelShuffle,
     nn.PixelUnshuffle, nn.ChannelShuffle, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
 )  # fmt: skip
+# Those that may put out their input's own memory: what is then changed in place changes for the reader of either.
+_VIEWS = {
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout,
+    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, "flatten", "view",
+    "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "detach", "to",
+}  # fmt: skip
 _AVERAGING_MODULES = (
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
 )  # fmt: skip
@@ -228,7 +234,7 @@ class _Reader:
                 index = relus.index(each)
                 states[each] = self._function(name, owner, tuple(inputs), index, tracing.bound(each))
                 if tracing.works_in_place(each) and states[each] == QUANTIZED:
-                    self._changes(owner, each.args[0] if each.args else None, {_functional(name, index)})
+                    self._changes(owner, each, tracing.first(each), {_functional(name, index)}, helped=True)
             elif each.op in ("call_function", "call_method"):
                 states[each] = _called(each, states)
             elif each.op == "get_attr" and not each.target.startswith("_tensor_constant"):
@@ -239,22 +245,34 @@ class _Reader:
 
     def _in_place(self, owner: nn.Module, called: nn.Module, node: Node) -> None:
         """Note what ReLUs that are to be quantized change in place for those who read it after this call."""
-        if type(called) in RELUS:
-            name = self.names[called]
-            if called.inplace and self.quantized(name, called):
-                if tracing.readers_after(node):
-                    self.reading.in_place.setdefault(owner, set()).add(called)
-                self._changes(owner, node.args[0] if node.args else None, {name})
+        name = self.names[called]
+        if type(called) in RELUS and called.inplace and self.quantized(name, called):
+            if tracing.readers_after(node):
+                self.reading.in_place.setdefault(owner, set()).add(called)
+            self._changes(owner, node, tracing.first(node), {name}, helped=True)
         for argument, relus in self.changed.get(called, {}).items():
-            x = tracing.arguments(called, node).get(argument)
-            if isinstance(x, Node):
-                if any(node < user for user in x.users):
-                    self.reading.spoiled.update(dict.fromkeys(relus, self.names[owner]))
-                self._changes(owner, x, relus)
+            self._changes(owner, node, tracing.arguments(called, node).get(argument), relus, helped=False)
 
-    def _changes(self, owner: nn.Module, x: Node | None, relus: set[str]) -> None:
-        if x is not None and x.op == "placeholder":
-            self.changed.setdefault(owner, {}).setdefault(x.target, set()).update(relus)
+    def _changes(self, owner: nn.Module, node: Node, x, relus: set[str], helped: bool) -> None:
+        """relus change x in place at node; whoever reads x itself afterwards may be helped by a rewritten forward."""
+        views = self._views(owner, x) if isinstance(x, Node) else []
+        if any(node < user for view in views if view < node and not (helped and view is x) for user in view.users):
+            self.reading.spoiled.update(dict.fromkeys(relus, self.names[owner]))
+        if views and views[0].op == "placeholder":
+            self.changed.setdefault(owner, {}).setdefault(views[0].target, set()).update(relus)
+
+    def _views(self, owner: nn.Module, x: Node) -> list[Node]:
+        """What may be in the same memory as x, its origin first."""
+        while self._is_view(owner, x):
+            x = tracing.first(x)
+        found = [x]
+        for node in found:  # found grows
+            found += [user for user in node.users if self._is_view(owner, user) and tracing.first(user) is node]
+        return found
+
+    def _is_view(self, owner: nn.Module, node: Node) -> bool:
+        kind = type(owner.get_submodule(node.target)) if node.op == "call_module" else node.target
+        return kind in _VIEWS and isinstance(tracing.first(node), Node)
 
     def _function(self, name: str, owner: nn.Module, given: tuple[str, ...], index: int, clip: float | None) -> int:
         full = _functional(name, index)

@@ -156,11 +156,12 @@ def relu_calls(graph: Graph) -> list[Node]:
 
 def readers_after(call: Node) -> list[Node]:
     """Who else reads the input of a call after it."""
-    x = _input(call)
+    x = first(call)
     return [user for user in x.users if call < user] if isinstance(x, Node) else []
 
 
-def _input(call: Node):
+def first(call: Node):
+    """The first argument of a call."""
     return next(iter((*call.args, *call.kwargs.values())), None)
 
 
@@ -296,7 +297,7 @@ def _rewritten(owner: nn.Module, graph: Graph, relus: list[str | None], in_place
         changes_input = node.op == "call_module" and owner.get_submodule(node.target) in in_place
         if name is None and not changes_input:
             continue
-        x, result = _input(node), node
+        x, result = first(node), node
         readers = readers_after(node) if changes_input or works_in_place(node) else []
         if name is not None:
             with graph.inserting_after(node):

@@ -261,6 +261,7 @@ class InPlace(nn.Module):
     [
         (lambda: nn.Sequential(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))), "branch.0.0"),
         (lambda: nn.Sequential(InPlace()), "branch.0.functional_relu_1"),
+        (lambda: nn.Sequential(nn.Identity(), nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(4, 4)), "branch.2"),
     ],
 )
 def test_a_relu_that_changes_the_input_of_a_branch_in_place_stays_in_float(branch, name):
@@ -277,8 +278,8 @@ class Program(nn.Module):
     def __init__(self, seed):
         super().__init__()
         draw = random.Random(seed)
-        self.r, self.s = nn.ReLU(inplace=True), nn.ReLU()
-        kinds = ["r", "s", "relu", "relu_", "method", "add", "shift"]
+        self.r, self.s, self.same = nn.ReLU(inplace=True), nn.ReLU(), nn.Identity()
+        kinds = ["r", "s", "relu", "relu_", "method", "add", "shift", "dropout", "view", "same"]
         self.steps = tuple((draw.choice(kinds), draw.random(), draw.random()) for _ in range(9))
 
     def forward(self, x):
@@ -291,6 +292,7 @@ class Program(nn.Module):
                 values.append({
                     "r": self.r, "s": self.s, "relu": F.relu, "method": lambda a: a.relu_(), "add": lambda a: a - b,
                     "shift": lambda a: a - 0.3, "dropout": lambda a: F.dropout(a, 0.5, self.training),
+                    "view": lambda a: a.flatten().view(3, 4), "same": self.same,
                 }[kind](a))  # fmt: skip
         return torch.stack(values)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.nn import functional as F
 
 from qbr import tracing
@@ -25,6 +25,12 @@ _MOVING_MODULES = (
     nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.PixelShuffle,
     nn.PixelUnshuffle, nn.ChannelShuffle, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
 )  # fmt: skip
+# Those that may put out their input's own memory: what is then changed in place changes for the reader of either.
+_VIEWS = {
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout,
+    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, "flatten", "view",
+    "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "detach", "to",
+}  # fmt: skip
 _AVERAGING_MODULES = (
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
 )  # fmt: skip
@@ -39,6 +45,7 @@ _AVERAGING = {
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
     torch.mean, "mean",
 }  # fmt: skip
+_KIND = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "size", "dim", "numel", "is_floating_point"}
 _ADDING = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -62,20 +69,33 @@ class Reading:
     """What was found.
 
     Attributes:
-        calls: {ReLU module: {owner: how many calls the owner's forward makes}}.
+        calls: {ReLU module: {owner: how many calls the owner's forward makes}}; 1 where they are not the same in
+            training and in eval mode, which makes the ReLU ``uneven`` if one of the modes has several.
         functional: the ReLUs called as functions, by name (owner.functional_relu_1 ...; owner.activation).
         inputs: {layer with a weight: the worst of what flows into it, over all calls}, in the order of first calls.
-        memory: attention layers whose key is not their query.
-        untraced: {module name: why its forward could not be read}; ``hidden``: those of them that seem to call a
-            ReLU as a function.
+        order: those of them that the model's forward reaches, as far as is known.
+        memory: {attention layer: the worst of the keys that are not the query and the values that are not the key}.
+        given: {owner: the ways in which its forward is called: (arguments that its graph has, others given)}.
+        in_place: {owner: the ReLU modules it calls, to be quantized, whose input in place is read afterwards}.
+        spoiled: {name of a ReLU to be quantized: whose forward reads what the ReLU, in another forward, changed in
+            place before}.
+        weights: {id of a parameter: the name of a module whose forward reads its values}.
+        untraced: {module name: why its forward could not be read}.
+        hidden: the same of those that seem to call a ReLU as a function, be it in one mode.
     """
 
     calls: dict[nn.Module, dict[nn.Module, int]] = field(default_factory=dict)
+    uneven: set[nn.Module] = field(default_factory=set)
     functional: dict[str, FunctionalReLU] = field(default_factory=dict)
     inputs: dict[nn.Module, int] = field(default_factory=dict)
-    memory: set[nn.Module] = field(default_factory=set)
+    order: list[nn.Module] = field(default_factory=list)
+    memory: dict[nn.Module, int] = field(default_factory=dict)
+    given: dict[nn.Module, set[tuple]] = field(default_factory=dict)
+    in_place: dict[nn.Module, set[nn.Module]] = field(default_factory=dict)
+    spoiled: dict[str, str] = field(default_factory=dict)
+    weights: dict[int, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
-    hidden: list[str] = field(default_factory=list)
+    hidden: dict[str, str] = field(default_factory=dict)
 
 
 def read(model: nn.Module, quantized: Callable[[str, nn.Module | None], bool]) -> Reading:
@@ -86,6 +106,8 @@ def read(model: nn.Module, quantized: Callable[[str, nn.Module | None], bool]) -
     """
     reader = _Reader(model, quantized)
     reader.visit("", model, None, {})
+    reader.reading.order = list(reader.reading.inputs)
+    reader.reached = False
     for name, module in model.named_modules():  # what nothing calls, as far as is known
         if module not in reader.visited:
             reader.visit(name, module, None, {})
@@ -98,6 +120,9 @@ class _Reader:
         self.names = {module: name for name, module in model.named_modules()}
         self.reading = Reading()
         self.visited: set[nn.Module] = set()
+        self.reached = True  # whether the forwards that are followed are called by the model's
+        self.followed: dict[tuple, int] = {}  # what a forward puts out, by what it is called with
+        self.changed: dict[nn.Module, dict[str, set[str]]] = {}  # {owner: {argument: ReLUs that change it in place}}
 
     def visit(self, name: str, module: nn.Module, node: Node | None, states: dict[Node, int]) -> int:
         """What a call of module puts out; what is called inside is noted. Without node: nothing is known of it."""
@@ -106,13 +131,10 @@ class _Reader:
         inputs = [_state(value, states) for value in (*node.args, *node.kwargs.values())] if node is not None else []
         first = inputs[0] if inputs else SIGNED
         if kind in WEIGHT_LAYERS or kind in ATTENTION:
-            self._enter(module, first)
             if kind in ATTENTION:
-                self.visited.update(module.children())
-                given = node is not None and [node.kwargs.get("query"), node.kwargs.get("key")]
-                given = given and [node.args[i] if len(node.args) > i else given[i] for i in (0, 1)]
-                if given and given[0] is not given[1]:
-                    self.reading.memory.add(module)
+                self._attention(module, node, states)
+            else:
+                self._enter(module, first)
             return SIGNED
         if kind in RELUS and self.quantized(name, module):
             return QUANTIZED
@@ -132,6 +154,18 @@ class _Reader:
     def _enter(self, layer: nn.Module, state: int) -> None:
         self.reading.inputs[layer] = max(state, self.reading.inputs.get(layer, state))
 
+    def _attention(self, module: nn.Module, node: Node | None, states: dict[Node, int]) -> None:
+        self.visited.update(module.children())
+        if node is None:
+            self._enter(module, SIGNED)
+            return
+        given = {**dict(zip(("query", "key", "value"), node.args)), **node.kwargs}
+        query, key, value = (given.get(each) for each in ("query", "key", "value"))
+        self._enter(module, _state(query, states))
+        memory = [_state(each, states) for each, before in ((key, query), (value, key)) if each is not before]
+        if memory:
+            self.reading.memory[module] = max(*memory, self.reading.memory.get(module, QUANTIZED))
+
     def _children(self, module: nn.Module) -> None:
         for child in module.children():
             if child not in self.visited:
@@ -140,38 +174,108 @@ class _Reader:
     def _follow(self, name: str, owner: nn.Module, node: Node | None, outside: dict[Node, int]) -> int:
         try:
             given = tracing.arguments(owner, node)
-            graph = tracing.trace(owner, tuple(given))
+            inputs = {each: SIGNED if value is None else _state(value, outside) for each, value in given.items()}
+            key = owner, tuple(inputs.items())
+            if key not in self.followed:
+                graph = tracing.trace(owner, tuple(given))
+                self.followed[key] = self._both(name, owner, graph, inputs)
+            ways = self.reading.given.setdefault(owner, set())
+            ways.add((tuple(given), tuple(tracing.others(owner, node))))
+            return self.followed[key]
         except Untraceable as error:
             if _has_forward(owner):
                 self.reading.untraced[name] = str(error)
-                if tracing.may_call_relu(owner) and name not in self.reading.hidden:
-                    self.reading.hidden.append(name)
+                self._hide(name, owner, error)
             self._children(owner)
             return SIGNED
+
+    def _hide(self, name: str, owner: nn.Module, error: Untraceable) -> None:
+        if tracing.may_call_relu(owner):
+            self.reading.hidden[name] = str(error)
+
+    def _both(self, name: str, owner: nn.Module, graph: Graph, inputs: dict[str, int]) -> int:
+        """What owner puts out, in training (graph) and in eval mode."""
+        state, calls = self._walk(name, owner, graph, inputs)
+        try:
+            graph_of_eval = tracing.trace(owner, tuple(inputs), training=False)
+        except Untraceable as error:
+            calls_of_eval = None
+            self._hide(name, owner, error)
+        else:
+            calls_of_eval = calls
+            if str(graph_of_eval) != str(graph):
+                state_of_eval, calls_of_eval = self._walk(name, owner, graph_of_eval, inputs)
+                state = max(state, state_of_eval)
+        for relu in {**calls, **(calls_of_eval or {})}:
+            if not self.reached and relu in self.reading.calls:
+                continue  # a reached forward calls what it finds in this module by itself
+            in_training, in_eval = calls.get(relu, []), (calls_of_eval or {}).get(relu, [])
+            even = calls_of_eval is not None and in_training == in_eval
+            if not even and max(len(in_training), len(in_eval)) > 1:
+                self.reading.uneven.add(relu)
+            self.reading.calls.setdefault(relu, {})[owner] = len(in_training) if even else 1
+        return state
+
+    def _walk(self, name: str, owner: nn.Module, graph: Graph, inputs: dict[str, int]) -> tuple[int, dict]:
+        """(what graph puts out, {ReLU module: where the input of each of its calls comes from})."""
         relus = tracing.relu_calls(graph)
-        counts: dict[nn.Module, int] = {}
+        calls: dict[nn.Module, list] = {}
         states: dict[Node, int] = {}
         for each in graph.nodes:
             if each.op == "placeholder":
-                states[each] = _state(given[each.target], outside) if given.get(each.target) is not None else SIGNED
+                states[each] = inputs[each.target]
             elif each.op == "call_module":
                 called = owner.get_submodule(each.target)
                 if type(called) in RELUS:
-                    counts[called] = counts.get(called, 0) + 1
+                    calls.setdefault(called, []).append(_source(each))
                 states[each] = self.visit(self.names[called], called, each, states)
+                self._in_place(owner, called, each)
             elif each in relus:
                 index = relus.index(each)
-                states[each] = self._function(name, owner, tuple(given), index, tracing.bound(each))
+                states[each] = self._function(name, owner, tuple(inputs), index, tracing.bound(each))
+                if tracing.works_in_place(each) and states[each] == QUANTIZED:
+                    self._changes(owner, each, tracing.first(each), {_functional(name, index)}, helped=True)
             elif each.op in ("call_function", "call_method"):
                 states[each] = _called(each, states)
+            elif each.op == "get_attr" and not each.target.startswith("_tensor_constant"):
+                if not all(map(_asks_for_its_kind, each.users)):
+                    self.reading.weights.setdefault(id(operator.attrgetter(each.target)(owner)), name)
             elif each.op == "output":
-                return_state = _state(each.args[0], states)
-        for relu, count in counts.items():
-            self.reading.calls.setdefault(relu, {})[owner] = count
-        return return_state
+                return _state(each.args[0], states), calls
+
+    def _in_place(self, owner: nn.Module, called: nn.Module, node: Node) -> None:
+        """Note what ReLUs that are to be quantized change in place for those who read it after this call."""
+        name = self.names[called]
+        if type(called) in RELUS and called.inplace and self.quantized(name, called):
+            if tracing.readers_after(node):
+                self.reading.in_place.setdefault(owner, set()).add(called)
+            self._changes(owner, node, tracing.first(node), {name}, helped=True)
+        for argument, relus in self.changed.get(called, {}).items():
+            self._changes(owner, node, tracing.arguments(called, node).get(argument), relus, helped=False)
+
+    def _changes(self, owner: nn.Module, node: Node, x, relus: set[str], helped: bool) -> None:
+        """relus change x in place at node; whoever reads x itself afterwards may be helped by a rewritten forward."""
+        views = self._views(owner, x) if isinstance(x, Node) else []
+        if any(node < user for view in views if view < node and not (helped and view is x) for user in view.users):
+            self.reading.spoiled.update(dict.fromkeys(relus, self.names[owner]))
+        if views and views[0].op == "placeholder":
+            self.changed.setdefault(owner, {}).setdefault(views[0].target, set()).update(relus)
+
+    def _views(self, owner: nn.Module, x: Node) -> list[Node]:
+        """What may be in the same memory as x, its origin first."""
+        while self._is_view(owner, x):
+            x = tracing.first(x)
+        found = [x]
+        for node in found:  # found grows
+            found += [user for user in node.users if self._is_view(owner, user) and tracing.first(user) is node]
+        return found
+
+    def _is_view(self, owner: nn.Module, node: Node) -> bool:
+        kind = type(owner.get_submodule(node.target)) if node.op == "call_module" else node.target
+        return kind in _VIEWS and isinstance(tracing.first(node), Node)
 
     def _function(self, name: str, owner: nn.Module, given: tuple[str, ...], index: int, clip: float | None) -> int:
-        full = _join(name, f"functional_relu_{index + 1}")
+        full = _functional(name, index)
         self.reading.functional.setdefault(full, FunctionalReLU(owner, name, index, clip, given))
         return QUANTIZED if self.quantized(full, None) else NON_NEGATIVE
 
@@ -197,7 +301,7 @@ class _Reader:
                 self._enter(child, SIGNED)
                 self.visited.update(child.children())
                 if child is getattr(layer, "multihead_attn", None):
-                    self.reading.memory.add(child)
+                    self.reading.memory[child] = SIGNED
         return SIGNED
 
 
@@ -215,6 +319,23 @@ def _join(name: str, child: str) -> str:
     return f"{name}.{child}" if name else child
 
 
+def _functional(name: str, index: int) -> str:
+    return _join(name, f"functional_relu_{index + 1}")
+
+
+def _asks_for_its_kind(user: Node) -> bool:
+    """Whether a node asks a tensor for its dtype, shape and the like only, and not for its values."""
+    return (user.target is getattr and user.args[1] in _KIND) or (user.op == "call_method" and user.target in _KIND)
+
+
+def _source(call: Node) -> tuple:
+    """What makes the input of a call, dropout aside."""
+    while True:
+        call = next(iter((*call.args, *call.kwargs.values())), None)
+        if not isinstance(call, Node) or call.target is not F.dropout:
+            return getattr(call, "op", None), getattr(call, "target", call)
+
+
 def _state(value, states: dict[Node, int]) -> int:
     """The worst of the nodes in an argument; what is not a tensor of the graph counts as SIGNED."""
     found: list[Node] = []
@@ -228,6 +349,6 @@ def _called(node: Node, states: dict[Node, int]) -> int:
         return _state(operands[0], states)
     if node.target in _AVERAGING:
         return max(_state(operands[0], states), NON_NEGATIVE)
-    if node.target in _ADDING and all(isinstance(value, Node) or value >= 0 for value in operands):
+    if node.target in _ADDING and all(isinstance(v, Node) or (type(v) in (int, float) and v >= 0) for v in operands):
         return max(_state([value for value in operands if isinstance(value, Node)], states), NON_NEGATIVE)
     return SIGNED

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from qbr import discovery, running
 from qbr.config import LayerConfig, QATConfig, matches
-from qbr.discovery import NON_NEGATIVE, QUANTIZED, FunctionalReLU, Reading
+from qbr.discovery import QUANTIZED, SIGNED, FunctionalReLU, Reading
 from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
 from qbr.quantizers import quantizers
 from qbr.spec import QuantSpec
@@ -65,9 +68,10 @@ class Plan:
 
     Attributes:
         weights, relus, inputs: what becomes quantized.
-        forwards: {module: the forward that takes the place of its own, with its functional ReLUs as modules}.
+        forwards: {module: the forward that takes the place of its own, with its functional ReLUs as modules, and with
+            the results of ReLU modules where these worked in place}.
         rows: the table: name, type, weight, activation, note.
-        warnings: ReLUs that stay in float because a forward could not be read.
+        warnings: ReLUs that stay in float because a forward could not be read, and weights that are read in float.
     """
 
     weights: list[PlannedWeight] = field(default_factory=list)
@@ -113,58 +117,72 @@ class _Planner:
         self.config = config
         self.plan = Plan()
         self.names = {module: name for name, module in model.named_modules()}
-        self.given_up: dict[str, str] = {}  # functional ReLUs whose owner cannot be rewritten, and why
+        self.given_up: dict[str, str] = {}  # ReLUs that need a rewritten forward which cannot be had, and why
+        self.spoiled: set[str] = set()  # those of them that work in place for the reader of another forward
         self.reading = self._read(model)
         if example is not None and self.reading.untraced:
             _count_by_running(model, example, self.reading)
         self.layers = list(self.reading.inputs)
+        self.order = self.reading.order or self.layers
         self._check_patterns()
         functions: dict[nn.Module, dict[str, FunctionalReLU]] = {}
         for name, function in self.reading.functional.items():
             functions.setdefault(function.owner, {})[name] = function
         for name, module in model.named_modules():
-            if type(module) in WEIGHT_LAYERS or type(module) in ATTENTION:
+            if module in self.reading.inputs:
                 self._layer(name, module)
             elif type(module) in RELUS:
                 self._relu(name, module, None)
+            else:
+                self._row_of_a_kind(name, module)
             for function_name, function in functions.get(module, {}).items():
                 self._relu(function_name, None, function)
+        self._warn()
         self._check_ties()
         self._check_found()
-        self._warn()
 
     # What there is
 
     def _read(self, model: nn.Module) -> Reading:
-        """The reading of model, with a rewritten forward for every owner of a functional ReLU to be quantized."""
+        """The reading of model, with a rewritten forward where ReLUs to be quantized need one."""
         while True:
             reading = discovery.read(model, lambda name, module: self._bits_of_relu(name) is not None)
             failed = self._rewrite(reading)
-            if not failed:
+            if not failed and not reading.spoiled:
                 return reading
             self.given_up.update(failed)
+            for name, reader in reading.spoiled.items():
+                self.given_up[name] = f"{reader or 'the model'} reads what it changes in place"
+                self.spoiled.add(name)
 
     def _bits_of_relu(self, name: str) -> int | None:
         return None if name in self.given_up else self.config.layer(name).act_bits
 
     def _rewrite(self, reading: Reading) -> dict[str, str]:
-        """Fill plan.forwards; {name: why} of the functional ReLUs for which that is impossible."""
-        self.plan.forwards = {}
-        owners: dict[nn.Module, dict[str, FunctionalReLU]] = {}
+        """Fill plan.forwards; {name: why} of the ReLUs for which that is impossible."""
+        self.plan.forwards, failed = {}, {}
+        owners: dict[nn.Module, list[str]] = {owner: [] for owner in reading.in_place}
         for name, function in reading.functional.items():
-            if function.given is not None and name not in self.given_up:
-                owners.setdefault(function.owner, {})[name] = function
+            if function.given is not None:
+                owners.setdefault(function.owner, []).append(name)
         for owner, mine in owners.items():
+            in_place = reading.in_place.get(owner, set())
             wanted = [name.rpartition(".")[2] if self._bits_of_relu(name) is not None else None for name in mine]
-            if any(wanted):
+            if any(wanted) or in_place:
                 try:
-                    self.plan.forwards[owner] = TracedForward(owner, next(iter(mine.values())).given, wanted)
+                    self.plan.forwards[owner] = self._forward(owner, reading.given[owner], wanted, in_place)
                 except Untraceable as error:
-                    return dict.fromkeys(mine, str(error))
-        return {}
+                    failed |= dict.fromkeys([*mine, *(self.names[relu] for relu in in_place)], str(error))
+        return failed
+
+    def _forward(self, owner: nn.Module, ways: set[tuple], relus: list, in_place: set[nn.Module]) -> TracedForward:
+        (given, others), *more = ways
+        if more or others:
+            raise Untraceable("it is called with different arguments, or with others than its defaults")
+        return TracedForward(owner, given, relus, in_place)
 
     def _policy(self, layer: nn.Module) -> int | None:
-        first, last = layer is self.layers[0], layer is self.layers[-1]
+        first, last = layer is self.order[0], layer is self.order[-1]
         if first and last and None not in (self.config.first_layer, self.config.last_layer):
             if self.config.first_layer != self.config.last_layer:
                 raise ValueError(f"first_layer={self.config.first_layer} and last_layer={self.config.last_layer}: the "
@@ -199,14 +217,20 @@ class _Planner:
             inputs, note = [], ""
 
     def _inputs(self, name: str, module: nn.Module, config: LayerConfig) -> list[str]:
-        state = self.reading.inputs[module]
-        if not config.quantize_inputs or config.act_bits is None or state == QUANTIZED or type(module) is nn.Embedding:
+        if not config.quantize_inputs or config.act_bits is None or type(module) is nn.Embedding:
             return []
-        signed = state != NON_NEGATIVE if config.input_signed is None else config.input_signed
-        attributes = ["input_quantizer", *(["memory_quantizer"] if module in self.reading.memory else [])]
-        self.plan.inputs += [PlannedInput(name, module, each, config.act_bits, signed) for each in attributes]
-        kind = "signed" if signed else "unsigned"
-        return [f"{each.partition('_')[0]} {config.act_bits} bits {kind}" for each in attributes]
+        states = {"input_quantizer": self.reading.inputs[module]}
+        if module in self.reading.memory:
+            states["memory_quantizer"] = self.reading.memory[module]
+        if states["input_quantizer"] == QUANTIZED:  # else memory needs its own, or would get the input's
+            states = {name: state for name, state in states.items() if state != QUANTIZED}
+        kinds = []
+        for attribute, state in states.items():
+            signed = state == SIGNED if config.input_signed is None else config.input_signed
+            self.plan.inputs.append(PlannedInput(name, module, attribute, config.act_bits, signed))
+            kind = "signed" if signed else "unsigned"
+            kinds.append(f"{attribute.partition('_')[0]} {config.act_bits} bits {kind}")
+        return kinds
 
     def _relu(self, name: str, module: nn.Module | None, function: FunctionalReLU | None) -> None:
         config = self.config.layer(name)
@@ -222,18 +246,36 @@ class _Planner:
         callers = self.reading.calls.get(module, {}) if function is None else {}
         calls = sum(callers.values())
         planned = PlannedReLU(name, module, function, bits, clip)
-        note = "part of a rewritten forward" if function is not None and function.given is not None else ""
+        rewritten = any(module in relus for relus in self.reading.in_place.values())
+        if function is not None:
+            rewritten = function.given is not None
+        notes = ["part of a rewritten forward"] if rewritten else []
         if calls > 1:
             planned.places = callers if self.config.step_per_call else {}
-            note = f"called {calls} times, {planned.steps} {'steps' if planned.steps > 1 else 'step'}"
+            notes.append(f"called {calls} times, {planned.steps} {'steps' if planned.steps > 1 else 'step'}")
+        if module in self.reading.uneven:
+            notes.append("one step for calls that differ between training and eval")
         elif not callers and self._may_be_repeated(name):
-            note = "one step for all calls: its parent's forward does not trace"
+            notes.append("one step for all calls: its parent's forward does not trace")
         self.plan.relus.append(planned)
-        self._row(name, kind, "", f"{bits} bits" + ("" if clip is None else f", clip {clip:g}"), note)
+        self._row(name, kind, "", f"{bits} bits" + ("" if clip is None else f", clip {clip:g}"), "; ".join(notes))
 
     def _may_be_repeated(self, name: str) -> bool:
         parents = [""] + [name[:i] for i, letter in enumerate(name) if letter == "."]
         return any(parent in self.reading.untraced for parent in parents[-1:])
+
+    def _row_of_a_kind(self, name: str, module: nn.Module) -> None:
+        """The row of a module that is of none of the exact types, and stays in float."""
+        kind = next((kind for kind in (*WEIGHT_LAYERS, *ATTENTION, *RELUS) if isinstance(module, kind)), None)
+        if kind is None or type(module) is NonDynamicallyQuantizableLinear:  # an out_proj is part of its attention
+            return
+        reason = f"subclass of {kind.__name__}"
+        if is_parametrized(module):
+            reason = "parametrized"
+        elif isinstance(module, LazyModuleMixin):
+            reason = "lazy: run the model once before"
+        cells = ("", f"float ({reason})") if kind in RELUS else (f"float ({reason})", "")
+        self._row(name, module, *cells, "")
 
     def _row(self, name: str, kind, weight: str, activation: str, note: str) -> None:
         kind = kind if isinstance(kind, str) else type(kind).__name__
@@ -276,8 +318,9 @@ class _Planner:
                 reason = f"all {len(all_)} are skipped or in float" if all_ else "the model has none"
                 if argument == "act_bits" and not all_:
                     reason += "; quantize_inputs=True quantizes what flows into layers instead"
+                why = "".join(f"; {each}" for each in self.plan.warnings)
                 raise ValueError(f"{argument}={bits}: no {what} to quantize ({reason}); pass {argument}=None to leave "
-                                 "that side out")  # fmt: skip
+                                 f"that side out{why}")  # fmt: skip
 
     def _configs(self, layers: bool) -> list[LayerConfig]:
         if layers:
@@ -286,13 +329,26 @@ class _Planner:
         return [self.config.layer(name) for name in [*names, *self.reading.functional]]
 
     def _warn(self) -> None:
-        remedy = "that ReLU stays in float; use an nn.ReLU module there"
-        owners = {name.rpartition(".")[0]: why for name, why in self.given_up.items()}
-        owners |= {name: self.reading.untraced[name] for name in self.reading.hidden}
+        warnings = self.plan.warnings
+        functions = [name for name in self.given_up if name in self.reading.functional and name not in self.spoiled]
+        owners = {**self.reading.hidden, **{name.rpartition(".")[0]: self.given_up[name] for name in functions}}
         for name, why in owners.items():
             if self.config.layer(_join(name, "functional_relu_1")).act_bits is not None:
                 text = f"{name or 'the model'} calls a ReLU as a function, and its forward cannot be read ({why}): "
-                self.plan.warnings.append(text + remedy)
+                warnings.append(text + "that ReLU stays in float; use an nn.ReLU module there")
+        for name in [name for name in self.given_up if name not in functions]:
+            why = self.given_up[name]
+            if name not in self.spoiled:
+                why = f"what it changes is read afterwards, by a forward that cannot be read ({why})"
+            warnings.append(f"{name} is a ReLU in place: {why}; it stays in float, use one that is not in place")
+        read = {_join(each.name, each.parameter): self.reading.weights[id(getattr(each.module, each.parameter))]
+                for each in self.plan.weights
+                if id(getattr(each.module, each.parameter)) in self.reading.weights}  # fmt: skip
+        if read:
+            readers = sorted({name or "the model" for name in read.values()})
+            warnings.append(f"{list(read)}: read by forwards that are not their layers' (of {readers}), which get the "
+                            "float values until convert(): call the layers there, or leave these weights in float with "
+                            "QATConfig(skip=...)")  # fmt: skip
 
 
 def _weight_spec(name: str, module: nn.Module, parameter: str, config: LayerConfig) -> QuantSpec:

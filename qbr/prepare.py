@@ -41,7 +41,8 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any =
         ValueError, TypeError: as ``plan``; the model is unchanged then.
 
     Warns:
-        UserWarning: of ReLUs that stay in float because they are called as functions by a forward that does not trace.
+        UserWarning: of ReLUs that stay in float because they are called as functions, or work in place, in a forward
+            that does not trace; of weights that another forward than their layer's reads, in float.
     """
     planned = plan(model, config, example=example)
     config = QATConfig() if config is None else config

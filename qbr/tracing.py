@@ -6,15 +6,20 @@ itself is unknown. The graphs also rewrite a forward so that a ReLU called as a 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
-from contextlib import contextmanager
+import types
+from collections.abc import Container
 
 import torch
 import torch.fx
 from torch import nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
+
+from qbr.grouping import are_saves_hooked
+from qbr.side_effects import Undone
 
 RELU_FUNCTIONS = {F.relu: None, F.relu_: None, torch.relu: None, torch.relu_: None, F.relu6: 6.0}  # and their bounds
 _RELU_METHODS = ("relu", "relu_")
@@ -25,24 +30,29 @@ class Untraceable(Exception):
     """Why a forward could not be read."""
 
 
-def _modes() -> tuple[bool, ...]:
-    return torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+def _modes() -> dict[str, object]:
+    autocast = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    return {"gradients or autocast": (torch.is_grad_enabled(), autocast),
+            "what is saved for backward": are_saves_hooked()}  # fmt: skip
 
 
 class _Tracer(torch.fx.Tracer):
     """Every child is a leaf; arguments that are not named keep their default.
 
-    With ``strict``, a call under another gradient or autocast mode is refused: a graph would not keep the mode.
+    With ``strict``, buffers are stand-ins as well, and a call under another gradient or autocast mode or under hooks
+    for saved tensors (checkpointing, offloading) is refused: a graph would not keep them.
     """
 
     def __init__(self, names: tuple[str, ...], strict: bool) -> None:
         super().__init__()
         self.names = names
         self.modes = _modes() if strict else None
+        self.proxy_buffer_attributes = strict
 
     def create_node(self, *args, **kwargs):
-        if self.modes not in (None, _modes()):
-            raise Untraceable("it switches gradients or autocast, which a graph does not keep")
+        for what, value in (self.modes or {}).items():
+            if _modes()[what] != value:
+                raise Untraceable(f"it switches {what}, which a graph does not keep")
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module, name) -> bool:
@@ -84,6 +94,20 @@ def arguments(owner: nn.Module, node: Node | None) -> dict[str, object]:
     }
 
 
+def others(owner: nn.Module, node: Node | None) -> list[str]:
+    """The arguments that a call passes values of its own to which are in no graph and not the defaults."""
+    names = parameters(owner)
+    given = {} if node is None else {**dict(zip(names, node.args)), **node.kwargs}
+    graph = arguments(owner, node)
+    return [name for name, value in given.items() if name not in graph and not _is_same(value, names.get(name))]
+
+
+def _is_same(value, default) -> bool:
+    """Whether value is the default, or a number or string that is equal to it."""
+    alike = type(value) is type(default) and isinstance(value, (bool, int, float, str))
+    return value is default or (alike and value == default)
+
+
 def _has_nodes(value) -> bool:
     found = []
     torch.fx.map_arg(value, found.append)
@@ -93,40 +117,31 @@ def _has_nodes(value) -> bool:
 def trace(owner: nn.Module, names: tuple[str, ...], training: bool = True, strict: bool = False) -> Graph:
     """The graph of owner's forward in training or in eval mode, with all its children as leaves.
 
-    Nothing is left behind: owner's attributes, its mode and the random number generator are as before.
+    Nothing is left behind: attributes, tensors, owner's mode and the random number generators are as before.
 
     Args:
         names: the arguments that are given; all others keep their defaults.
-        strict: refuse what a graph cannot repeat.
+        strict: refuse what a graph cannot repeat; in the graph, buffers are read anew, as parameters always are.
 
     Raises:
-        Untraceable: with torch.fx's reason.
+        Untraceable: with torch.fx's reason; or that random numbers were drawn, so that it may call other things the
+            next time.
     """
+    undone = Undone(owner)
     try:
-        with _untouched(owner), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with undone, torch.enable_grad():
             owner.__dict__["training"] = training
-            return _Tracer(names, strict).trace(owner)
+            graph = _Tracer(names, strict).trace(owner)
     except Untraceable:
         raise
     except Exception as error:  # the forward is anyone's code, run on stand-ins for tensors: it may raise anything
         reason = str(error).strip().split("\n")[0]
         raise Untraceable(f"{type(error).__name__}: {reason}" if reason else type(error).__name__) from error
-
-
-@contextmanager
-def _untouched(owner: nn.Module):
-    tables = ("_parameters", "_buffers", "_modules")
-    before = {**owner.__dict__, **{name: dict(owner.__dict__[name]) for name in tables}}
-    kept = {name: owner.__dict__[name] for name in tables}
-    try:
-        yield
-    finally:
-        owner.__dict__.clear()
-        owner.__dict__.update(before)
-        for name, table in kept.items():
-            table.clear()
-            table.update(before[name])
-            owner.__dict__[name] = table
+    if undone.drew:
+        raise Untraceable("it draws random numbers, and may do something else the next time")
+    if strict and undone.unrepeatable:
+        raise Untraceable(f"{undone.unrepeatable[0]}, which a graph does not repeat")
+    return graph
 
 
 def relu_calls(graph: Graph) -> list[Node]:
@@ -139,38 +154,83 @@ def relu_calls(graph: Graph) -> list[Node]:
     ]
 
 
+def readers_after(call: Node) -> list[Node]:
+    """Who else reads the input of a call after it."""
+    x = first(call)
+    return [user for user in x.users if call < user] if isinstance(x, Node) else []
+
+
+def first(call: Node):
+    """The first argument of a call."""
+    return next(iter((*call.args, *call.kwargs.values())), None)
+
+
 def bound(node: Node) -> float | None:
     """The upper bound of a functional ReLU: 6 for relu6."""
     return RELU_FUNCTIONS.get(node.target)
 
 
 def may_call_relu(owner: nn.Module) -> bool:
-    """Whether a forward that cannot be read names a ReLU that is no child of owner; its source is not needed."""
-    code = getattr(inspect.unwrap(type(owner).forward), "__code__", None)
-    return code is not None and bool((set(code.co_names) & _RELU_NAMES) - set(owner._modules))
+    """Whether a forward that cannot be read, or one of the methods and functions that it names (torch's functions
+    excepted), names a ReLU that is no child of owner; sources are not needed."""
+    kind, seen = type(owner), set()
+    functions = [kind.forward]
+    while functions:
+        function = inspect.unwrap(functions.pop())
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        names = _names(code) - set(owner._modules)
+        if names & _RELU_NAMES:
+            return True
+        for name in names:
+            value = owner.__dict__.get(name, function.__globals__.get(name))
+            while isinstance(value, functools.partial):
+                value = value.func
+            if inspect.isroutine(value) and value in RELU_FUNCTIONS:
+                return True
+            if inspect.isfunction(value) and not str(value.__module__).startswith("torch."):
+                functions.append(value)
+            methods = [vars(base).get(name) for base in kind.__mro__ if base not in nn.Module.__mro__]
+            methods = [getattr(method, "__func__", method) for method in methods]
+            functions += [method for method in methods if inspect.isfunction(method)]
+    return False
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The names in a function's code and in that of the functions inside it."""
+    inner = [_names(each) for each in code.co_consts if isinstance(each, types.CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 class TracedForward:
     """A forward read by torch.fx in both modes, in which some ReLUs are modules; it takes forward's place on owner.
 
     An attribute that the original forward reads, other than parameters, buffers, modules and ``training``, has the
-    value of the time of reading.
+    value of the time of reading. What a ReLU changed in place is read from its result.
 
     Args:
         owner: whose forward it is.
         given: the arguments that the graphs have; others must keep their defaults.
         relus: the name that a ReLU module has in owner for each functional call, in order; None leaves one alone.
+        in_place: ReLU modules that owner calls, which work in place and will no longer.
 
     Raises:
-        Untraceable: if a mode does not trace, the modes call different ReLUs, forward makes tensors of its own, or
-            switches gradients or autocast.
+        Untraceable: if a mode does not trace, the modes call different ReLUs, or forward does what a graph does not
+            repeat (see trace).
     """
 
-    def __init__(self, owner: nn.Module, given: tuple[str, ...], relus: list[str | None]) -> None:
+    def __init__(
+        self, owner: nn.Module, given: tuple[str, ...], relus: list[str | None], in_place: Container[nn.Module] = ()
+    ) -> None:
         self.owner = owner
         self.given = given
         self.defaults = parameters(owner)
-        self._code = {mode: _rewritten(trace(owner, given, mode, strict=True), relus) for mode in (True, False)}
+        graphs = {mode: trace(owner, given, mode, strict=True) for mode in (True, False)}
+        if len({tuple(map(bound, relu_calls(graph))) for graph in graphs.values()}) > 1:
+            raise Untraceable("it calls different ReLUs in training and in eval mode")
+        self._code = {mode: _rewritten(owner, graph, relus, in_place) for mode, graph in graphs.items()}
         self._compile()
 
     def _compile(self) -> None:
@@ -190,7 +250,7 @@ class TracedForward:
         if len(args) > len(self.defaults) or len(values) < len(args) + len(kwargs):
             raise TypeError(f"{type(self.owner).__name__}.forward was called with arguments that it does not have")
         for name, value in values.items():
-            if name not in self.given and value is not self.defaults.get(name, self):
+            if name not in self.given and not _is_same(value, self.defaults.get(name, self)):
                 call = f"{type(self.owner).__name__}.forward({name}=<{type(value).__name__}>)"
                 raise TypeError(f"{call}: this forward calls a ReLU as a function and was read by torch.fx with "
                                 f"{name!r} at its default; use nn.ReLU there, or QATConfig(skip=...)")  # fmt: skip
@@ -224,30 +284,34 @@ class _Module:
         return importlib.import_module(self.name)
 
 
-def _rewritten(graph: Graph, relus: list[str | None]) -> tuple[str, dict]:
+def _rewritten(owner: nn.Module, graph: Graph, relus: list[str | None], in_place: Container[nn.Module]) -> tuple:
     """(source of a function ``forward(self, ...)``, the names it uses) of graph with modules for its ReLU calls."""
     if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in graph.nodes):
         raise Untraceable("its forward makes a tensor of its own, which would never change again")
     calls = relu_calls(graph)
     if len(calls) != len(relus):
-        raise Untraceable("it calls different ReLUs in training and in eval mode")
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for call, name in zip(calls, relus):
-        if name is None:
+        raise Untraceable("it is called in several ways, which call different ReLUs")
+    names = dict(zip(calls, relus))
+    for node in list(graph.nodes):
+        name = names.get(node)
+        changes_input = node.op == "call_module" and owner.get_submodule(node.target) in in_place
+        if name is None and not changes_input:
             continue
-        x = call.args[0] if call.args else call.kwargs["input"]
-        with graph.inserting_after(call):
-            module = graph.call_module(name, (x,))
-        if _in_place(call):  # whoever reads x afterwards has read the result
-            for user in [user for user in x.users if order.get(user, -1) > order[call]]:
-                user.replace_input_with(x, module)
-        call.replace_all_uses_with(module)
-        graph.erase_node(call)
+        x, result = first(node), node
+        readers = readers_after(node) if changes_input or works_in_place(node) else []
+        if name is not None:
+            with graph.inserting_after(node):
+                result = graph.call_module(name, (x,))
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+        for user in readers:  # they have read what was written to x
+            user.replace_input_with(x, result)
     code = graph.python_code("self")
     return code.src, dict(code.globals)
 
 
-def _in_place(call: Node) -> bool:
+def works_in_place(call: Node) -> bool:
+    """Whether a functional ReLU writes its result to its input."""
     if call.target in (F.relu_, torch.relu_, "relu_"):
         return True
     return call.target in (F.relu, F.relu6) and bool([*call.args[1:2], call.kwargs.get("inplace", False)][0])

@@ -113,6 +113,44 @@ def test_inputs_of_attention():
     assert names == [f"multihead_attn{each}" for each in (".out_proj", ".in_proj_weight", ".input", ".memory")]
 
 
+class Memory(nn.Module):
+    """Attention of something over something else, and with values that are not the keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.sigmoid, self.relu = nn.Sigmoid(), nn.ReLU()
+        self.a, self.b, self.c, self.d = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(4))
+
+    def forward(self, query, memory):
+        positive, quantized = self.sigmoid(query), self.relu(query)
+        a = self.a(positive, memory, value=memory)[0] + self.b(quantized, memory, memory)[0]
+        b = self.c(query=query, key=quantized, value=quantized)[0]
+        return a + b + self.d(positive, positive, query)[0]
+
+
+def test_query_and_memory_are_quantized_each_for_itself():
+    torch.manual_seed(0)
+    model = prepare(Memory(), QATConfig(8, 8, quantize_inputs=True))
+    signed = {name: module.spec.signed for name, module in model.named_modules()
+              if name.endswith(("input_quantizer", "memory_quantizer"))}  # fmt: skip
+    assert signed == {
+        "a.input_quantizer": False, "a.memory_quantizer": True, "b.memory_quantizer": True,
+        "c.input_quantizer": True, "c.memory_quantizer": False, "d.input_quantizer": False, "d.memory_quantizer": True,
+    }  # fmt: skip
+    calibrate(model, [(x_(2, 3, 8), x_(2, 3, 8, seed=1))], forward=lambda model, batch: model(*batch))
+    assert model.a.memory_quantizer(x_(2, 3, 8, seed=1)).min() < -1
+
+
+def test_an_out_proj_of_another_class():
+    attention = nn.MultiheadAttention(8, 2)
+    attention.out_proj = nn.Linear(8, 8)
+    model = prepare(nn.Sequential(attention), QATConfig(act_bits=None))
+    model[0](x_(3, 8), x_(3, 8), x_(3, 8))
+    assert sorted(qbr.bin_loss(model).layers) == ["0.in_proj_weight", "0.out_proj"]
+    expected = model.eval()[0](x_(3, 8), x_(3, 8), x_(3, 8))[0]
+    assert torch.equal(convert(model)[0](x_(3, 8), x_(3, 8), x_(3, 8))[0], expected)
+
+
 def test_out_proj_and_in_proj_by_name():
     model = prepare(nn.Sequential(nn.MultiheadAttention(8, 2)), QATConfig(act_bits=None, skip=["*.out_proj"]))
     assert set(model[0]._modules) == {"out_proj", "in_proj_weight_quantizer"} and not model[0].out_proj._modules

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import qbr
-from qbr import QATConfig, calibrate, plan, prepare
+from qbr import QATConfig, calibrate, plan, prepare, tracing
 from qbr.layers import call_names
 
 
@@ -160,6 +160,92 @@ def test_a_model_inside_another_reuses_its_steps():
     assert not model(x_(3, 5), x_(3, 5)).any()
 
 
+def run_of(forward, **modules) -> nn.Module:
+    """A module with a forward that is given as a function, in front of the modules that it calls."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.__class__ = type("Run", (nn.Module,), {"forward": forward})
+    for name, module in modules.items():
+        model.add_module(name, module)
+    return model
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(4, 4)
+
+
+def test_calls_that_differ_between_the_modes_share_a_step():
+    def forward(self, x):
+        x = self.r(self.a(x))
+        if self.training:
+            self.r(100 * self.b(x))
+        x = F.dropout(x, 0.5, True) if self.training else x
+        return self.s(self.s(self.r(self.c(x))))
+
+    model = run_of(forward, a=linear(), b=linear(), c=linear(), r=nn.ReLU(), s=nn.ReLU())
+    assert "r     ReLU            4 bits      one step for calls that differ" in str(plan(model, QATConfig(2, 4)))
+    prepare(model, QATConfig(weight_bits=None, act_bits=4))
+    assert model.r.calls == 1 and model.s.calls == 2  # a dropout in one mode is no other call
+    calibrate(model, [x_(8, 4)])
+    alpha = model.r.quantizer.alpha.item()
+    assert torch.equal(model.r(x_(3, 4)), model.eval().r(x_(3, 4))) and model.r.quantizer.alpha.item() == alpha
+
+
+def test_an_owner_s_calls_stay_in_its_places():
+    def forward(self, x):
+        if not self.training:
+            x = self.r(x) + 1
+        return self.r(x)
+
+    relu = nn.ReLU()
+    one, two = run_of(forward, r=relu), run_of(lambda self, x: self.r(self.r(x) - 0.1), r=relu)
+    model = prepare(nn.Sequential(linear(), one, two, one), QATConfig())
+    assert relu.calls == 3
+    ran = []
+    for i, name in enumerate(call_names("quantizer", 3)):
+        getattr(relu, name).register_forward_hook(lambda *_, i=i: ran.append(i))
+    model(x_(2, 4)), model.eval()(x_(2, 4))
+    assert ran == [0, 1, 2, 0] + [0, 0, 1, 2, 0, 0]
+
+
+def test_what_a_reached_forward_calls_by_itself_is_not_counted_again():
+    def through(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.block.forward(x))
+
+    relu = nn.ReLU()
+    block = run_of(lambda self, x: self.r(self.a(self.r(x))), a=linear(), r=nn.ReLU())
+    layers = nn.Sequential(linear(), relu, linear(), relu)
+    model = prepare(run_of(through, layers=layers, block=block, head=linear()), QATConfig())
+    assert relu.calls == block.r.calls == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(model, [x_(2, 4)])
+        qbr.convert(model)
+
+
+def test_the_first_and_the_last_layer_are_those_that_the_model_reaches():
+    def forward(self, x):
+        x = self.r(self.a(x))
+        return x if self.training else self.head(x)
+
+    model = run_of(forward, unused=linear(), a=linear(), head=linear(), r=nn.ReLU(), late=linear())
+    prepare(model, QATConfig(2, 4, first_layer=8, last_layer=7))
+    bits = {name: model.get_submodule(name).weight_quantizer.num_bits for name in ("unused", "a", "head", "late")}
+    assert bits == {"unused": 2, "a": 8, "head": 7, "late": 2}
+
+
+def test_a_forward_is_read_once_a_mode_however_often_it_is_called(monkeypatch):
+    model, traced = linear(), []
+    for _ in range(6):
+        model = run_of(lambda self, x: self.d(F.dropout(self.d(x), 0.5, self.training)), d=model)
+    original = tracing.trace
+    monkeypatch.setattr(tracing, "trace", lambda *given, **more: traced.append(given) or original(*given, **more))
+    assert [each.name for each in plan(model, QATConfig(act_bits=None)).weights] == ["d.d.d.d.d.d"]
+    assert len(traced) == 2 * 6
+
+
 # ReLUs called as functions
 
 
@@ -258,21 +344,6 @@ def test_an_example_counts_the_calls_that_do_not_trace_and_leaves_no_trace():
     assert not [m for m in model.modules() if m is not model and m is not model[1] and m._forward_pre_hooks]
 
 
-def test_a_forward_with_tensors_of_its_own_is_not_rewritten():
-    class Noisy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return F.relu(self.fc(x)) + torch.rand(4)
-
-    model = Noisy()
-    with pytest.warns(UserWarning, match="makes a tensor of its own"):
-        prepare(model, QATConfig(act_bits=2, quantize_inputs=True))
-    assert "forward" not in model.__dict__ and model(x_(2, 4)).shape == (2, 4)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad(), torch.autocast("cpu")])
 def test_a_forward_that_switches_modes_is_not_rewritten(mode):
     class Switches(nn.Module):
@@ -290,22 +361,6 @@ def test_a_forward_that_switches_modes_is_not_rewritten(mode):
     with pytest.warns(UserWarning, match="switches gradients or autocast"):
         model = prepare(Switches(), QATConfig(act_bits=2, quantize_inputs=True))
     assert "forward" not in model.__dict__
-
-
-def test_reading_a_forward_leaves_no_attribute_behind():
-    class Remembers(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.seen = nn.Linear(4, 4), []
-
-        def forward(self, x):
-            self.last = x
-            self.calls = getattr(self, "calls", 0) + 1
-            return self.fc(x).relu()
-
-    model = Remembers().eval()
-    prepare(model, QATConfig())
-    assert not hasattr(model, "last") and not hasattr(model, "calls") and not model.training
 
 
 # Inputs that follow no ReLU

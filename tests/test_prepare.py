@@ -108,6 +108,19 @@ def test_subclasses_are_left_alone():
     assert type(model[1]) is _OwnConv and not isinstance(model[2].out_proj, qbr.QuantizedLinear)
 
 
+def test_the_plan_shows_what_stays_in_float_for_its_type():
+    model = nn.Sequential(
+        nn.Linear(2, 2), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), _OwnConv(1, 1, 1),
+        nn.LazyLinear(2), type("OwnReLU", (nn.ReLU6,), {})(), nn.MultiheadAttention(4, 2), nn.LayerNorm(2),
+    )  # fmt: skip
+    rows = {row[0]: row[2:4] for row in qbr.plan(model).rows}
+    assert rows == {
+        "0": ("2 bits", ""), "1": ("", "2 bits"), "2": ("float (parametrized)", ""),
+        "3": ("float (subclass of Conv2d)", ""), "4": ("float (lazy: run the model once before)", ""),
+        "5": ("", "float (subclass of ReLU6)"), "6 in_proj_weight": ("2 bits", ""), "6.out_proj": ("2 bits", ""),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "model,config,message",
     [

@@ -32,6 +32,7 @@ LAYERS = [
     ["qbr.regularizer"],
     ["qbr.schedules", "qbr.freezing", "qbr.monitor", "qbr.layer_summary", "qbr.writers"],
     ["qbr.alpha_control"],
+    ["qbr.side_effects"],
     ["qbr.tracing"],
     ["qbr.discovery"],
     ["qbr.config", "qbr.running"],

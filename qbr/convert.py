@@ -70,9 +70,11 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Conv1d, Conv2d, Conv3d, ConvTranspose2d, Linear and Embedding are torch.nn's again; their weights are the quantized
     values (codes times alpha), in the dtype they had. Activations are quantized by FakeQuantize modules, in torch's own
     operations, so that nothing of qbr's kernels is needed. A layer whose input is quantized keeps its qbr class, with a
-    FakeQuantize as ``input_quantizer``; a MultiheadAttention keeps its own, too, since torch's fused inference path
-    would round differently; its state_dict is nn.MultiheadAttention's. qbr's hooks are gone, but for those that count
-    calls where one ReLU has several steps; the user's stay.
+    FakeQuantize as ``input_quantizer``; so does one whose weight a hook computes (torch.nn.utils.prune, the older
+    weight_norm and spectral_norm), with one as ``weight_quantizer``: prune.remove() and the like come first, to have it
+    folded. A MultiheadAttention keeps its own, too, since torch's fused inference path would round differently; its
+    state_dict is nn.MultiheadAttention's. qbr's hooks are gone, but for those that count calls where one ReLU has
+    several steps; the user's stay.
 
     Args:
         model: a prepared model, in any mode; it is left alone (a copy is converted) unless ``inplace``.
@@ -123,7 +125,8 @@ def _fold(module: nn.Module, folded: dict) -> None:
             del module._modules[name]
         else:
             module._modules[name] = FakeQuantize([quantizer])
-    if "input_quantizer" not in module._modules and type(module) in _FLOAT_LAYERS:
+    left = {"input_quantizer", "weight_quantizer"} & module._modules.keys()
+    if not left and type(module) in _FLOAT_LAYERS:
         module.__class__ = _FLOAT_LAYERS[type(module)]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import tv
 from torch import nn
+from torch.nn.utils import prune
 
 import qbr
 from qbr import QATConfig, calibrate, convert, prepare
@@ -108,6 +109,26 @@ def test_saved_whole_and_as_a_state_dict():
     names = {key for key in plain.state_dict() if "alpha" in key}
     assert names == {f"{name}.alpha" for name in (
         "relu", "relu6", "functional_relu_1", "stem.input_quantizer")}  # fmt: skip
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_weight_that_a_hook_computes_stays_quantized(before):
+    def hook(model):
+        prune.l1_unstructured(model[0], "weight", 0.5)
+        prune.random_unstructured(model[2], "weight", 0.5)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(6, 5))
+    for change in (hook, prepare) if before else (prepare, hook):
+        change(model)
+    calibrate(model.eval(), [x_(4, 3, 8, 8)])
+    with torch.no_grad():
+        expected = model(x_(2, 3, 8, 8))
+        plain = convert(model)
+        assert torch.equal(plain(x_(2, 3, 8, 8)), expected) and type(plain[0].weight_quantizer) is FakeQuantize
+        prune.remove(model[0], "weight"), prune.remove(model[2], "weight")
+        folded = convert(model)
+    assert torch.equal(folded(x_(2, 3, 8, 8)), expected) and type(folded[0]) is nn.Conv2d
 
 
 def test_a_float_model_takes_the_weights():

@@ -18,10 +18,12 @@ def save(ctx, xs: Sequence[Tensor], *tensors: Tensor) -> None:
     """ctx.save_for_backward(*tensors), but for Parameters xs; of these ``tensors`` has one after the other, then as
     many alphas, and so on."""
     ctx.kept = None
-    parameters = {type(x) for x in xs} <= {nn.Parameter} and not any(x.is_inference() for x in xs)
-    if parameters and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or {*map(type, xs)} != {nn.Parameter}:
+        ctx.save_for_backward(*tensors)
+        return
+    try:
         ctx.kept = tensors, _versions(tensors), len(xs)
-    else:
+    except RuntimeError:  # made under torch.inference_mode: no version, and no backward
         ctx.save_for_backward(*tensors)
 
 

@@ -269,5 +269,11 @@ def test_a_weight_that_has_changed_before_its_backward_is_refused(change, single
 def test_a_model_made_under_inference_mode():
     expected = make().eval()(images())
     with torch.inference_mode():
-        assert torch.equal(make().eval()(images()), expected)
+        model = make().eval()
+        assert torch.equal(model(images()), expected)
+    with torch.no_grad():
+        assert torch.equal(model(images()), expected)
+        quantizer = model[0].weight_quantizer
+        (each,) = functional.foreach_bin_loss([model[0].weight], [quantizer.alpha], quantizer.spec)
+        assert each.bins.table.sum() > 0
 

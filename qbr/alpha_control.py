@@ -105,6 +105,8 @@ class AlphaControl:
     def attach(self, model: nn.Module) -> AlphaControl:
         """Take over the quantizers of model, in the state of epoch 1 (or the one that was loaded).
 
+        An alpha whose requires_grad you have set to False stays fixed throughout.
+
         Raises:
             ValueError: for a model without quantizers, or without quantized weights where a release waits for them.
         """

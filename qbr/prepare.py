@@ -12,7 +12,7 @@ from qbr.calls import count_calls
 from qbr.config import QATConfig
 from qbr.layers import ATTENTION, WEIGHT_LAYERS, QuantizedClippedReLU
 from qbr.plan import Plan, PlannedReLU, plan
-from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, quantizers, remember_weight
+from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, quantizers
 from qbr.regularizer import watch
 from qbr.running import device_of
 
@@ -76,7 +76,6 @@ def _quantize_weights(planned: Plan) -> None:
             made[key] = LSQ_WeightQuantizer(
                 spec.bits, channel_axis=spec.channel_axis, channels=spec.channels(weight.shape), device=weight.device
             ).train(each.module.training)
-            remember_weight(made[key], weight)
         _become_quantized(each.layer)
         each.module.add_module(f"{each.parameter}_quantizer", made[key])
 

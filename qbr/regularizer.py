@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbr import distributed, functional, grouping, metrics, ops
+from qbr import distributed, functional, grouping, metrics, ops, step_guard
 from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
-from qbr.quantizers import LSQQuantizer, check_bits, check_state_dict, require_quantizers
+from qbr.quantizers import LSQQuantizer, check_bits, check_state_dict, quantizers, require_quantizers
 from qbr.spec import QuantSpec, ToAlpha, check_regularizer
 
 # A quantizer of one of these names is reported as its layer, those of further calls and other tensors with a suffix.
@@ -193,7 +193,8 @@ def _check_before_loading(model, state_dict, prefix, *_) -> None:
 
 def watch(model: nn.Module) -> None:
     """Hook the root of a model, once: before each forward forget() and all weights' quantization, before each load
-    check_state_dict()."""
+    check_state_dict(); and have optimizers that lack its step sizes noticed."""
+    step_guard.remember(model, quantizers(model))
     if forget not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(forget)
         model.register_forward_pre_hook(grouping.quantize_together)

@@ -212,15 +212,41 @@ def test_an_optimizer_without_the_steps_is_refused_at_its_first_step():
     early = torch.optim.SGD(model.parameters(), lr=0.1)
     prepare(model, QATConfig())
     weight = model[0].weight.detach().clone()
-    with pytest.raises(RuntimeError, match=r"(?s)1 step sizes .* Was it built before prepare\(\)\?"):
+    with pytest.raises(RuntimeError, match=r"(?s)2 step sizes .* Was it built before prepare\(\)\?"):
         step(model, early)
     assert torch.equal(model[0].weight, weight)
     alone = torch.optim.SGD([q.alpha for q in quantizers(model).values()], lr=0.1)
     step(model, torch.optim.SGD(model[0].parameters(), lr=0.1), alone)
-    model[0].weight_quantizer.alpha.requires_grad_(False)
+    for quantizer in quantizers(model).values():
+        quantizer.alpha.requires_grad_(False)
     del alone
     step(model, torch.optim.SGD([model[0].weight, model[0].bias], lr=0.1))
     step(make(), torch.optim.SGD([nn.Parameter(x_(2))], lr=0.1))
+
+
+def test_so_is_one_without_the_steps_of_activations_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepare(model, QATConfig(weight_bits=None))
+    model(x_(2, 3, 8, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"(?s)1 step sizes .* Was it built before prepare\(\)\?"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("frozen", ["freeze_weights", "freeze_acts"])
+def test_so_is_one_without_steps_that_are_released_later(frozen):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepare(model, QATConfig(*((2, None) if frozen == "freeze_weights" else (None, 2))))
+    control = qbr.AlphaControl(**{frozen: qbr.Freeze(epoch=1, release_epoch=3)}).attach(model)
+    for epoch in (1, 2, 3):
+        control.begin_epoch(epoch)
+        model(x_(2, 3, 8, 8)).sum().backward()
+        if epoch == 3:
+            with pytest.raises(RuntimeError, match="1 step sizes"):
+                optimizer.step()
+        else:
+            optimizer.step()  # alphas that are frozen need no optimizer
 
 
 # Two processes

@@ -86,6 +86,16 @@ def test_a_frozen_alpha_whose_gradient_is_0_stays_under_momentum(monkeypatch):
         optimizer.zero_grad()
 
 
+def test_an_alpha_that_was_fixed_by_hand_stays_fixed():
+    model = qbr.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    fixed, free = model[0].weight_quantizer, model[2].weight_quantizer
+    fixed.alpha.requires_grad_(False)
+    control = qbr.AlphaControl(freeze_weights=qbr.Freeze(epoch=2, release_epoch=3)).attach(model)
+    for epoch, frozen in ((1, False), (2, True), (3, False), (2, True), (1, False)):
+        control.begin_epoch(epoch)
+        assert not fixed.alpha.requires_grad and free.alpha.requires_grad != frozen and free.frozen == frozen
+
+
 def test_by_step():
     model = _model()
     control = AlphaControl(Freeze(step=3, release_step=5), Freeze(epoch=1, release_step=4)).attach(model)

@@ -14,7 +14,7 @@ from torch import nn
 
 import qbr
 from qbr import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, QuantSpec, functional
-from qbr.quantizers import SMALLEST_ALPHA
+from qbr.step_guard import SMALLEST_ALPHA
 
 
 def _x(*shape, seed=0):

@@ -25,7 +25,7 @@ LAYERS = [
     ["qbr.functional"],
     ["qbr.metrics"],
     ["qbr.distributed"],
-    ["qbr.grouping"],
+    ["qbr.grouping", "qbr.step_guard"],
     ["qbr.quantizers"],
     ["qbr.calls"],
     ["qbr.layers"],

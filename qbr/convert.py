@@ -41,15 +41,15 @@ class FakeQuantize(Counted, nn.Module):
         self.calls = len(steps)
         self.register_buffer("alpha", torch.cat([step.alpha.detach() for step in steps]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """xhat in x's shape and dtype, to the bit what the quantizer gives."""
-        y = x if x.dtype == torch.float64 else x.float()
-        alpha = self._alpha(x.dim()).to(y.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        """xhat in input's shape and dtype, to the bit what the quantizer gives."""
+        y = input if input.dtype == torch.float64 else input.float()
+        alpha = self._alpha(y.dim()).to(y.dtype)
         if self.relu:
             y = y.clamp(min=0.0, max=self.clip)
         v = y / alpha
         codes = torch.where(v >= 0, 1.0, -1.0) if self.binary else v.clamp(self.qn, self.qp).round()
-        return torch.where(v.isnan(), v, codes * alpha).to(x.dtype)
+        return torch.where(v.isnan(), v, codes * alpha).to(input.dtype)
 
     def _alpha(self, dim: int) -> Tensor:
         if self.axis is None:

@@ -174,7 +174,7 @@ MUTANTS = [
     Mutant("layers: renormalising changes the weight", LAYERS,
            "torch.embedding_renorm_(weight.clone(), rows,", "torch.embedding_renorm_(weight, rows,", "export"),
     Mutant("layers: an embedding without its padding", LAYERS,
-           "F.embedding(x, weight, self.padding_idx, scale", "F.embedding(x, weight, None, scale", "layers"),
+           "F.embedding(input, weight, self.padding_idx, scale", "F.embedding(input, weight, None, scale", "layers"),
     Mutant("regularizer: metrics see the next step's alpha", REGULARIZER,
            "torch._foreach_mul([entry.bins.alpha for entry in entries], 1.0) if entries else []",
            "[entry.bins.alpha for entry in entries]", "quantizers"),

@@ -111,6 +111,27 @@ def test_saved_whole_and_as_a_state_dict():
         "relu", "relu6", "functional_relu_1", "stem.input_quantizer")}  # fmt: skip
 
 
+class ByName(nn.Module):
+    """Calls torch.nn's modules by the name that their forward's parameter has there."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.up, self.relu = nn.Embedding(9, 4), nn.ConvTranspose2d(4, 4, 2), nn.ReLU()
+        self.conv, self.fc = nn.Conv2d(4, 3, 3), nn.Linear(108, 5)
+
+    def forward(self, x):
+        x = self.words(input=x).movedim(-1, 1)
+        return self.fc(input=self.conv(input=self.relu(input=self.up(input=x))).flatten(1))
+
+
+@pytest.mark.parametrize("quantize_inputs", [False, True])
+def test_layers_are_called_by_torch_s_names(quantize_inputs):
+    model, x = ByName(), torch.arange(49).reshape(1, 7, 7) % 9
+    assert model(x).shape == prepare(model, QATConfig(quantize_inputs=quantize_inputs))(x).shape == (1, 5)
+    with torch.no_grad():
+        assert torch.equal(convert(model.eval())(x), model(x))
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_a_weight_that_a_hook_computes_stays_quantized(before):
     def hook(model):

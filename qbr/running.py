@@ -25,18 +25,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def undisturbed(model: nn.Module):
-    """No gradients; afterwards all buffers (those of quantizers excepted) and the random number generators are as
-    before."""
-    device = device_of(model)
-    devices = [device] if device.type == "cuda" else []
-    skipped = {id(b) for module in model.modules() if isinstance(module, LSQQuantizer) for b in module.buffers()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in skipped]
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    """No gradients; afterwards all buffers (those of quantizers excepted), also those that a forward assigns anew, and
+    the random number generators are as before."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    owners = [module for module in model.modules() if not isinstance(module, LSQQuantizer)]
+    buffers = [(owner, name, buffer) for owner in owners for name, buffer in owner._buffers.items()]
+    before = [None if buffer is None else buffer.clone() for *_, buffer in buffers]
+    with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
         try:
             yield
         finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for (owner, name, buffer), values in zip(buffers, before):
+                owner._buffers[name] = buffer if buffer is None else buffer.copy_(values)
 
 
 def device_of(model: nn.Module) -> torch.device:

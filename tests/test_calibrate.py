@@ -59,6 +59,25 @@ def test_nothing_but_the_steps_changes(method, training):
     assert not any(q._forward_pre_hooks or q._retained for q in quantizers(model).values())
 
 
+def test_buffers_that_a_forward_assigns_anew_are_as_before():
+    class Averaging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.relu = nn.Linear(4, 4), nn.ReLU()
+            self.register_buffer("mean", torch.ones(4))
+            self.register_buffer("last", None)
+
+        def forward(self, x):
+            self.last = self.relu(self.fc(x)).detach()
+            self.mean = 0.9 * self.mean + 0.1 * self.last.mean(0)
+            return self.last
+
+    model = prepare(Averaging(), QATConfig())
+    mean = model.mean
+    calibrate(model, [x_(3, 4)])
+    assert model.mean is mean and mean.tolist() == [1.0] * 4 and model.last is None
+
+
 def test_all_batches_count_and_their_order_of_magnitude_does_not_matter():
     relu = nn.Sequential(nn.ReLU())
     model = prepare(relu, QATConfig(weight_bits=None, act_bits=4))

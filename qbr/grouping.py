@@ -43,7 +43,7 @@ class Ready(NamedTuple):
 
 def quantize_together(model: nn.Module, *_) -> None:
     """Quantize the weights of model's layers in one call, and leave each with its quantizer. A forward pre-hook."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_inside(model):
         return
     groups: dict[bool, list] = {}
     for quantizer, owner, name in weights(model):
@@ -115,12 +115,27 @@ def take(quantizer, weight: Tensor) -> Ready | None:
 
 def drop(model: nn.Module, *_) -> None:
     """Forget what the forward has not used; a layer that did not use it quantizes alone from now on. A forward hook."""
+    if is_inside(model):
+        return
+    mark_roots(model, False)
     if torch.compiler.is_compiling():
         return
     for quantizer in model.__dict__.pop("_qbr_grouped", ()):
         if not quantizer._ready_used:
             quantizer.alone = True
         assign(quantizer, "_ready", None)
+
+
+def mark_roots(model: nn.Module, inside: bool) -> None:
+    """Tell the watched modules within model whether a forward of model is running: then it is the root, and they are
+    a part of it that may run several times."""
+    for root in model.__dict__.get("_qbr_roots", ()):
+        assign(root, "_qbr_inside", inside)
+
+
+def is_inside(model: nn.Module) -> bool:
+    """Whether a forward of a watched module around model is running."""
+    return model.__dict__.get("_qbr_inside", False)
 
 
 def is_there(weight: Tensor) -> bool:

@@ -174,6 +174,9 @@ def _fixed(entries) -> list[BinLoss]:
 
 def forget(model: nn.Module, *_) -> None:
     """Drop what earlier forwards of model have collected; as a forward pre-hook, at the start of each new one."""
+    if grouping.is_inside(model):
+        return
+    grouping.mark_roots(model, True)
     modules = grouping.walk(model)
     fresh = False
     for module in modules:
@@ -195,6 +198,8 @@ def watch(model: nn.Module) -> None:
     """Hook the root of a model, once: before each forward forget() and all weights' quantization, before each load
     check_state_dict(); and have optimizers that lack its step sizes noticed."""
     step_guard.remember(model, quantizers(model))
+    roots = [each for each in model.modules() if each is not model and forget in each._forward_pre_hooks.values()]
+    grouping.assign(model, "_qbr_roots", roots)
     if forget not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(forget)
         model.register_forward_pre_hook(grouping.quantize_together)
@@ -210,6 +215,7 @@ def unwatch(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if any(getattr(hook, "hook", hook) is m for m in mine)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
+        module.__dict__.pop("_qbr_roots", None), module.__dict__.pop("_qbr_inside", None)
 
 
 class BinRegularizer:

@@ -54,7 +54,8 @@ class QATConfig:
             tensor.
         collect_bin_loss: whether training forwards collect the bin loss for ``qbr.bin_loss(model)`` from the start; an
             AlphaControl that is attached decides by epoch instead.
-        regularizer: the bin loss: "br" or "dampening" (docs/control.md).
+        regularizer, act_regularizer: the bin loss of weights and of activations: "br" or "dampening" (docs/control.md);
+            act_regularizer=None: the same for both. qbr.set_regularizer keeps them up to date.
         overrides: {pattern: {field: value}} for the fields in ``qbr.config.OVERRIDABLE``; of several patterns that
             match a module, the later one wins, field by field.
         first_layer, last_layer: bits of the first and of the last layer with a weight, in the order of calls: for its
@@ -83,6 +84,7 @@ class QATConfig:
     quantize_inputs: bool = False
     input_signed: bool | None = None
     step_per_call: bool = True
+    act_regularizer: str | None = None
 
     def __post_init__(self) -> None:
         for name in fields(self):
@@ -107,6 +109,10 @@ class QATConfig:
     @property
     def patterns(self) -> tuple[str, ...]:
         return (*self.skip, *self.overrides)
+
+    def regularizer_of(self, kind: str) -> str:
+        """The bin loss of "weight" or of "activation" quantizers."""
+        return self.act_regularizer or self.regularizer if kind == "activation" else self.regularizer
 
     def layer(self, name: str, policy: int | None = None) -> LayerConfig:
         """What holds for the module of that name.
@@ -167,6 +173,6 @@ def _checked(name: str, value, argument: str):
             raise TypeError(f"{argument}={value!r}: expected True, False or None")
     elif name == "clip":
         check_clip(value, argument)
-    elif name == "regularizer":
+    elif name == "regularizer" or (name == "act_regularizer" and value is not None):
         check_regularizer(value, argument)
     return value

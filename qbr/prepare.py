@@ -61,7 +61,7 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any =
     _close_fast_paths(model)
     for quantizer in quantizers(model).values():
         quantizer.collecting = config.collect_bin_loss
-        quantizer.regularizer = config.regularizer
+        quantizer.regularizer = config.regularizer_of(quantizer.kind)
     watch(model)
     model.qat_config = config  # what packed files keep, so that they load into a float model
     return model

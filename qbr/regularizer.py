@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -79,8 +80,10 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False) -> ModelBinLoss:
 def set_regularizer(model: nn.Module, *, weights: str | None = None, activations: str | None = None) -> None:
     """Choose the bin loss that model's quantizers collect: "br" (as prepare() leaves them) or "dampening".
 
+    ``model.qat_config`` says so then, too, so that a checkpoint with it restores the loss.
+
     Args:
-        model: a prepared model.
+        model: a prepared model, or one around it. Of a part of one, the whole's qat_config does not know.
         weights, activations: the loss of that side; None leaves it.
 
     Raises:
@@ -94,6 +97,11 @@ def set_regularizer(model: nn.Module, *, weights: str | None = None, activations
             check_regularizer(value, argument)
     for quantizer in require_quantizers(model).values():
         quantizer.regularizer = chosen[quantizer.kind] or quantizer.regularizer
+    for module in model.modules():
+        config = module.__dict__.get("qat_config")
+        if hasattr(config, "regularizer_of"):  # qbr.QATConfig
+            ways = {kind: value or config.regularizer_of(kind) for kind, value in chosen.items()}
+            module.qat_config = replace(config, regularizer=ways["weight"], act_regularizer=ways["activation"])
 
 
 def by_layer(model: nn.Module) -> dict[str, LSQQuantizer]:

@@ -25,6 +25,7 @@ def make() -> nn.Module:
 FULL = QATConfig(
     weight_bits=3, act_bits=4, clip=2.5, skip=["1.1"], weight_per_channel=True, collect_bin_loss=False, first_layer=8,
     last_layer=32, quantize_inputs=True, input_signed=True, step_per_call=False,
+    act_regularizer="dampening",
     overrides={"0": {"weight_bits": 5, "clip": None}, "0.1": {"act_bits": 32}, "1.*": {"weight_per_channel": False}},
 )  # fmt: skip
 
@@ -109,6 +110,7 @@ def test_first_and_last_are_those_of_the_calls():
         ({"overrides": {"a": {"clip": -1}}}, ValueError, r"overrides\['a'\]\['clip'\]=-1"),
         ({"overrides": {"a": {"quantize_inputs": 1}}}, TypeError, r"\['quantize_inputs'\]=1"),
         ({"first_layer": 16}, ValueError, "first_layer=16"),
+        ({"act_regularizer": "l2"}, ValueError, "act_regularizer='l2'"),
         ({"last_layer": "8"}, TypeError, "last_layer='8'"),
         ({"quantize_inputs": "yes"}, TypeError, "quantize_inputs='yes'"),
         ({"input_signed": 0}, TypeError, "input_signed=0"),

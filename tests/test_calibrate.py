@@ -187,6 +187,19 @@ def test_bad_input():
     assert all(torch.equal(before[n], a) for n, a in alphas(model).items() if "weight" not in n)
 
 
+@pytest.mark.parametrize("batches", [[], [3], [x_(2, 3, 8, 8), 3]])
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_calibration_that_fails_changes_nothing(batches, seen):
+    model = make()
+    if seen:
+        model(x_(4, 3, 8, 8))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises((TypeError, ValueError)):
+        calibrate(model, batches, method="mse")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(quantizer.initialised is seen for quantizer in quantizers(model).values())
+
+
 def test_what_no_batch_reaches_and_what_is_zero_is_named():
     class Two(nn.Module):
         def __init__(self):

@@ -195,6 +195,14 @@ def test_steps_without_data_are_named():
     assert torch.equal(plain(x_(2, 3)), model(x_(2, 3)))
 
 
+@pytest.mark.filterwarnings("error:.*were never set")
+def test_steps_that_an_average_has_from_its_model_are_no_steps_without_data():
+    model = prepare(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    model(x_(2, 3)), average.update_parameters(model)
+    convert(average.module.eval())
+
+
 @pytest.mark.parametrize("name", ["googlenet", "densenet121", "shufflenet_v2_x0_5", "squeezenet1_0", "mnasnet0_5"])
 def test_other_models_of_torchvision(name):
     tv.load()

@@ -213,7 +213,7 @@ class _Calibrator:
     def _set(self, quantizer: LSQQuantizer, step: Tensor) -> None:
         step = step.to(quantizer.alpha.dtype).reshape(quantizer.alpha.shape)
         self.done[quantizer] = usable = torch.isfinite(step) & (step > 0)
-        quantizer.set_alpha(torch.where(usable, step, quantizer.alpha))
+        quantizer.write_alpha(torch.where(usable, step, quantizer.alpha))
 
 
 def _sum(values: Tensor) -> Tensor:

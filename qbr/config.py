@@ -90,7 +90,8 @@ class QATConfig:
         for name in fields(self):
             if name.name != "skip" and name.name != "overrides":
                 object.__setattr__(self, name.name, _checked(name.name, getattr(self, name.name), name.name))
-        if isinstance(self.skip, str):
+        patterns = self.skip if isinstance(self.skip, (list, tuple)) else [None]
+        if not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(f"skip={self.skip!r}: expected a list or tuple of patterns")
         object.__setattr__(self, "skip", tuple(self.skip))
         if not isinstance(self.overrides, Mapping):
@@ -99,7 +100,7 @@ class QATConfig:
         for pattern, values in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(values, Mapping):
                 raise TypeError(f"overrides[{pattern!r}]={values!r}: expected {{field: value}}")
-            unknown = sorted(set(values) - set(OVERRIDABLE))
+            unknown = sorted(set(values) - set(OVERRIDABLE), key=str)
             if unknown:
                 raise ValueError(f"overrides[{pattern!r}] has {unknown}: expected some of {list(OVERRIDABLE)}")
             checked[pattern] = {name: _checked(name, value, f"overrides[{pattern!r}][{name!r}]")

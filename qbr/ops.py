@@ -130,6 +130,8 @@ def check(x: Tensor, alpha, spec: QuantSpec, relu: bool, clip: float | None) -> 
     alpha = check_alpha(alpha, x, 1 if axis is None else x.shape[axis], compute_dtype)
     if clip is not None and not relu:
         raise ValueError(f"clip={clip} without relu: clip is the upper bound of the fused ReLU; pass relu=True")
+    if clip is not None and not isinstance(clip, numbers.Real):
+        raise TypeError(f"clip={clip!r}: expected a number, or None for no upper bound")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: expected a positive number, or None for no upper bound")
     if relu and spec.qn < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 
 import torch
@@ -229,11 +230,27 @@ class LSQQuantizer(nn.Module):
         usable = torch.isfinite(step) & (step > 0)
         if not force:
             usable = usable & (self.init_state == 0)
-        self.set_alpha(torch.where(usable, step, self.alpha))
+        self.write_alpha(torch.where(usable, step, self.alpha))
+
+    def set_alpha(self, alpha: Tensor | float) -> None:
+        """Set the steps, positive, [1] or [C]; the first training forward then leaves them alone. Reads the device.
+
+        Raises:
+            TypeError, ValueError: for steps that are not positive and finite, or of another number; nothing is set.
+        """
+        if not isinstance(alpha, (Tensor, numbers.Real)):
+            raise TypeError(f"alpha={alpha!r}: expected a tensor or a number")
+        steps = torch.as_tensor(alpha).detach().to(self.alpha.dtype)
+        if steps.numel() not in (1, self.alpha.numel()):
+            raise ValueError(f"alpha has {steps.numel()} elements: expected {self.alpha.numel()}")
+        bad = steps[~(torch.isfinite(steps) & (steps > 0))]
+        if bad.numel():
+            raise ValueError(f"alpha has {bad[0].item():g}: expected positive, finite step sizes")
+        self.write_alpha(steps.reshape(-1))
 
     @torch.no_grad()
-    def set_alpha(self, alpha: Tensor) -> None:
-        """Set the steps, positive, [1] or [C]; the first training forward then leaves them alone."""
+    def write_alpha(self, alpha: Tensor) -> None:
+        """set_alpha() of what is known to be right, without a look at it: that would wait for the device."""
         self.alpha.copy_(alpha)
         self.init_state.fill_(1)
         self._initialised = True
@@ -344,9 +361,14 @@ class LSQ_ActivationQuantizer(LSQQuantizer):
 
 
 def check_clip(clip: float | None, argument: str) -> None:
-    """Raise ValueError, naming the argument, unless clip is None or positive and finite."""
-    if clip is not None and not (math.isfinite(clip) and clip > 0):
-        raise ValueError(f"{argument}={clip}: expected a positive, finite number, or None for no upper bound")
+    """Raise TypeError or ValueError, naming the argument, unless clip is None or a positive, finite number."""
+    if clip is None:
+        return
+    expected = "expected a positive, finite number, or None for no upper bound"
+    if isinstance(clip, bool) or not isinstance(clip, numbers.Real):
+        raise TypeError(f"{argument}={clip!r}: {expected}")
+    if not (math.isfinite(clip) and clip > 0):
+        raise ValueError(f"{argument}={clip}: {expected}")
 
 
 def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:

@@ -214,7 +214,8 @@ MUTANTS = [
     Mutant("calibrate: the quantile's next bin", SKETCH,
            "share >= quantile * share[:, -1:]", "share > quantile * share[:, -1:]", "calibrate"),
     Mutant("calibrate: unusable steps are set", CALIBRATE,
-           "quantizer.set_alpha(torch.where(usable, step, quantizer.alpha))", "quantizer.set_alpha(step)", "calibrate"),
+           "quantizer.write_alpha(torch.where(usable, step, quantizer.alpha))", "quantizer.write_alpha(step)",
+           "calibrate"),
     Mutant("calibrate: negative values are left out", SKETCH, "+ _BINS * (x < 0)", "+ 0 * (x < 0)", "calibrate"),
     # ---- monitor, export ----
     Mutant("monitor: the tail of a sum", "qbr/monitor.py", " + flat[whole:].sum()", "", "monitor"),

@@ -14,7 +14,7 @@ from qbr.layers import ATTENTION, WEIGHT_LAYERS, QuantizedClippedReLU
 from qbr.plan import Plan, PlannedReLU, plan
 from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, quantizers
 from qbr.regularizer import watch
-from qbr.running import device_of
+from qbr.running import device_beside, device_of
 
 
 def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any = None) -> nn.Module:
@@ -47,14 +47,13 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any =
     config = QATConfig() if config is None else config
     for warning in planned.warnings:
         warnings.warn(warning, stacklevel=2)
-    device = device_of(model)
     _quantize_weights(planned)
     for each in planned.inputs:
         _become_quantized(each.module)
-        quantizer = LSQ_ActivationQuantizer(each.bits, signed=each.signed, device=device)
+        quantizer = LSQ_ActivationQuantizer(each.bits, signed=each.signed, device=device_of(each.module))
         each.module.add_module(each.attribute, quantizer.train(each.module.training))
     for each in planned.relus:
-        _quantize_relu(each, device)
+        _quantize_relu(each, device_beside(model, each.name))
     for owner, forward in planned.forwards.items():
         owner.forward = forward
     count_calls({each.module: list(each.places.items()) for each in planned.relus if each.steps > 1})

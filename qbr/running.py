@@ -44,6 +44,23 @@ def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
+def device_beside(model: nn.Module, name: str) -> torch.device:
+    """Where the module of that name gets its input, of a model that may be spread over devices: that of what stands
+    last before it in the smallest module around it that has a parameter or buffer, or of the first one there."""
+    path = name
+    while path:
+        path, _, last = path.rpartition(".")
+        around, before = model.get_submodule(path), []
+        for child_name, child in around.named_children():
+            if child_name == last:
+                break
+            before += [*child.parameters(), *child.buffers()]
+        found = before[-1:] or [*around.parameters(), *around.buffers()]
+        if found:
+            return found[0].device
+    return device_of(model)
+
+
 def run(model: nn.Module, batch) -> None:
     """model(batch) for a tensor, model(batch[0]) for a tuple or list, model(**batch) for a dict; on model's device.
 

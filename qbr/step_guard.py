@@ -21,7 +21,7 @@ SMALLEST_ALPHA = 1e-8  # ... and never less than this, so that x / alpha stays f
 
 _live: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _before: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
-_neighbours: weakref.WeakKeyDictionary[nn.Module, TensorWeakRef] = weakref.WeakKeyDictionary()
+_beside: weakref.WeakKeyDictionary[nn.Module, list[TensorWeakRef]] = weakref.WeakKeyDictionary()
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _hooks: list = []
 
@@ -33,18 +33,17 @@ def register(quantizer: nn.Module) -> None:
 
 
 def remember(model: nn.Module, quantizers: dict[str, nn.Module]) -> None:
-    """Note for each quantizer of model a parameter beside it, so that an optimizer without its alpha is noticed.
+    """Note for each quantizer of model the parameters beside it, so that an optimizer without its alpha is noticed.
 
-    That of the smallest module around it which has any: a weight's own layer, the block of a ReLU.
+    For a weight that is itself; for an activation all of the smallest module around it that has any.
     """
     alphas = {id(quantizer.alpha) for quantizer in quantizers.values()}
     for name, quantizer in quantizers.items():
-        beside = None
-        while name and beside is None:
+        beside = []
+        while name and not beside:
             name = name.rpartition(".")[0]
-            beside = next((p for p in model.get_submodule(name).parameters() if id(p) not in alphas), None)
-        if beside is not None:
-            _neighbours[quantizer] = TensorWeakRef(beside)
+            beside = [p for p in model.get_submodule(name).parameters() if id(p) not in alphas]
+        _beside[quantizer] = [TensorWeakRef(p) for p in (beside[:1] if quantizer.kind == "weight" else beside)]
 
 
 def check_again() -> None:
@@ -52,14 +51,20 @@ def check_again() -> None:
     _checked.clear()
 
 
+def _are_moved(parameters: list[TensorWeakRef], owned: set[int]) -> bool:
+    """Whether the optimizer of these ids has the parameters, all that are trained."""
+    alive = [p for p in (ref() for ref in parameters) if p is not None]
+    return any(id(p) in owned for p in alive) and all(id(p) in owned or not p.requires_grad for p in alive)
+
+
 def _check_optimizer(optimizer: Optimizer, owned: set[int]) -> None:
     """At an optimizer's first step: raise RuntimeError if it moves weights whose step sizes no optimizer has."""
     _checked.add(optimizer)
-    steps = {q._parameters.get("alpha"): beside() for q, beside in _neighbours.items()}  # none while FSDP holds it
+    steps = {q: q._parameters.get("alpha") for q in _beside}  # None while FSDP holds it
     alphas = {
         id(alpha)
-        for alpha, beside in steps.items()
-        if alpha is not None and alpha.requires_grad and id(alpha) not in owned and id(beside) in owned
+        for q, alpha in steps.items()
+        if alpha is not None and alpha.requires_grad and id(alpha) not in owned and _are_moved(_beside[q], owned)
     }
     if not alphas:
         return

@@ -265,6 +265,13 @@ def test_so_is_one_without_the_steps_of_activations_alone():
         optimizer.step()
 
 
+def test_optimizers_that_share_a_model_need_not_have_the_steps_between_them():
+    model = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), QATConfig(weight_bits=None))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    model(x_(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize("frozen", ["freeze_weights", "freeze_acts"])
 def test_so_is_one_without_steps_that_are_released_later(frozen):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())

@@ -54,7 +54,7 @@ class AlphaControl:
     ) -> None:
         self._model: nn.Module | None = None
         self._quantizers: list[LSQQuantizer] = []
-        self._epoch, self._step = 1, 0
+        self._epoch, self._step, self._begun = 1, 0, False
         self._set(
             freeze_weights=freeze_weights,
             freeze_acts=freeze_acts,
@@ -105,6 +105,8 @@ class AlphaControl:
     def attach(self, model: nn.Module) -> AlphaControl:
         """Take over the quantizers of model, in the state of epoch 1 (or the one that was loaded).
 
+        An alpha whose requires_grad you have set to False stays fixed throughout.
+
         Raises:
             ValueError: for a model without quantizers, or without quantized weights where a release waits for them.
         """
@@ -125,16 +127,17 @@ class AlphaControl:
 
         Raises:
             TypeError, ValueError: for an epoch that is none.
-            RuntimeError: before attach; or in a later epoch, if a Freeze counts steps and none has begun.
+            RuntimeError: before attach; or in a later epoch than one begun before, if a Freeze counts steps and none
+                has begun.
         """
         check_count(epoch, "epoch", least=1)
         if self._model is None:
             raise RuntimeError(f"begin_epoch({epoch}) before attach: call control.attach(model) first")
         by_step = any(record.plan is not None and record.plan.by_step for record in self._records.values())
-        if by_step and self._step == 0 and epoch > self._epoch:
+        if by_step and self._step == 0 and self._begun and epoch > self._epoch:
             raise RuntimeError(f"begin_epoch({epoch}): a Freeze counts steps, and no step has begun: call "
                                "control.begin_step() before every training step")  # fmt: skip
-        self._epoch = epoch
+        self._epoch, self._begun = epoch, True
         for kind, record in self._records.items():
             members = [q for q in self._quantizers if q.kind == kind]
             if members:
@@ -227,7 +230,8 @@ class AlphaControl:
         return side, "no (frozen)" if frozen else "yes", moved, "yes" if after_warmup else "no"
 
     def state_dict(self) -> dict:
-        """The settings, the epoch, the step, and what convergences remember; plain values. A Freeze is a dict in it."""
+        """The settings, the epoch, the step, and what convergences remember; plain values, also for JSON. A Freeze is a
+        dict in it."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
         settings = {name: asdict(value) if isinstance(value, Freeze) else value for name, value in settings.items()}
         records = {_SIDES[kind][0]: record.state_dict() for kind, record in self._records.items()}
@@ -250,11 +254,12 @@ class AlphaControl:
             if set(records.get(side, ())) != set(Record(None).state_dict()):
                 raise ValueError(f"state['convergence'] has no whole record of {side}: it is not AlphaControl's")
         settings = {name: state[name] for name in _SETTINGS}
+        settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}  # JSON has no tuples
         for name in ("freeze_weights", "freeze_acts"):
             if isinstance(settings[name], dict):
                 settings[name] = Freeze(**settings[name])
         self._set(**settings)
-        self._epoch, self._step = state["epoch"], state.get("step", 0)
+        self._epoch, self._step, self._begun = state["epoch"], state.get("step", 0), True
         for kind, record in self._records.items():
             record.load_state_dict(records[_SIDES[kind][0]])
         self._apply()

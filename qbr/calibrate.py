@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def calibrate(
     Returns:
         The same model.
 
-    Raises:
+    Raises (every step size is then as before):
         ValueError: for a model without quantizers, an unknown method, a percentile out of range, and where there are
             activations and no rank has a batch. TypeError: for batches that are no iterable of batches.
 
@@ -68,20 +69,42 @@ def calibrate(
         raise TypeError(f"batches is one {type(batches).__name__}: expected an iterable of batches; pass [batch]")
     calibrator = _Calibrator(method, percentile / 100)
     names = {quantizer: name for name, quantizer in found.items()}
+    with _all_or_none(names):
+        waiting = _set_all(model, batches, calibrator, names, forward or running.run)
+    _report(names, waiting, calibrator)
+    return model
+
+
+def _set_all(model: nn.Module, batches, calibrator: _Calibrator, names, forward) -> list[LSQQuantizer]:
+    """Set weights from the weights, and from the batches what waits for data; those are returned."""
     for quantizer, layer, name in grouping.weights(model):
         weight = layer._parameters.get(name)
         if quantizer in names and weight is not None and grouping.is_there(weight):
             calibrator.set_weight(quantizer, weight)
-    waiting = [quantizer for quantizer in found.values() if quantizer not in calibrator.done]
+    waiting = [quantizer for quantizer in names if quantizer not in calibrator.done]
     if waiting:
-        count = _run(running.unwrapped(model), batches, forward or running.run, calibrator, waiting)
+        count = _run(running.unwrapped(model), batches, forward, calibrator, waiting)
         if not _sum(torch.tensor(float(count), device=waiting[0].alpha.device)).item():
             raise ValueError(f"batches has no batch, and {len(waiting)} step sizes are to be set from data: pass at "
                              "least one batch (an iterator may have been used up before)")  # fmt: skip
     for quantizer in waiting:
         calibrator.finish(quantizer)
-    _report(names, waiting, calibrator)
-    return model
+    return waiting
+
+
+@contextmanager
+def _all_or_none(quantizers: Iterable[LSQQuantizer]):
+    """Put the step sizes back as they were if calibration fails."""
+    before = [(q, q.alpha.detach().clone(), q.init_state.clone(), q.initialised) for q in quantizers]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for quantizer, alpha, init_state, initialised in before:
+                quantizer.alpha.copy_(alpha)
+                quantizer.init_state.copy_(init_state)
+                quantizer._initialised = initialised
+        raise
 
 
 def _run(model: nn.Module, batches, forward, calibrator: _Calibrator, waiting: list[LSQQuantizer]) -> int:
@@ -190,7 +213,7 @@ class _Calibrator:
     def _set(self, quantizer: LSQQuantizer, step: Tensor) -> None:
         step = step.to(quantizer.alpha.dtype).reshape(quantizer.alpha.shape)
         self.done[quantizer] = usable = torch.isfinite(step) & (step > 0)
-        quantizer.set_alpha(torch.where(usable, step, quantizer.alpha))
+        quantizer.write_alpha(torch.where(usable, step, quantizer.alpha))
 
 
 def _sum(values: Tensor) -> Tensor:

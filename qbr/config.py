@@ -54,7 +54,8 @@ class QATConfig:
             tensor.
         collect_bin_loss: whether training forwards collect the bin loss for ``qbr.bin_loss(model)`` from the start; an
             AlphaControl that is attached decides by epoch instead.
-        regularizer: the bin loss: "br" or "dampening" (docs/control.md).
+        regularizer, act_regularizer: the bin loss of weights and of activations: "br" or "dampening" (docs/control.md);
+            act_regularizer=None: the same for both. qbr.set_regularizer keeps them up to date.
         overrides: {pattern: {field: value}} for the fields in ``qbr.config.OVERRIDABLE``; of several patterns that
             match a module, the later one wins, field by field.
         first_layer, last_layer: bits of the first and of the last layer with a weight, in the order of calls: for its
@@ -83,12 +84,14 @@ class QATConfig:
     quantize_inputs: bool = False
     input_signed: bool | None = None
     step_per_call: bool = True
+    act_regularizer: str | None = None
 
     def __post_init__(self) -> None:
         for name in fields(self):
             if name.name != "skip" and name.name != "overrides":
                 object.__setattr__(self, name.name, _checked(name.name, getattr(self, name.name), name.name))
-        if isinstance(self.skip, str):
+        patterns = self.skip if isinstance(self.skip, (list, tuple)) else [None]
+        if not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(f"skip={self.skip!r}: expected a list or tuple of patterns")
         object.__setattr__(self, "skip", tuple(self.skip))
         if not isinstance(self.overrides, Mapping):
@@ -97,7 +100,7 @@ class QATConfig:
         for pattern, values in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(values, Mapping):
                 raise TypeError(f"overrides[{pattern!r}]={values!r}: expected {{field: value}}")
-            unknown = sorted(set(values) - set(OVERRIDABLE))
+            unknown = sorted(set(values) - set(OVERRIDABLE), key=str)
             if unknown:
                 raise ValueError(f"overrides[{pattern!r}] has {unknown}: expected some of {list(OVERRIDABLE)}")
             checked[pattern] = {name: _checked(name, value, f"overrides[{pattern!r}][{name!r}]")
@@ -107,6 +110,10 @@ class QATConfig:
     @property
     def patterns(self) -> tuple[str, ...]:
         return (*self.skip, *self.overrides)
+
+    def regularizer_of(self, kind: str) -> str:
+        """The bin loss of "weight" or of "activation" quantizers."""
+        return self.act_regularizer or self.regularizer if kind == "activation" else self.regularizer
 
     def layer(self, name: str, policy: int | None = None) -> LayerConfig:
         """What holds for the module of that name.
@@ -167,6 +174,6 @@ def _checked(name: str, value, argument: str):
             raise TypeError(f"{argument}={value!r}: expected True, False or None")
     elif name == "clip":
         check_clip(value, argument)
-    elif name == "regularizer":
+    elif name == "regularizer" or (name == "act_regularizer" and value is not None):
         check_regularizer(value, argument)
     return value

@@ -41,15 +41,15 @@ class FakeQuantize(Counted, nn.Module):
         self.calls = len(steps)
         self.register_buffer("alpha", torch.cat([step.alpha.detach() for step in steps]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """xhat in x's shape and dtype, to the bit what the quantizer gives."""
-        y = x if x.dtype == torch.float64 else x.float()
-        alpha = self._alpha(x.dim()).to(y.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        """xhat in input's shape and dtype, to the bit what the quantizer gives."""
+        y = input if input.dtype == torch.float64 else input.float()
+        alpha = self._alpha(y.dim()).to(y.dtype)
         if self.relu:
             y = y.clamp(min=0.0, max=self.clip)
         v = y / alpha
         codes = torch.where(v >= 0, 1.0, -1.0) if self.binary else v.clamp(self.qn, self.qp).round()
-        return torch.where(v.isnan(), v, codes * alpha).to(x.dtype)
+        return torch.where(v.isnan(), v, codes * alpha).to(input.dtype)
 
     def _alpha(self, dim: int) -> Tensor:
         if self.axis is None:
@@ -70,9 +70,11 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Conv1d, Conv2d, Conv3d, ConvTranspose2d, Linear and Embedding are torch.nn's again; their weights are the quantized
     values (codes times alpha), in the dtype they had. Activations are quantized by FakeQuantize modules, in torch's own
     operations, so that nothing of qbr's kernels is needed. A layer whose input is quantized keeps its qbr class, with a
-    FakeQuantize as ``input_quantizer``; a MultiheadAttention keeps its own, too, since torch's fused inference path
-    would round differently; its state_dict is nn.MultiheadAttention's. qbr's hooks are gone, but for those that count
-    calls where one ReLU has several steps; the user's stay.
+    FakeQuantize as ``input_quantizer``; so does one whose weight a hook computes (torch.nn.utils.prune, the older
+    weight_norm and spectral_norm), with one as ``weight_quantizer``: prune.remove() and the like come first, to have it
+    folded. A MultiheadAttention keeps its own, too, since torch's fused inference path would round differently; its
+    state_dict is nn.MultiheadAttention's. qbr's hooks are gone, but for those that count calls where one ReLU has
+    several steps; the user's stay.
 
     Args:
         model: a prepared model, in any mode; it is left alone (a copy is converted) unless ``inplace``.
@@ -100,7 +102,9 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 def warn_unset(model: nn.Module) -> None:
     """Warn, at the caller's caller, of step sizes that were never set from data."""
-    unset = [name for name, quantizer in quantizers(model).items() if not quantizer.initialised]
+    found = quantizers(model).items()
+    # The buffer itself: AveragedModel and the like write to it, and not to what the quantizer knows of it.
+    unset = [name for name, each in found if not each.initialised and not bool(each.init_state.all())]
     if unset:
         message = f"the step sizes of {unset} were never set from data: qbr.calibrate(model, batches) first, or train"
         warnings.warn(message, stacklevel=3)
@@ -123,7 +127,8 @@ def _fold(module: nn.Module, folded: dict) -> None:
             del module._modules[name]
         else:
             module._modules[name] = FakeQuantize([quantizer])
-    if "input_quantizer" not in module._modules and type(module) in _FLOAT_LAYERS:
+    left = {"input_quantizer", "weight_quantizer"} & module._modules.keys()
+    if not left and type(module) in _FLOAT_LAYERS:
         module.__class__ = _FLOAT_LAYERS[type(module)]
 
 

@@ -10,7 +10,10 @@ the tensor that it would have made itself:
   in place since);
 - inside activation checkpointing, forward and recomputation;
 - for a weight that is not there before the layer runs (FSDP: a DTensor, or no storage), from then on also one whose
-  layer did not run in the last forward.
+  layer did not run in the last forward;
+- for a weight that is no dense tensor, or one made under torch.inference_mode, which has no version to compare.
+
+Losses of different weights may have backwards of their own all the same: qbr/saved.py.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbr import functional
+from qbr import functional, ops
 from qbr.functional import BinLoss
 
 # Assigns an attribute that is no parameter, module or buffer: nn.Module's own __setattr__ takes as long as a small op.
@@ -40,7 +43,7 @@ class Ready(NamedTuple):
 
 def quantize_together(model: nn.Module, *_) -> None:
     """Quantize the weights of model's layers in one call, and leave each with its quantizer. A forward pre-hook."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_inside(model):
         return
     groups: dict[bool, list] = {}
     for quantizer, owner, name in weights(model):
@@ -49,12 +52,15 @@ def quantize_together(model: nn.Module, *_) -> None:
             continue
         if quantizer.training and not quantizer.initialised:
             continue  # its first forward sets alpha
-        groups.setdefault(quantizer.makes_bins(), []).append((quantizer, weight))
+        alpha = quantizer.alpha
+        if weight.is_inference() or alpha.is_inference() or not ops.is_dense(weight):
+            continue
+        groups.setdefault(quantizer.makes_bins(), []).append((quantizer, weight, alpha))
     grouped: list = []
     for with_bins, members in groups.items():
         if len(members) > 1:
             _quantize(members, with_bins)
-            grouped += [quantizer for quantizer, _ in members]
+            grouped += [quantizer for quantizer, *_ in members]
     assign(model, "_qbr_grouped", grouped)
 
 
@@ -70,13 +76,12 @@ def weights(model: nn.Module) -> list[tuple[nn.Module, nn.Module, str]]:
 
 
 def _quantize(members: list, with_bins: bool) -> None:
-    xs = [weight for _, weight in members]
-    alphas = [quantizer.alpha for quantizer, _ in members]
-    specs = [quantizer.spec for quantizer, _ in members]
-    alpha_grads = [quantizer.alpha_grad() for quantizer, _ in members]
+    quantizers, xs, alphas = (list(each) for each in zip(*members))
+    specs = [quantizer.spec for quantizer in quantizers]
+    alpha_grads = [quantizer.alpha_grad() for quantizer in quantizers]
     if with_bins:
-        to_alpha = [quantizer.bin_loss_to_alpha() for quantizer, _ in members]
-        regularizers = [quantizer.regularizer for quantizer, _ in members]
+        to_alpha = [quantizer.bin_loss_to_alpha() for quantizer in quantizers]
+        regularizers = [quantizer.regularizer for quantizer in quantizers]
         results = functional.foreach_fake_quantize_with_bin_loss(
             xs, alphas, specs, backprop_to_alpha=to_alpha, regularizer=regularizers, alpha_grad=alpha_grads
         )
@@ -84,7 +89,7 @@ def _quantize(members: list, with_bins: bool) -> None:
     else:
         made = [(xhat, None) for xhat in functional.foreach_fake_quantize(xs, alphas, specs, alpha_grad=alpha_grads)]
     with_grad = torch.is_grad_enabled()
-    for (quantizer, weight), alpha, (xhat, entry) in zip(members, alphas, made):
+    for (quantizer, weight, alpha), (xhat, entry) in zip(members, made):
         versions = weight._version, alpha._version
         assign(quantizer, "_ready", Ready(weight, alpha, versions, with_grad, xhat, entry))
         assign(quantizer, "_ready_used", False)
@@ -110,12 +115,27 @@ def take(quantizer, weight: Tensor) -> Ready | None:
 
 def drop(model: nn.Module, *_) -> None:
     """Forget what the forward has not used; a layer that did not use it quantizes alone from now on. A forward hook."""
+    if is_inside(model):
+        return
+    mark_roots(model, False)
     if torch.compiler.is_compiling():
         return
     for quantizer in model.__dict__.pop("_qbr_grouped", ()):
         if not quantizer._ready_used:
             quantizer.alone = True
         assign(quantizer, "_ready", None)
+
+
+def mark_roots(model: nn.Module, inside: bool) -> None:
+    """Tell the watched modules within model whether a forward of model is running: then it is the root, and they are
+    a part of it that may run several times."""
+    for root in model.__dict__.get("_qbr_roots", ()):
+        assign(root, "_qbr_inside", inside)
+
+
+def is_inside(model: nn.Module) -> bool:
+    """Whether a forward of a watched module around model is running."""
+    return model.__dict__.get("_qbr_inside", False)
 
 
 def is_there(weight: Tensor) -> bool:

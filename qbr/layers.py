@@ -1,4 +1,7 @@
-"""Drop-in layers: those of torch.nn with a quantized weight, and ReLU with clip and quantization fused."""
+"""Drop-in layers: those of torch.nn with a quantized weight, and ReLU with clip and quantization fused.
+
+Their forwards' argument is called ``input``, as torch.nn's is: models may pass it by that name.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ def through(module: nn.Module, name: str, x: Tensor) -> Tensor:
 
 
 class _QuantizedConv(_QuantizedWeight):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class _NumBits(_QuantizedWeight):
@@ -70,8 +73,8 @@ class QuantizedConvTranspose2d(_NumBits, nn.ConvTranspose2d):
     """nn.ConvTranspose2d, as QuantizedConv2d; ``num_bits`` by name. A step per channel runs along dimension 1 of the
     weight, the output channels of a group."""
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        x = self.quantized_input(x)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = self.quantized_input(input)
         padding = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
@@ -94,8 +97,8 @@ class QuantizedLinear(_QuantizedWeight, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.weight_quantizer: LSQQuantizer = LSQ_WeightQuantizer(num_bits, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class QuantizedEmbedding(_NumBits, nn.Embedding):
@@ -105,11 +108,11 @@ class QuantizedEmbedding(_NumBits, nn.Embedding):
     are dense (``sparse`` is refused by prepare()).
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.max_norm is not None:
-            torch.embedding_renorm_(self.weight.detach(), x, self.max_norm, self.norm_type)
+            torch.embedding_renorm_(self.weight.detach(), input, self.max_norm, self.norm_type)
         weight = self.quantized_weight()
-        return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        return F.embedding(input, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
 class QuantizedMultiheadAttention(nn.MultiheadAttention):
@@ -195,7 +198,8 @@ class QuantizedClippedReLU(Counted, nn.Module):
         self._input: TensorWeakRef | None = None
         self._kept: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if not ops.is_dense(x):
             x = x.contiguous()  # here and not below, so that the tensor that the graph saves is the one referred to
         if self.keep_pre_quant_activation or self._kept is not None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
 from qbr import metrics
 from qbr.functional import Bins
@@ -144,7 +145,8 @@ class Observer:
             if torch._C._current_graph_task_id() != -1:
                 return  # a checkpointed forward that backward runs again
             if self.quantizer.kind == "weight":
-                value = id(x), x._version, self.quantizer.alpha._version
+                # By a weak reference: the address of a weight that a parametrization made is free for the next.
+                value = WeakIdRef(x), x._version, self.quantizer.alpha._version
                 if value == self._seen:
                     return  # the same weight once more in one step
                 self._seen = value

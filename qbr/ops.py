@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from qbr import kernels
 from qbr.kernels import foreach, reference
+from qbr.saved import save, saved
 from qbr.spec import QuantSpec, check_regularizer, check_to_alpha
 
 _QUANT = "int qn, int qp, bool binary, int channel_axis, bool relu, float clip"
@@ -129,6 +130,8 @@ def check(x: Tensor, alpha, spec: QuantSpec, relu: bool, clip: float | None) -> 
     alpha = check_alpha(alpha, x, 1 if axis is None else x.shape[axis], compute_dtype)
     if clip is not None and not relu:
         raise ValueError(f"clip={clip} without relu: clip is the upper bound of the fused ReLU; pass relu=True")
+    if clip is not None and not isinstance(clip, numbers.Real):
+        raise TypeError(f"clip={clip!r}: expected a number, or None for no upper bound")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: expected a positive number, or None for no upper bound")
     if relu and spec.qn < 0:
@@ -163,14 +166,14 @@ def check_alpha(alpha, x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 class _LSQ(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha, backend, plain, grad_scale):
-        ctx.save_for_backward(x, alpha)
+        save(ctx, [x], x, alpha)
         ctx.call = backend, plain, grad_scale
         return _ops[backend, "lsq_fwd"](x, alpha, *plain)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_xhat):
-        x, alpha = ctx.saved_tensors
+        x, alpha = saved(ctx)
         backend, plain, grad_scale = ctx.call
         dx, dalpha = _ops[backend, "lsq_bwd"](kernels.laid_out_like(grad_xhat, x), x, alpha, *plain, grad_scale)
         return dx, dalpha, None, None, None
@@ -181,7 +184,7 @@ class _BinLoss(torch.autograd.Function):
     def forward(ctx, x, alpha, backend, plain, br_to_alpha, dampening):
         loss, bins, dloss_dalpha = _ops[backend, "bin_loss_fwd"](x, alpha, *plain, br_to_alpha != 0 and not dampening)
         loss, weights, dloss_dalpha = _regularized(dampening, loss, bins, dloss_dalpha, x, alpha, plain, br_to_alpha)
-        ctx.save_for_backward(x, alpha, weights, dloss_dalpha)
+        save(ctx, [x], x, alpha, weights, dloss_dalpha)
         ctx.call = backend, plain, br_to_alpha
         ctx.mark_non_differentiable(bins)
         return loss, bins
@@ -189,7 +192,7 @@ class _BinLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        x, alpha, weights, dloss_dalpha = ctx.saved_tensors
+        x, alpha, weights, dloss_dalpha = saved(ctx)
         backend, plain, br_to_alpha = ctx.call
         dx = _ops[backend, "bin_loss_bwd"](grad_loss, x, alpha, weights, *plain)
         dalpha = dloss_dalpha * (grad_loss * br_to_alpha) if br_to_alpha != 0 else None
@@ -203,7 +206,7 @@ class _LSQBin(torch.autograd.Function):
             x, alpha, *plain, br_to_alpha != 0 and not dampening
         )
         loss, weights, dloss_dalpha = _regularized(dampening, loss, bins, dloss_dalpha, x, alpha, plain, br_to_alpha)
-        ctx.save_for_backward(x, alpha, weights, dloss_dalpha)
+        save(ctx, [x], x, alpha, weights, dloss_dalpha)
         ctx.set_materialize_grads(False)
         ctx.call = backend, plain, grad_scale, br_to_alpha
         ctx.mark_non_differentiable(bins)
@@ -212,7 +215,7 @@ class _LSQBin(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_xhat, grad_loss, _):
-        x, alpha, weights, dloss_dalpha = ctx.saved_tensors
+        x, alpha, weights, dloss_dalpha = saved(ctx)
         backend, plain, grad_scale, br_to_alpha = ctx.call
         grad_xhat = torch.zeros_like(x) if grad_xhat is None else kernels.laid_out_like(grad_xhat, x)
         if grad_loss is None:  # nobody used the loss: what LSQ alone does, to the bit
@@ -239,7 +242,7 @@ class _ForeachLSQ(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, quant, grad_scales, *tensors):
         xs, alphas = _halves(tensors)
-        ctx.save_for_backward(*tensors)
+        save(ctx, xs, *tensors)
         ctx.set_materialize_grads(False)
         ctx.call = backend, quant, grad_scales
         return tuple(_ops[backend, "foreach_lsq_fwd"](xs, alphas, *quant))
@@ -247,9 +250,9 @@ class _ForeachLSQ(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_xhats):
-        xs, alphas = _halves(ctx.saved_tensors)
         backend, (ranges, *relu), grad_scales = ctx.call
         used = [i for i, grad in enumerate(grad_xhats) if grad is not None]
+        xs, alphas = _halves(saved(ctx, used))
         grads = [kernels.laid_out_like(grad_xhats[i], xs[i]) for i in used]
         xs, alphas, grad_scales = _at(used, xs, alphas, grad_scales)
         dxs, dalphas = _ops[backend, "foreach_lsq_bwd"](grads, xs, alphas, _ranges(used, ranges), *relu, grad_scales)
@@ -262,7 +265,7 @@ class _ForeachBinLoss(torch.autograd.Function):
         xs, alphas = _halves(tensors)
         results = _ops[backend, "foreach_bin_loss_fwd"](xs, alphas, *quant, _asks_br(br_to_alphas, dampenings))
         losses, bins, weights, dloss_dalphas = _all_regularized(dampenings, *results, xs, alphas, quant, br_to_alphas)
-        ctx.save_for_backward(*tensors, *weights, *dloss_dalphas)
+        save(ctx, xs, *tensors, *weights, *dloss_dalphas)
         ctx.set_materialize_grads(False)
         ctx.call = backend, quant, br_to_alphas
         ctx.mark_non_differentiable(*bins)
@@ -271,10 +274,10 @@ class _ForeachBinLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        xs, alphas, weights, dloss_dalphas = _halves(ctx.saved_tensors, 4)
         backend, (ranges, *relu), br_to_alphas = ctx.call
-        count = len(xs)
+        count = len(grads) // 2
         used = [i for i in range(count) if grads[i] is not None]
+        xs, alphas, weights, dloss_dalphas = _halves(saved(ctx, used), 4)
         lists = _at(used, grads, xs, alphas, weights)
         dxs = _ops[backend, "foreach_bin_loss_bwd"](*lists, _ranges(used, ranges), *relu)
         dalphas = [dloss_dalphas[i] * (grads[i] * br_to_alphas[i]) if br_to_alphas[i] != 0 else None for i in used]
@@ -287,7 +290,7 @@ class _ForeachLSQBin(torch.autograd.Function):
         xs, alphas = _halves(tensors)
         xhats, *results = _ops[backend, "foreach_lsq_bin_fwd"](xs, alphas, *quant, _asks_br(br_to_alphas, dampenings))
         losses, bins, weights, dloss_dalphas = _all_regularized(dampenings, *results, xs, alphas, quant, br_to_alphas)
-        ctx.save_for_backward(*tensors, *weights, *dloss_dalphas)
+        save(ctx, xs, *tensors, *weights, *dloss_dalphas)
         ctx.set_materialize_grads(False)
         ctx.call = backend, quant, grad_scales, br_to_alphas
         ctx.mark_non_differentiable(*bins)
@@ -296,12 +299,12 @@ class _ForeachLSQBin(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        xs, alphas, weights, dloss_dalphas = _halves(ctx.saved_tensors, 4)
         backend, (ranges, *relu), grad_scales, br_to_alphas = ctx.call
-        count = len(xs)
+        count = len(grads) // 3
         grad_losses = grads[count : 2 * count]
         with_loss = [i for i in range(count) if grad_losses[i] is not None]
         without = [i for i in range(count) if grad_losses[i] is None and grads[i] is not None]
+        xs, alphas, weights, dloss_dalphas = _halves(saved(ctx, with_loss + without), 4)
         dxs, dalphas = [None] * count, [None] * count  # none for a tensor that nobody used
         # Two lists, since what LSQ alone does is not BR with a gradient of 0 where a distance is infinite.
         for used, op in ((without, "foreach_lsq_bwd"), (with_loss, "foreach_lsq_bin_bwd")):

@@ -12,9 +12,9 @@ from qbr.calls import count_calls
 from qbr.config import QATConfig
 from qbr.layers import ATTENTION, WEIGHT_LAYERS, QuantizedClippedReLU
 from qbr.plan import Plan, PlannedReLU, plan
-from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, quantizers, remember_weight
+from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, quantizers
 from qbr.regularizer import watch
-from qbr.running import device_of
+from qbr.running import device_beside, device_of
 
 
 def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any = None) -> nn.Module:
@@ -48,21 +48,20 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any =
     config = QATConfig() if config is None else config
     for warning in planned.warnings:
         warnings.warn(warning, stacklevel=2)
-    device = device_of(model)
     _quantize_weights(planned)
     for each in planned.inputs:
         _become_quantized(each.module)
-        quantizer = LSQ_ActivationQuantizer(each.bits, signed=each.signed, device=device)
+        quantizer = LSQ_ActivationQuantizer(each.bits, signed=each.signed, device=device_of(each.module))
         each.module.add_module(each.attribute, quantizer.train(each.module.training))
     for each in planned.relus:
-        _quantize_relu(each, device)
+        _quantize_relu(each, device_beside(model, each.name))
     for owner, forward in planned.forwards.items():
         owner.forward = forward
     count_calls({each.module: list(each.places.items()) for each in planned.relus if each.steps > 1})
     _close_fast_paths(model)
     for quantizer in quantizers(model).values():
         quantizer.collecting = config.collect_bin_loss
-        quantizer.regularizer = config.regularizer
+        quantizer.regularizer = config.regularizer_of(quantizer.kind)
     watch(model)
     model.qat_config = config  # what packed files keep, so that they load into a float model
     return model
@@ -77,7 +76,6 @@ def _quantize_weights(planned: Plan) -> None:
             made[key] = LSQ_WeightQuantizer(
                 spec.bits, channel_axis=spec.channel_axis, channels=spec.channels(weight.shape), device=weight.device
             ).train(each.module.training)
-            remember_weight(made[key], weight)
         _become_quantized(each.layer)
         each.module.add_module(f"{each.parameter}_quantizer", made[key])
 

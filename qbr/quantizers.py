@@ -1,25 +1,20 @@
-"""The LSQ quantizer module: its step size alpha, initialisation from data, and the guard that keeps alpha positive."""
+"""The LSQ quantizer module: its step size alpha, and alpha's initialisation from data."""
 
 from __future__ import annotations
 
-import gc
 import math
+import numbers
 import warnings
-import weakref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.weak import TensorWeakRef
 
-from qbr import distributed, functional, grouping
+from qbr import distributed, functional, grouping, step_guard
 from qbr.functional import BinLoss, Bins
 from qbr.spec import QuantSpec, ToAlpha
 
 KINDS = ("weight", "activation")
-LARGEST_SHRINK = 10.0  # one optimizer step leaves at least alpha / 10 ...
-SMALLEST_ALPHA = 1e-8  # ... and never less than this, so that x / alpha stays finite for every ordinary x
 
 
 def check_bits(bits: int, argument: str) -> int:
@@ -52,7 +47,7 @@ class LSQQuantizer(nn.Module):
         device: where alpha is made.
 
     Attributes:
-        alpha: Parameter [1] or [C], float32 whatever dtype the model is cast to. Positive: see ``guard_step``.
+        alpha: Parameter [1] or [C], float32 whatever dtype the model is cast to. Positive: see qbr/step_guard.py.
         init_state: buffer [1], float32: 0 before alpha was set from data, then 1.
         collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``.
         br_to_alpha: how much of that loss's gradient reaches alpha: False, True, a fraction from 0 to 1, "scaled" or
@@ -87,6 +82,7 @@ class LSQQuantizer(nn.Module):
         self.br_to_alpha: ToAlpha = False
         self.regularizer = "br"
         self.frozen = False
+        self._learns = True  # alpha's requires_grad when it is not frozen
         self.alpha = nn.Parameter(torch.full((channels,), self.initial_alpha, dtype=torch.float32, device=device))
         self.register_buffer("init_state", torch.zeros(1, dtype=torch.float32, device=device))
         # init_state's value on the host: reading the buffer in forward would wait for the device.
@@ -98,7 +94,7 @@ class LSQQuantizer(nn.Module):
         self._ready_used = False
         self._saved_elsewhere = False
         self._alpha_in_graph: tuple[Tensor, ...] = ()  # where FSDP gathers alpha for a forward: that one
-        _register(self)
+        step_guard.register(self)
 
     @property
     def initialised(self) -> bool:
@@ -164,15 +160,21 @@ class LSQQuantizer(nn.Module):
 
     def freeze(self, frozen: bool = True) -> None:
         """Hold alpha as it is, or release it: no gradient, no weight decay and no momentum of a torch.optim optimizer
-        moves it.
+        moves it. An alpha whose requires_grad is False without that stays so.
 
         Under torch.distributed alpha keeps requires_grad, and its gradient is 0: DistributedDataParallel waits in
         every step for the gradient of each parameter that it was made with.
         """
+        if not self.frozen:
+            self._learns = self.alpha.requires_grad
+            if not frozen:
+                return
         self.frozen = frozen
-        self.alpha.requires_grad_(not frozen or distributed.is_initialised())
+        self.alpha.requires_grad_(self._learns and (not frozen or distributed.is_initialised()))
         if frozen:
             self.alpha.grad = None
+        else:
+            step_guard.check_again()
 
     def makes_bins(self) -> bool:
         """Whether a forward here and now has bin sums, for its loss or for an observer."""
@@ -228,11 +230,27 @@ class LSQQuantizer(nn.Module):
         usable = torch.isfinite(step) & (step > 0)
         if not force:
             usable = usable & (self.init_state == 0)
-        self.set_alpha(torch.where(usable, step, self.alpha))
+        self.write_alpha(torch.where(usable, step, self.alpha))
+
+    def set_alpha(self, alpha: Tensor | float) -> None:
+        """Set the steps, positive, [1] or [C]; the first training forward then leaves them alone. Reads the device.
+
+        Raises:
+            TypeError, ValueError: for steps that are not positive and finite, or of another number; nothing is set.
+        """
+        if not isinstance(alpha, (Tensor, numbers.Real)):
+            raise TypeError(f"alpha={alpha!r}: expected a tensor or a number")
+        steps = torch.as_tensor(alpha).detach().to(self.alpha.dtype)
+        if steps.numel() not in (1, self.alpha.numel()):
+            raise ValueError(f"alpha has {steps.numel()} elements: expected {self.alpha.numel()}")
+        bad = steps[~(torch.isfinite(steps) & (steps > 0))]
+        if bad.numel():
+            raise ValueError(f"alpha has {bad[0].item():g}: expected positive, finite step sizes")
+        self.write_alpha(steps.reshape(-1))
 
     @torch.no_grad()
-    def set_alpha(self, alpha: Tensor) -> None:
-        """Set the steps, positive, [1] or [C]; the first training forward then leaves them alone."""
+    def write_alpha(self, alpha: Tensor) -> None:
+        """set_alpha() of what is known to be right, without a look at it: that would wait for the device."""
         self.alpha.copy_(alpha)
         self.init_state.fill_(1)
         self._initialised = True
@@ -289,8 +307,9 @@ class LSQQuantizer(nn.Module):
         return {**self.__dict__, "_retained": [], "_ready": None, "observer": None, "_alpha_in_graph": ()}
 
     def __setstate__(self, state):
-        super().__setstate__({"frozen": False, "_saved_elsewhere": False, "_alpha_in_graph": (), **state})
-        _register(self)
+        defaults = {"frozen": False, "_learns": True, "_saved_elsewhere": False, "_alpha_in_graph": ()}
+        super().__setstate__({**defaults, **state})
+        step_guard.register(self)
 
 
 def keeping_dtype(fn):
@@ -342,9 +361,14 @@ class LSQ_ActivationQuantizer(LSQQuantizer):
 
 
 def check_clip(clip: float | None, argument: str) -> None:
-    """Raise ValueError, naming the argument, unless clip is None or positive and finite."""
-    if clip is not None and not (math.isfinite(clip) and clip > 0):
-        raise ValueError(f"{argument}={clip}: expected a positive, finite number, or None for no upper bound")
+    """Raise TypeError or ValueError, naming the argument, unless clip is None or a positive, finite number."""
+    if clip is None:
+        return
+    expected = "expected a positive, finite number, or None for no upper bound"
+    if isinstance(clip, bool) or not isinstance(clip, numbers.Real):
+        raise TypeError(f"{argument}={clip!r}: {expected}")
+    if not (math.isfinite(clip) and clip > 0):
+        raise ValueError(f"{argument}={clip}: {expected}")
 
 
 def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
@@ -367,79 +391,3 @@ def check_state_dict(model: nn.Module, state_dict, prefix: str = "") -> None:
     """
     for name, quantizer in quantizers(model).items():
         quantizer.check_state(state_dict, f"{prefix}{name}." if name else prefix)
-
-
-# The step guard. Every live quantizer is known here, so that an optimizer's alphas are found by identity: this
-# survives deepcopy, pickle, .to() and load_state_dict(assign=True), as no mark on the parameter does.
-_live: weakref.WeakSet[LSQQuantizer] = weakref.WeakSet()
-_before: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
-_weights: weakref.WeakKeyDictionary[LSQQuantizer, TensorWeakRef] = weakref.WeakKeyDictionary()
-_checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-_hooks: list = []
-
-
-def _register(quantizer: LSQQuantizer) -> None:
-    _live.add(quantizer)
-    if not _hooks:
-        _hooks.extend([register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(guard_step)])
-
-
-def remember_weight(quantizer: LSQQuantizer, weight: Tensor) -> None:
-    """Note which weight a quantizer that prepare() made is for, so that an optimizer without its alpha is noticed."""
-    _weights[quantizer] = TensorWeakRef(weight)
-
-
-def _check_optimizer(optimizer: Optimizer, owned: set[int]) -> None:
-    """At an optimizer's first step: raise RuntimeError if it moves weights whose step sizes no optimizer has."""
-    _checked.add(optimizer)
-    alphas = {
-        id(q.alpha)
-        for q, weight in _weights.items()
-        if q.alpha.requires_grad and id(q.alpha) not in owned and id(weight()) in owned
-    }
-    if not alphas:
-        return
-    for other in gc.get_objects():  # torch keeps no list of optimizers
-        if issubclass(type(other), Optimizer):  # and not isinstance, which asks lazy objects what they stand for
-            alphas -= {id(p) for group in other.param_groups for p in group["params"]}
-    if alphas:
-        raise RuntimeError(
-            f"this {type(optimizer).__name__} has weights whose {len(alphas)} step sizes (alpha) are in no optimizer, "
-            "so they would never be trained. Was it built before prepare()? Build it afterwards, from "
-            "qbr.parameter_groups(model, ...); to keep step sizes as they are, set their requires_grad to False"
-        )
-
-
-@torch.no_grad()
-def _before_step(optimizer: Optimizer, args, kwargs) -> None:
-    """Note the least value that each of this optimizer's alphas may have after the step."""
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if optimizer not in _checked:
-        _check_optimizer(optimizer, owned)
-    mine = [q for q in _live if id(q._parameters.get("alpha")) in owned]
-    for q in mine:
-        if q.frozen:
-            q.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, momentum and decay included
-    alphas = [distributed.local(q.alpha) for q in mine if q.alpha.requires_grad and not q.frozen]
-    floors = torch._foreach_div(alphas, LARGEST_SHRINK) if alphas else []
-    if floors:
-        torch._foreach_clamp_min_(floors, SMALLEST_ALPHA)
-    _before[optimizer] = (weakref.WeakSet(mine), alphas, floors)
-
-
-@torch.no_grad()
-def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
-    """Keep alpha positive after any torch.optim step: alpha = max(alpha, alpha before the step / 10, 1e-8).
-
-    Runs by itself after every ``optimizer.step()`` once a quantizer exists; two fused operations for all alphas of
-    the optimizer, no synchronisation, no state. A NaN stays a NaN. Bin losses that nobody asked for go here too:
-    after the step their graph is stale.
-    """
-    mine, alphas, floors = _before.pop(optimizer, ((), [], []))
-    if alphas:
-        torch._foreach_maximum_(alphas, floors)
-    for quantizer in mine:
-        if quantizer._retained:
-            quantizer._retained = []
-        if quantizer.observer is not None:
-            quantizer.observer.stepped()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qbr import distributed, functional, grouping, metrics, ops
+from qbr import distributed, functional, grouping, metrics, ops, step_guard
 from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
-from qbr.quantizers import LSQQuantizer, check_bits, check_state_dict, require_quantizers
+from qbr.quantizers import LSQQuantizer, check_bits, check_state_dict, quantizers, require_quantizers
 from qbr.spec import QuantSpec, ToAlpha, check_regularizer
 
 # A quantizer of one of these names is reported as its layer, those of further calls and other tensors with a suffix.
@@ -79,8 +80,10 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False) -> ModelBinLoss:
 def set_regularizer(model: nn.Module, *, weights: str | None = None, activations: str | None = None) -> None:
     """Choose the bin loss that model's quantizers collect: "br" (as prepare() leaves them) or "dampening".
 
+    ``model.qat_config`` says so then, too, so that a checkpoint with it restores the loss.
+
     Args:
-        model: a prepared model.
+        model: a prepared model, or one around it. Of a part of one, the whole's qat_config does not know.
         weights, activations: the loss of that side; None leaves it.
 
     Raises:
@@ -94,6 +97,11 @@ def set_regularizer(model: nn.Module, *, weights: str | None = None, activations
             check_regularizer(value, argument)
     for quantizer in require_quantizers(model).values():
         quantizer.regularizer = chosen[quantizer.kind] or quantizer.regularizer
+    for module in model.modules():
+        config = module.__dict__.get("qat_config")
+        if hasattr(config, "regularizer_of"):  # qbr.QATConfig
+            ways = {kind: value or config.regularizer_of(kind) for kind, value in chosen.items()}
+            module.qat_config = replace(config, regularizer=ways["weight"], act_regularizer=ways["activation"])
 
 
 def by_layer(model: nn.Module) -> dict[str, LSQQuantizer]:
@@ -174,6 +182,9 @@ def _fixed(entries) -> list[BinLoss]:
 
 def forget(model: nn.Module, *_) -> None:
     """Drop what earlier forwards of model have collected; as a forward pre-hook, at the start of each new one."""
+    if grouping.is_inside(model):
+        return
+    grouping.mark_roots(model, True)
     modules = grouping.walk(model)
     fresh = False
     for module in modules:
@@ -193,7 +204,10 @@ def _check_before_loading(model, state_dict, prefix, *_) -> None:
 
 def watch(model: nn.Module) -> None:
     """Hook the root of a model, once: before each forward forget() and all weights' quantization, before each load
-    check_state_dict()."""
+    check_state_dict(); and have optimizers that lack its step sizes noticed."""
+    step_guard.remember(model, quantizers(model))
+    roots = [each for each in model.modules() if each is not model and forget in each._forward_pre_hooks.values()]
+    grouping.assign(model, "_qbr_roots", roots)
     if forget not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(forget)
         model.register_forward_pre_hook(grouping.quantize_together)
@@ -209,6 +223,7 @@ def unwatch(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if any(getattr(hook, "hook", hook) is m for m in mine)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
+        module.__dict__.pop("_qbr_roots", None), module.__dict__.pop("_qbr_inside", None)
 
 
 class BinRegularizer:

@@ -25,23 +25,40 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def undisturbed(model: nn.Module):
-    """No gradients; afterwards all buffers (those of quantizers excepted) and the random number generators are as
-    before."""
-    device = device_of(model)
-    devices = [device] if device.type == "cuda" else []
-    skipped = {id(b) for module in model.modules() if isinstance(module, LSQQuantizer) for b in module.buffers()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in skipped]
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    """No gradients; afterwards all buffers (those of quantizers excepted), also those that a forward assigns anew, and
+    the random number generators are as before."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    owners = [module for module in model.modules() if not isinstance(module, LSQQuantizer)]
+    buffers = [(owner, name, buffer) for owner in owners for name, buffer in owner._buffers.items()]
+    before = [None if buffer is None else buffer.clone() for *_, buffer in buffers]
+    with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
         try:
             yield
         finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for (owner, name, buffer), values in zip(buffers, before):
+                owner._buffers[name] = buffer if buffer is None else buffer.copy_(values)
 
 
 def device_of(model: nn.Module) -> torch.device:
     """That of the first parameter or buffer."""
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def device_beside(model: nn.Module, name: str) -> torch.device:
+    """Where the module of that name gets its input, of a model that may be spread over devices: that of what stands
+    last before it in the smallest module around it that has a parameter or buffer, or of the first one there."""
+    path = name
+    while path:
+        path, _, last = path.rpartition(".")
+        around, before = model.get_submodule(path), []
+        for child_name, child in around.named_children():
+            if child_name == last:
+                break
+            before += [*child.parameters(), *child.buffers()]
+        found = before[-1:] or [*around.parameters(), *around.buffers()]
+        if found:
+            return found[0].device
+    return device_of(model)
 
 
 def run(model: nn.Module, batch) -> None:

@@ -71,13 +71,16 @@ class CSVWriter:
             self._take_up(purge_step)
 
     def write(self, step: int, figures: Mapping[str, tuple]) -> None:
-        """Append one row; a figure without a value is an empty cell.
+        """Append one row; a figure without a value is an empty cell. Figures without a layer, as ``bin_loss(model)``
+        has them in warm-up, are no row.
 
         Raises:
             ValueError: for other layers or figures than the file's first row has.
             OSError: where the row does not fit on the disk; the file is as it was before.
         """
         cells = {f"{layer}.{name}": v for layer, row in scalars(figures).items() for name, v in row.items()}
+        if not cells:
+            return
         header = ["step", *cells]
         if self._header is not None and header != self._header:
             differing = sorted(set(header) ^ set(self._header)) or ["their order"]

@@ -46,6 +46,7 @@ TASKS, BINDINGS, CALL = "csrc/cpu.cpp", "csrc/bindings.cpp", "csrc/bindings_call
 TRITON, TRITON_BINS, TRITON_SUMS = (f"qbr/kernels/triton_{name}.py" for name in ("kernels", "bins", "finalize"))
 REFERENCE, OPS = "qbr/kernels/reference.py", "qbr/ops.py"
 QUANTIZERS, LAYERS, REGULARIZER = "qbr/quantizers.py", "qbr/layers.py", "qbr/regularizer.py"
+GUARD = "qbr/step_guard.py"
 CONTROL, FREEZING, CALIBRATE, SKETCH = "qbr/alpha_control.py", "qbr/freezing.py", "qbr/calibrate.py", "qbr/sketch.py"
 
 MUTANTS = [
@@ -150,11 +151,11 @@ MUTANTS = [
     # ---- quantizers, layers, the regularizer ----
     Mutant("quantizers: the first step without its root", QUANTIZERS,
            "mean * (2.0 / math.sqrt(max(self.spec.qp, 1)))", "mean * (2.0 / max(self.spec.qp, 1))", "quantizers"),
-    Mutant("quantizers: a step may shrink more", QUANTIZERS,
+    Mutant("quantizers: a step may shrink more", GUARD,
            "LARGEST_SHRINK = 10.0", "LARGEST_SHRINK = 100.0", "quantizers"),
-    Mutant("quantizers: no least step", QUANTIZERS,
+    Mutant("quantizers: no least step", GUARD,
            "torch._foreach_clamp_min_(floors, SMALLEST_ALPHA)", "pass", "quantizers"),
-    Mutant("quantizers: momentum moves a frozen step", QUANTIZERS,
+    Mutant("quantizers: momentum moves a frozen step", GUARD,
            "            q.alpha.grad = None  # an optimizer", "            pass  # an optimizer", "control"),
     Mutant("quantizers: bins are kept without gradients", QUANTIZERS,
            "(self.collecting or self.observer is not None) and self.training and torch.is_grad_enabled()",
@@ -173,7 +174,7 @@ MUTANTS = [
     Mutant("layers: renormalising changes the weight", LAYERS,
            "torch.embedding_renorm_(weight.clone(), rows,", "torch.embedding_renorm_(weight, rows,", "export"),
     Mutant("layers: an embedding without its padding", LAYERS,
-           "F.embedding(x, weight, self.padding_idx, scale", "F.embedding(x, weight, None, scale", "layers"),
+           "F.embedding(input, weight, self.padding_idx, scale", "F.embedding(input, weight, None, scale", "layers"),
     Mutant("regularizer: metrics see the next step's alpha", REGULARIZER,
            "torch._foreach_mul([entry.bins.alpha for entry in entries], 1.0) if entries else []",
            "[entry.bins.alpha for entry in entries]", "quantizers"),
@@ -213,7 +214,8 @@ MUTANTS = [
     Mutant("calibrate: the quantile's next bin", SKETCH,
            "share >= quantile * share[:, -1:]", "share > quantile * share[:, -1:]", "calibrate"),
     Mutant("calibrate: unusable steps are set", CALIBRATE,
-           "quantizer.set_alpha(torch.where(usable, step, quantizer.alpha))", "quantizer.set_alpha(step)", "calibrate"),
+           "quantizer.write_alpha(torch.where(usable, step, quantizer.alpha))", "quantizer.write_alpha(step)",
+           "calibrate"),
     Mutant("calibrate: negative values are left out", SKETCH, "+ _BINS * (x < 0)", "+ 0 * (x < 0)", "calibrate"),
     # ---- monitor, export ----
     Mutant("monitor: the tail of a sum", "qbr/monitor.py", " + flat[whole:].sum()", "", "monitor"),

@@ -59,6 +59,25 @@ def test_nothing_but_the_steps_changes(method, training):
     assert not any(q._forward_pre_hooks or q._retained for q in quantizers(model).values())
 
 
+def test_buffers_that_a_forward_assigns_anew_are_as_before():
+    class Averaging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.relu = nn.Linear(4, 4), nn.ReLU()
+            self.register_buffer("mean", torch.ones(4))
+            self.register_buffer("last", None)
+
+        def forward(self, x):
+            self.last = self.relu(self.fc(x)).detach()
+            self.mean = 0.9 * self.mean + 0.1 * self.last.mean(0)
+            return self.last
+
+    model = prepare(Averaging(), QATConfig())
+    mean = model.mean
+    calibrate(model, [x_(3, 4)])
+    assert model.mean is mean and mean.tolist() == [1.0] * 4 and model.last is None
+
+
 def test_all_batches_count_and_their_order_of_magnitude_does_not_matter():
     relu = nn.Sequential(nn.ReLU())
     model = prepare(relu, QATConfig(weight_bits=None, act_bits=4))
@@ -168,6 +187,19 @@ def test_bad_input():
     assert all(torch.equal(before[n], a) for n, a in alphas(model).items() if "weight" not in n)
 
 
+@pytest.mark.parametrize("batches", [[], [3], [x_(2, 3, 8, 8), 3]])
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_calibration_that_fails_changes_nothing(batches, seen):
+    model = make()
+    if seen:
+        model(x_(4, 3, 8, 8))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises((TypeError, ValueError)):
+        calibrate(model, batches, method="mse")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(quantizer.initialised is seen for quantizer in quantizers(model).values())
+
+
 def test_what_no_batch_reaches_and_what_is_zero_is_named():
     class Two(nn.Module):
         def __init__(self):
@@ -212,15 +244,48 @@ def test_an_optimizer_without_the_steps_is_refused_at_its_first_step():
     early = torch.optim.SGD(model.parameters(), lr=0.1)
     prepare(model, QATConfig())
     weight = model[0].weight.detach().clone()
-    with pytest.raises(RuntimeError, match=r"(?s)1 step sizes .* Was it built before prepare\(\)\?"):
+    with pytest.raises(RuntimeError, match=r"(?s)2 step sizes .* Was it built before prepare\(\)\?"):
         step(model, early)
     assert torch.equal(model[0].weight, weight)
     alone = torch.optim.SGD([q.alpha for q in quantizers(model).values()], lr=0.1)
     step(model, torch.optim.SGD(model[0].parameters(), lr=0.1), alone)
-    model[0].weight_quantizer.alpha.requires_grad_(False)
+    for quantizer in quantizers(model).values():
+        quantizer.alpha.requires_grad_(False)
     del alone
     step(model, torch.optim.SGD([model[0].weight, model[0].bias], lr=0.1))
     step(make(), torch.optim.SGD([nn.Parameter(x_(2))], lr=0.1))
+
+
+def test_so_is_one_without_the_steps_of_activations_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepare(model, QATConfig(weight_bits=None))
+    model(x_(2, 3, 8, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"(?s)1 step sizes .* Was it built before prepare\(\)\?"):
+        optimizer.step()
+
+
+def test_optimizers_that_share_a_model_need_not_have_the_steps_between_them():
+    model = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), QATConfig(weight_bits=None))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    model(x_(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("frozen", ["freeze_weights", "freeze_acts"])
+def test_so_is_one_without_steps_that_are_released_later(frozen):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepare(model, QATConfig(*((2, None) if frozen == "freeze_weights" else (None, 2))))
+    control = qbr.AlphaControl(**{frozen: qbr.Freeze(epoch=1, release_epoch=3)}).attach(model)
+    for epoch in (1, 2, 3):
+        control.begin_epoch(epoch)
+        model(x_(2, 3, 8, 8)).sum().backward()
+        if epoch == 3:
+            with pytest.raises(RuntimeError, match="1 step sizes"):
+                optimizer.step()
+        else:
+            optimizer.step()  # alphas that are frozen need no optimizer
 
 
 # Two processes

@@ -25,6 +25,7 @@ def make() -> nn.Module:
 FULL = QATConfig(
     weight_bits=3, act_bits=4, clip=2.5, skip=["1.1"], weight_per_channel=True, collect_bin_loss=False, first_layer=8,
     last_layer=32, quantize_inputs=True, input_signed=True, step_per_call=False,
+    act_regularizer="dampening",
     overrides={"0": {"weight_bits": 5, "clip": None}, "0.1": {"act_bits": 32}, "1.*": {"weight_per_channel": False}},
 )  # fmt: skip
 
@@ -109,6 +110,18 @@ def test_first_and_last_are_those_of_the_calls():
         ({"overrides": {"a": {"clip": -1}}}, ValueError, r"overrides\['a'\]\['clip'\]=-1"),
         ({"overrides": {"a": {"quantize_inputs": 1}}}, TypeError, r"\['quantize_inputs'\]=1"),
         ({"first_layer": 16}, ValueError, "first_layer=16"),
+        ({"clip": "6"}, TypeError, "clip='6'"),
+        ({"clip": True}, TypeError, "clip=True"),
+        ({"overrides": {"a": {"clip": [6]}}}, TypeError, r"overrides\['a'\]\['clip'\]=\[6\]"),
+        ({"overrides": {"a": {1: 2, "b": 3}}}, ValueError, r"overrides\['a'\] has \[1, 'b'\]"),
+        ({"skip": (1,)}, TypeError, r"skip=\(1,\)"),
+        ({"skip": 3}, TypeError, "skip=3"),
+        ({"skip": {"a": 1}}, TypeError, r"skip=\{'a': 1\}"),
+        ({"weight_bits": "3"}, TypeError, "weight_bits='3'"),
+        ({"act_bits": [4]}, TypeError, r"act_bits=\[4\]"),
+        ({"regularizer": ["br"]}, ValueError, r"regularizer=\['br'\]"),
+        ({"collect_bin_loss": None}, TypeError, "collect_bin_loss=None"),
+        ({"act_regularizer": "l2"}, ValueError, "act_regularizer='l2'"),
         ({"last_layer": "8"}, TypeError, "last_layer='8'"),
         ({"quantize_inputs": "yes"}, TypeError, "quantize_inputs='yes'"),
         ({"input_signed": 0}, TypeError, "input_signed=0"),
@@ -118,6 +131,10 @@ def test_first_and_last_are_those_of_the_calls():
 def test_bad_fields(values, error, message):
     with pytest.raises(error, match=message):
         QATConfig(**values)
+    text = json.dumps(values)
+    if json.loads(text) == values:
+        with pytest.raises(error, match=message):
+            QATConfig.from_json(text)
 
 
 def test_a_pattern_that_matches_nothing_is_refused():

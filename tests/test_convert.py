@@ -9,6 +9,7 @@ import pytest
 import torch
 import tv
 from torch import nn
+from torch.nn.utils import prune
 
 import qbr
 from qbr import QATConfig, calibrate, convert, prepare
@@ -110,6 +111,47 @@ def test_saved_whole_and_as_a_state_dict():
         "relu", "relu6", "functional_relu_1", "stem.input_quantizer")}  # fmt: skip
 
 
+class ByName(nn.Module):
+    """Calls torch.nn's modules by the name that their forward's parameter has there."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.up, self.relu = nn.Embedding(9, 4), nn.ConvTranspose2d(4, 4, 2), nn.ReLU()
+        self.conv, self.fc = nn.Conv2d(4, 3, 3), nn.Linear(108, 5)
+
+    def forward(self, x):
+        x = self.words(input=x).movedim(-1, 1)
+        return self.fc(input=self.conv(input=self.relu(input=self.up(input=x))).flatten(1))
+
+
+@pytest.mark.parametrize("quantize_inputs", [False, True])
+def test_layers_are_called_by_torch_s_names(quantize_inputs):
+    model, x = ByName(), torch.arange(49).reshape(1, 7, 7) % 9
+    assert model(x).shape == prepare(model, QATConfig(quantize_inputs=quantize_inputs))(x).shape == (1, 5)
+    with torch.no_grad():
+        assert torch.equal(convert(model.eval())(x), model(x))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_weight_that_a_hook_computes_stays_quantized(before):
+    def hook(model):
+        prune.l1_unstructured(model[0], "weight", 0.5)
+        prune.random_unstructured(model[2], "weight", 0.5)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(6, 5))
+    for change in (hook, prepare) if before else (prepare, hook):
+        change(model)
+    calibrate(model.eval(), [x_(4, 3, 8, 8)])
+    with torch.no_grad():
+        expected = model(x_(2, 3, 8, 8))
+        plain = convert(model)
+        assert torch.equal(plain(x_(2, 3, 8, 8)), expected) and type(plain[0].weight_quantizer) is FakeQuantize
+        prune.remove(model[0], "weight"), prune.remove(model[2], "weight")
+        folded = convert(model)
+    assert torch.equal(folded(x_(2, 3, 8, 8)), expected) and type(folded[0]) is nn.Conv2d
+
+
 def test_a_float_model_takes_the_weights():
     model = make(act_bits=None).eval()
     plain, net = convert(model), Net().eval()
@@ -151,6 +193,14 @@ def test_steps_without_data_are_named():
     with pytest.warns(UserWarning, match=r"\['0.weight_quantizer', '1.quantizer'\] were never set from data"):
         plain = convert(model)
     assert torch.equal(plain(x_(2, 3)), model(x_(2, 3)))
+
+
+@pytest.mark.filterwarnings("error:.*were never set")
+def test_steps_that_an_average_has_from_its_model_are_no_steps_without_data():
+    model = prepare(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    model(x_(2, 3)), average.update_parameters(model)
+    convert(average.module.eval())
 
 
 @pytest.mark.parametrize("name", ["googlenet", "densenet121", "shufflenet_v2_x0_5", "squeezenet1_0", "mnasnet0_5"])

@@ -181,6 +181,22 @@ def test_bad_fractions(way):
         F.bin_loss(torch.randn(3), 0.1, QuantSpec(bits=2), backprop_to_alpha=way)
 
 
+@pytest.mark.parametrize("sides", [("dampening", "br"), ("br", "dampening"), ("dampening", "dampening")])
+def test_the_configuration_of_a_model_names_its_regularizers(sides):
+    def regularizers(model):
+        by_kind = {quantizer.kind: quantizer.regularizer for quantizer in quantizers(model).values()}
+        return by_kind["weight"], by_kind["activation"]
+
+    make = lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU())  # noqa: E731
+    model = qbr.prepare(make())
+    if sides[0] == "dampening":
+        qbr.set_regularizer(nn.Sequential(model), weights="dampening")
+    if sides[1] == "dampening":
+        qbr.set_regularizer(model, activations="dampening")
+    fresh = qbr.prepare(make(), qbr.QATConfig.from_json(model.qat_config.to_json()))
+    assert regularizers(fresh) == regularizers(model) == sides
+
+
 def test_bad_regularizers():
     with pytest.raises(ValueError, match="regularizer='dampen': expected 'br' or 'dampening'"):
         F.fake_quantize_with_bin_loss(torch.randn(3), 0.1, QuantSpec(bits=2), regularizer="dampen")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 import torch
@@ -86,6 +87,16 @@ def test_a_frozen_alpha_whose_gradient_is_0_stays_under_momentum(monkeypatch):
         optimizer.zero_grad()
 
 
+def test_an_alpha_that_was_fixed_by_hand_stays_fixed():
+    model = qbr.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    fixed, free = model[0].weight_quantizer, model[2].weight_quantizer
+    fixed.alpha.requires_grad_(False)
+    control = qbr.AlphaControl(freeze_weights=qbr.Freeze(epoch=2, release_epoch=3)).attach(model)
+    for epoch, frozen in ((1, False), (2, True), (3, False), (2, True), (1, False)):
+        control.begin_epoch(epoch)
+        assert not fixed.alpha.requires_grad and free.alpha.requires_grad != frozen and free.frozen == frozen
+
+
 def test_by_step():
     model = _model()
     control = AlphaControl(Freeze(step=3, release_step=5), Freeze(epoch=1, release_step=4)).attach(model)
@@ -109,6 +120,10 @@ def test_steps_that_nobody_counts():
     control.begin_step()
     control.begin_epoch(2)
     AlphaControl(Freeze(epoch=3)).attach(_model()).begin_epoch(2)
+    fresh = AlphaControl(Freeze(step=3)).attach(_model())
+    fresh.begin_epoch(31)  # nothing was skipped
+    with pytest.raises(RuntimeError, match=r"begin_epoch\(32\)"):
+        fresh.begin_epoch(32)
 
 
 def test_by_convergence():
@@ -260,7 +275,15 @@ def _run(control, model, epochs):
     return frozen
 
 
-def test_state_goes_on_where_it_was():
+def _through_torch(state: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("saved", [_through_torch, lambda state: json.loads(json.dumps(state))])
+def test_state_goes_on_where_it_was(saved):
     plans = {
         "freeze_weights": Freeze(tolerance=0.01, window=2, release_tolerance=0.1),
         "freeze_acts": Freeze(step=6, release_epoch=7),
@@ -275,11 +298,8 @@ def test_state_goes_on_where_it_was():
         model(_x())
         control = AlphaControl(**plans).attach(model)
         first = _run(control, model, range(1, cut + 1))
-        file = io.BytesIO()
-        torch.save(control.state_dict(), file)
-        file.seek(0)
         other = AlphaControl()
-        other.load_state_dict(torch.load(file, weights_only=True))
+        other.load_state_dict(saved(control.state_dict()))
         assert other.state_dict() == control.state_dict()
         other.attach(model)
         assert first + _run(other, model, range(cut + 1, 10)) == whole, cut

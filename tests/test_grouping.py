@@ -204,3 +204,76 @@ def test_a_sharded_weight_is_left_to_its_layer():
     model[0].register_forward_pre_hook(gather)
     assert not grouping.is_there(weight)
     assert torch.equal(model(images()), alone(make())(images()))
+
+
+class Branches(nn.Module):
+    """Two losses that share no weight."""
+
+    def __init__(self, dtype=torch.float32, **config):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.apart = nn.Linear(4, 3), nn.Linear(4, 2), nn.Linear(4, 3)
+        self.apart.weight = nn.Parameter(torch.randn(4, 3).t())  # kernels need a copy of it
+        qbr.prepare(self.to(dtype), qbr.QATConfig(act_bits=None, **config))
+        self.x = torch.randn(5, 4, dtype=dtype)
+        self()
+
+    def forward(self):
+        return (self.one(self.x) + self.apart(self.x)).square().mean(), self.two(self.x).square().mean()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return {name: p.grad for name, p in self.named_parameters()}
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("collecting", [True, False])
+def test_losses_of_different_weights_may_have_backwards_of_their_own(collecting, dtype, single):
+    at_once, apart = (Branches(dtype, collect_bin_loss=collecting) for _ in range(2))
+    if single:
+        alone(at_once), alone(apart)
+    sum(at_once()).backward()
+    one, two = apart()
+    (of_one,) = torch.autograd.grad(one, [apart.one.weight], retain_graph=True)
+    one.backward()
+    assert apart.two.weight.grad is None and torch.equal(of_one, apart.one.weight.grad)
+    with torch.no_grad():
+        apart.one.weight.mul_(2), apart.one.weight_quantizer.alpha.mul_(2)  # an optimizer's step
+    two.backward()
+    assert_same(apart.gradients(), at_once.gradients())
+
+
+def test_the_weights_bin_loss_may_have_a_backward_of_its_own():
+    at_once, apart = Branches(), Branches()
+    for model, backwards in ((at_once, lambda *losses: sum(losses).backward()),
+                             (apart, lambda *losses: [loss.backward() for loss in losses])):  # fmt: skip
+        one, two = model()
+        losses = qbr.bin_loss(model).layers
+        backwards(losses["one"].loss + losses["two"].loss, two, one)
+    for name, gradient in at_once.gradients().items():
+        torch.testing.assert_close(apart.gradients()[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("change", ["weight", "alpha"])
+@pytest.mark.parametrize("single", [False, True])
+def test_a_weight_that_has_changed_before_its_backward_is_refused(change, single):
+    model = alone(Branches()) if single else Branches()
+    one, two = model()
+    with torch.no_grad():
+        (model.one.weight if change == "weight" else model.one.weight_quantizer.alpha).mul_(2)
+    two.backward()
+    with pytest.raises(RuntimeError, match=r"shape \(3, 4\), or its step size, has been modified by an inplace .*step"):
+        one.backward()
+
+
+def test_a_model_made_under_inference_mode():
+    expected = make().eval()(images())
+    with torch.inference_mode():
+        model = make().eval()
+        assert torch.equal(model(images()), expected)
+    with torch.no_grad():
+        assert torch.equal(model(images()), expected)
+        quantizer = model[0].weight_quantizer
+        (each,) = functional.foreach_bin_loss([model[0].weight], [quantizer.alpha], quantizer.spec)
+        assert each.bins.table.sum() > 0
+

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import qbr
 from qbr import Monitor, QATConfig
+from qbr.monitor import Observer
 from qbr.quantizers import quantizers
 
 
@@ -205,6 +206,17 @@ def test_a_step_that_leaves_no_trace_in_versions_is_seen():
         model(_x(i)).square().mean().backward()
         optimizer.step()
     assert [row.steps for row in monitor.read().values()] == [3, None, 3, None, 3]
+
+
+def test_a_weight_that_is_made_anew_in_every_forward_is_seen_in_each():
+    quantizer = qbr.LSQ_WeightQuantizer(2)
+    quantizer(torch.ones(4))
+    quantizer.observer = observer = Observer(quantizer, None)
+    for i in range(6):
+        quantizer(torch.full((4,), 1.0 + i))  # lies where the last one lay, which is gone
+    kept = torch.ones(4)
+    quantizer(kept), quantizer(kept)
+    assert observer.table[: quantizer.spec.num_slots].sum() == 7 * 4
 
 
 def test_checkpointed_layers_are_seen_once():

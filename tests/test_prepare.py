@@ -11,6 +11,7 @@ from torch import nn
 
 import qbr
 from qbr import QATConfig, prepare
+from qbr.quantizers import quantizers
 
 
 def _model():
@@ -96,6 +97,24 @@ def test_the_root_and_shared_and_tied_modules():
     model[1].weight = model[0].weight
     prepare(model, QATConfig(act_bits=None))
     assert model[0].weight is model[1].weight
+
+
+class _Block(nn.Module):
+    def __init__(self, device):
+        super().__init__()
+        self.relu, self.fc = nn.ReLU(), nn.Linear(4, 4, device=device)
+
+    def forward(self, x):
+        return self.relu(nn.functional.relu(self.fc(x)) - 0.1)
+
+
+def test_a_model_that_is_spread_over_devices_keeps_each_quantizer_with_its_layer():
+    parts = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, device="meta"), nn.Sequential(nn.ReLU()), _Block("cpu"),
+             _Block("meta"), nn.ReLU()]  # fmt: skip
+    model = qbr.prepare(nn.Sequential(*parts), QATConfig(quantize_inputs=True))
+    for name, quantizer in quantizers(model).items():
+        assert quantizer.alpha.device.type == ("meta" if name[0] in "2356" else "cpu"), name
+    assert qbr.prepare(nn.ReLU(), QATConfig(weight_bits=None)).quantizer.alpha.device.type == "cpu"
 
 
 class _OwnConv(nn.Conv2d):

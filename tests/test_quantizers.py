@@ -14,7 +14,7 @@ from torch import nn
 
 import qbr
 from qbr import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, QuantSpec, functional
-from qbr.quantizers import SMALLEST_ALPHA
+from qbr.step_guard import SMALLEST_ALPHA
 
 
 def _x(*shape, seed=0):
@@ -94,6 +94,29 @@ def test_alpha_set_by_hand_stays_and_reset_undoes_it():
     assert q.alpha.item() == pytest.approx(0.05) and q.init_state.item() == 0
     q(_x(50))
     assert q.alpha.item() != 0.25 and q.init_state.item() == 1
+
+
+@pytest.mark.parametrize(
+    "alpha, error, message",
+    [
+        (torch.tensor([0.5, -0.5]), ValueError, "alpha has -0.5: expected positive, finite"),
+        (torch.tensor([0.5, math.inf]), ValueError, "alpha has inf"),
+        (math.nan, ValueError, "alpha has nan"),
+        (0, ValueError, "alpha has 0"),
+        (torch.tensor([1e-60, 1.0], dtype=torch.float64), ValueError, "alpha has 0"),
+        (torch.ones(3), ValueError, "alpha has 3 elements: expected 2"),
+        ("0.5", TypeError, "alpha='0.5': expected a tensor or a number"),
+    ],
+)
+def test_a_bad_alpha_is_not_set(alpha, error, message):
+    q = LSQ_WeightQuantizer(4, channel_axis=0, channels=2)
+    before = q.alpha.tolist()
+    with pytest.raises(error, match=message):
+        q.set_alpha(alpha)
+    assert q.alpha.tolist() == before and not q.initialised
+    for good in (0.25, torch.tensor([0.25, 0.25], dtype=torch.float64), torch.tensor(0.25)):
+        q.set_alpha(good)
+        assert q.alpha.tolist() == [0.25, 0.25] and q.initialised
 
 
 def test_levels():

@@ -111,6 +111,44 @@ def test_modules_called_more_than_once():
         torch.testing.assert_close(got.activations, sum(got.layers[n].loss for n in ("relu", "relu@2", "relu@3")))
 
 
+class _Around(nn.Module):
+    """Calls a model that was prepared by itself twice, as a siamese network does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = qbr.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.inner(x) + self.inner(2 * x))
+
+
+def test_the_calls_of_a_model_within_a_watched_one_all_count(monkeypatch):
+    model, x = _Around(), torch.randn(5, 4)
+    model(x), model(x)
+    assert list(qbr.bin_loss(model).layers) == ["inner.0", "inner.1", "inner.2"]  # the inner one's last forward
+    qbr.AlphaControl().attach(model)
+    groups, together = [], functional.foreach_fake_quantize_with_bin_loss
+
+    def counted(xs, *rest, **options):
+        groups.append(len(xs))
+        return together(xs, *rest, **options)
+
+    monkeypatch.setattr(functional, "foreach_fake_quantize_with_bin_loss", counted)
+    for each in (model, copy.deepcopy(model)):
+        each(x), each(x)
+        assert sorted(qbr.bin_loss(each).layers) == ["inner.0", "inner.1", "inner.1@2", "inner.2"]
+    assert groups == [2] * 4
+    with pytest.raises(RuntimeError):
+        model(torch.randn(5, 3))
+    model.inner(x), model.inner(x)  # by itself it is the root again
+    assert list(qbr.bin_loss(model).layers) == ["inner.0", "inner.1", "inner.2"]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x), compiled(x)
+    assert sorted(qbr.bin_loss(model).layers) == ["inner.0", "inner.1", "inner.1@2", "inner.2"]
+    assert not [key for each in qbr.convert(model.eval()).modules() for key in vars(each) if key.startswith("_qbr")]
+
+
 def test_a_whole_step_reads_nothing_on_the_host_and_all_metrics_are_one_read():
     model, x = _model(), _x(2, 3, 8, 8)
     control = qbr.AlphaControl(br_to_alpha_weights=True, br_to_alpha_acts="scaled").attach(model)

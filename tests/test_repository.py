@@ -14,7 +14,7 @@ from qbr import kernels, ops
 ROOT = Path(__file__).resolve().parents[1]
 # Each module imports only from the lines above it.
 LAYERS = [
-    ["qbr.spec", "qbr.whole"],
+    ["qbr.spec", "qbr.whole", "qbr.saved"],
     ["qbr.kernels.build"],
     ["qbr.kernels.library_cache"],
     ["qbr.kernels.reference", "qbr.kernels.native", "qbr.kernels.triton_kernels", "qbr.kernels.triton_backend"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["qbr.functional"],
     ["qbr.metrics"],
     ["qbr.distributed"],
-    ["qbr.grouping"],
+    ["qbr.grouping", "qbr.step_guard"],
     ["qbr.quantizers"],
     ["qbr.calls"],
     ["qbr.layers"],

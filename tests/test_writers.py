@@ -60,6 +60,13 @@ def test_csv_rows_and_resumption(tmp_path):
     assert len(_read(path)) == 3
 
 
+def test_csv_in_warm_up(tmp_path):
+    writer = CSVWriter(tmp_path / "warm.csv")
+    for step, figures in enumerate(({}, {}, _figures(0.5), {}, _figures(0.25)), start=1):
+        writer.write(step, figures)
+    assert [row["step"] for row in _read(writer.path)] == ["3", "5"]
+
+
 def test_csv_cuts_off_a_torn_row(tmp_path):
     path = tmp_path / "layers.csv"
     writer = CSVWriter(path)

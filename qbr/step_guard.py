@@ -1,0 +1,114 @@
+"""The guard around every optimizer's step: alpha stays positive, and an optimizer that lacks a step size is noticed.
+
+Every live quantizer is known here, so that an optimizer's alphas are found by identity: this survives deepcopy, pickle,
+.to() and load_state_dict(assign=True), as no mark on the parameter does.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import TensorWeakRef
+
+from qbr import distributed
+
+LARGEST_SHRINK = 10.0  # one optimizer step leaves at least alpha / 10 ...
+SMALLEST_ALPHA = 1e-8  # ... and never less than this, so that x / alpha stays finite for every ordinary x
+
+_live: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_before: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
+_beside: weakref.WeakKeyDictionary[nn.Module, list[TensorWeakRef]] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_hooks: list = []
+
+
+def register(quantizer: nn.Module) -> None:
+    _live.add(quantizer)
+    if not _hooks:
+        _hooks.extend([register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(guard_step)])
+
+
+def remember(model: nn.Module, quantizers: dict[str, nn.Module]) -> None:
+    """Note for each quantizer of model the parameters beside it, so that an optimizer without its alpha is noticed.
+
+    For a weight that is itself; for an activation all of the smallest module around it that has any.
+    """
+    alphas = {id(quantizer.alpha) for quantizer in quantizers.values()}
+    for name, quantizer in quantizers.items():
+        beside = []
+        while name and not beside:
+            name = name.rpartition(".")[0]
+            beside = [p for p in model.get_submodule(name).parameters() if id(p) not in alphas]
+        _beside[quantizer] = [TensorWeakRef(p) for p in (beside[:1] if quantizer.kind == "weight" else beside)]
+
+
+def check_again() -> None:
+    """Look at every optimizer once more in its next step: step sizes have been released."""
+    _checked.clear()
+
+
+def _are_moved(parameters: list[TensorWeakRef], owned: set[int]) -> bool:
+    """Whether the optimizer of these ids has the parameters, all that are trained."""
+    alive = [p for p in (ref() for ref in parameters) if p is not None]
+    return any(id(p) in owned for p in alive) and all(id(p) in owned or not p.requires_grad for p in alive)
+
+
+def _check_optimizer(optimizer: Optimizer, owned: set[int]) -> None:
+    """At an optimizer's first step: raise RuntimeError if it moves weights whose step sizes no optimizer has."""
+    _checked.add(optimizer)
+    steps = {q: q._parameters.get("alpha") for q in _beside}  # None while FSDP holds it
+    alphas = {
+        id(alpha)
+        for q, alpha in steps.items()
+        if alpha is not None and alpha.requires_grad and id(alpha) not in owned and _are_moved(_beside[q], owned)
+    }
+    if not alphas:
+        return
+    for other in gc.get_objects():  # torch keeps no list of optimizers
+        if issubclass(type(other), Optimizer):  # and not isinstance, which asks lazy objects what they stand for
+            alphas -= {id(p) for group in other.param_groups for p in group["params"]}
+    if alphas:
+        raise RuntimeError(
+            f"this {type(optimizer).__name__} has weights of a model of which {len(alphas)} step sizes (alpha) are in "
+            "no optimizer, so they would never be trained. Was it built before prepare()? Build it afterwards, from "
+            "qbr.parameter_groups(model, ...); to keep step sizes as they are, set their requires_grad to False"
+        )
+
+
+@torch.no_grad()
+def _before_step(optimizer: Optimizer, args, kwargs) -> None:
+    """Note the least value that each of this optimizer's alphas may have after the step."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if optimizer not in _checked:
+        _check_optimizer(optimizer, owned)
+    mine = [q for q in _live if id(q._parameters.get("alpha")) in owned]
+    for q in mine:
+        if q.frozen:
+            q.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, momentum and decay included
+    alphas = [distributed.local(q.alpha) for q in mine if q.alpha.requires_grad and not q.frozen]
+    floors = torch._foreach_div(alphas, LARGEST_SHRINK) if alphas else []
+    if floors:
+        torch._foreach_clamp_min_(floors, SMALLEST_ALPHA)
+    _before[optimizer] = (weakref.WeakSet(mine), alphas, floors)
+
+
+@torch.no_grad()
+def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
+    """Keep alpha positive after any torch.optim step: alpha = max(alpha, alpha before the step / 10, 1e-8).
+
+    Runs by itself after every ``optimizer.step()`` once a quantizer exists; two fused operations for all alphas of
+    the optimizer, no synchronisation, no state. A NaN stays a NaN. Bin losses that nobody asked for go here too:
+    after the step their graph is stale.
+    """
+    mine, alphas, floors = _before.pop(optimizer, ((), [], []))
+    if alphas:
+        torch._foreach_maximum_(alphas, floors)
+    for quantizer in mine:
+        if quantizer._retained:
+            quantizer._retained = []
+        if quantizer.observer is not None:
+            quantizer.observer.stepped()

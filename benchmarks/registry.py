@@ -16,6 +16,7 @@ from torch import Tensor
 
 import qbr
 from qbr import functional, kernels, ops
+from qbr.arguments import check
 from qbr.kernels import reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,7 +60,7 @@ def kernel_runs(case: Case, backend: str) -> dict[str, Callable]:
     ops.implement(kernels.resolve(backend, case.device, DTYPES[case.dtype]))
     namespace = getattr(torch.ops, f"qbr_{backend}")
     x, alpha, grad = case.tensors()
-    x, alpha, plain = ops.check(x, alpha, case.spec, case.relu, None)
+    x, alpha, plain = check(x, alpha, case.spec, case.relu, None)
     one = torch.ones((), device=case.device)
     bins = namespace.lsq_bin_fwd.default(x, alpha, *plain, False)[2]
     _check_kernels(namespace, case, x, alpha, grad, plain)
@@ -107,7 +108,7 @@ def compiled_runs(case: Case) -> dict[str, Callable]:
     forward, backward = torch.compile(forward, dynamic=False), torch.compile(backward, dynamic=False)
     xhat, loss, counts = forward(x, alpha)
     dx, dalpha = backward(grad, one, x, alpha, counts)
-    _, _, plain = ops.check(x, alpha, spec, False, None)
+    _, _, plain = check(x, alpha, spec, False, None)
     expected = reference.lsq_bin_fwd(x, alpha, *plain, False)
     expected_dx, expected_dalpha = reference.lsq_bin_bwd(grad, one, x, alpha, expected[2], *plain, scale)
     # On CUDA inductor divides approximately (div.full.f32), and a code beside a tie may be the next one.
@@ -190,7 +191,7 @@ def autograd_runs(case: Case, backend: str = "auto") -> tuple[dict[str, Callable
     if case.dtype == "float32" and case.bits <= 4 and case.log2_size <= 20:
         runs["predecessor lsq_bin"] = both(eager, [alpha])
     missing = {}
-    expected = reference.lsq_fwd(x.detach(), alpha.detach(), *ops.check(x, alpha, spec, False, None)[2])
+    expected = reference.lsq_fwd(x.detach(), alpha.detach(), *check(x, alpha, spec, False, None)[2])
     for name, make in LSQ_PEERS.items():
         try:
             forward, parameters = make(case, alpha.detach())

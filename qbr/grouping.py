@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbr import functional, ops
+from qbr import functional
+from qbr.arguments import is_dense
 from qbr.functional import BinLoss
 
 # Assigns an attribute that is no parameter, module or buffer: nn.Module's own __setattr__ takes as long as a small op.
@@ -53,7 +54,7 @@ def quantize_together(model: nn.Module, *_) -> None:
         if quantizer.training and not quantizer.initialised:
             continue  # its first forward sets alpha
         alpha = quantizer.alpha
-        if weight.is_inference() or alpha.is_inference() or not ops.is_dense(weight):
+        if weight.is_inference() or alpha.is_inference() or not is_dense(weight):
             continue
         groups.setdefault(quantizer.makes_bins(), []).append((quantizer, weight, alpha))
     grouped: list = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import TensorWeakRef
 
-from qbr import ops
+from qbr.arguments import is_dense
 from qbr.calls import Counted
 from qbr.grouping import assign
 from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, check_clip
@@ -200,7 +200,7 @@ class QuantizedClippedReLU(Counted, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
-        if not ops.is_dense(x):
+        if not is_dense(x):
             x = x.contiguous()  # here and not below, so that the tensor that the graph saves is the one referred to
         if self.keep_pre_quant_activation or self._kept is not None:
             self._kept = clipped_relu(x, self.clip_value) if self.keep_pre_quant_activation else None

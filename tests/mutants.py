@@ -44,7 +44,7 @@ class Mutant(NamedTuple):
 LOOPS, BINS, CHUNK, SIMD = "csrc/cpu_loops.cpp", "csrc/cpu_bins.h", "csrc/cpu_chunk.h", "csrc/cpu_simd.h"
 TASKS, BINDINGS, CALL = "csrc/cpu.cpp", "csrc/bindings.cpp", "csrc/bindings_call.h"
 TRITON, TRITON_BINS, TRITON_SUMS = (f"qbr/kernels/triton_{name}.py" for name in ("kernels", "bins", "finalize"))
-REFERENCE, OPS = "qbr/kernels/reference.py", "qbr/ops.py"
+REFERENCE, ARGUMENTS, OPS = "qbr/kernels/reference.py", "qbr/arguments.py", "qbr/ops.py"
 QUANTIZERS, LAYERS, REGULARIZER = "qbr/quantizers.py", "qbr/layers.py", "qbr/regularizer.py"
 GUARD = "qbr/step_guard.py"
 CONTROL, FREEZING, CALIBRATE, SKETCH = "qbr/alpha_control.py", "qbr/freezing.py", "qbr/calibrate.py", "qbr/sketch.py"
@@ -143,7 +143,8 @@ MUTANTS = [
     Mutant("ops: alpha_grad is lost in a list", OPS,
            "grad_scale = alpha_grads[i] * _grad_scale(x, alpha, spec)", "grad_scale = _grad_scale(x, alpha, spec)",
            "formulas"),
-    Mutant("ops: channels from the end", OPS, "        axis %= x.dim()\n", "        axis = max(axis, 0)\n", "formulas"),
+    Mutant("ops: channels from the end", ARGUMENTS,
+           "        axis %= x.dim()\n", "        axis = max(axis, 0)\n", "formulas"),
     Mutant("metrics: biased deviations", "qbr/metrics.py",
            "(q - s * s / n) / (n - 1)", "(q - s * s / n) / n", "metrics"),
     Mutant("metrics: effectiveness of a whole step", "qbr/metrics.py",

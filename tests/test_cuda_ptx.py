@@ -18,6 +18,7 @@ from cases import DTYPES, SPECS, Shape
 from cuda_host import CSRC, Emulator
 
 from qbr import QuantSpec, ops
+from qbr.arguments import check
 from qbr.kernels import foreach
 
 ptxrun = pytest.importorskip("ptxrun", reason="needs ptxrun on PYTHONPATH, or PTXRUN_HOME")
@@ -142,7 +143,7 @@ def test_tensors_of_no_elements(emulated, name, size):
 def test_the_order_of_blocks_and_threads_changes_nothing(emulated, name):
     case = CASES[name]
     x, alpha, grad = case.inputs((90, 13, 20))
-    x, alpha, plain = ops.check(x, alpha, case.spec, case.relu, case.clip)
+    x, alpha, plain = check(x, alpha, case.spec, case.relu, case.clip)
     results = []
     for seed in (None, 1):
         emulated.options = {"seed": seed}
@@ -155,7 +156,7 @@ def test_the_order_of_blocks_and_threads_changes_nothing(emulated, name):
 def test_each_element_moves_once_in_accesses_of_16_bytes(emulated, name, dtype):
     case = CASES[name]
     x, alpha, grad = (t.to(DTYPES[dtype]) for t in case.inputs((8 * 4096,)))
-    x, alpha, plain = ops.check(x, alpha.float(), case.spec, case.relu, case.clip)
+    x, alpha, plain = check(x, alpha.float(), case.spec, case.relu, case.clip)
     size = x.numel() * x.element_size()
     bins = emulated.bin_loss_fwd(x, alpha, *plain, False)[1]
     one = torch.ones(())
@@ -185,7 +186,7 @@ def test_each_element_moves_once_in_accesses_of_16_bytes(emulated, name, dtype):
 def test_a_tensor_of_one_tile_takes_one_launch(emulated):
     case = CASES["w2"]
     x, alpha, grad = case.inputs((4096,))
-    x, alpha, plain = ops.check(x, alpha, case.spec, case.relu, case.clip)
+    x, alpha, plain = check(x, alpha, case.spec, case.relu, case.clip)
     bins = emulated.lsq_bin_fwd(x, alpha, *plain, True)[2]
     assert len(emulated.launches) == 1
     emulated.lsq_bin_bwd(grad, torch.ones(()), x, alpha, bins, *plain, 0.1)
@@ -196,7 +197,7 @@ def test_many_wide_rows_are_folded_twice(cache):
     device = Emulator(cache, _nvcc(), 132)
     case = CASES["w8"]
     x, alpha, _ = case.inputs((34 * 4096 + 5,))
-    x, alpha, plain = ops.check(x, alpha, case.spec, case.relu, case.clip)
+    x, alpha, plain = check(x, alpha, case.spec, case.relu, case.clip)
     loss, bins, _ = device.bin_loss_fwd(x, alpha, *plain, False)
     assert len(device.launches) == 3
     expected_loss, expected, _ = torch.ops.qbr_reference.bin_loss_fwd(x, alpha, *plain, False)
@@ -229,7 +230,7 @@ def the_list(members):
     columns = []
     for name, shape, dtype in members:
         x, alpha, grad = test_parity.inputs(CASES[name], shape, DTYPES[dtype])
-        columns.append((*ops.check(x, alpha, CASES[name].spec, False, None), grad))
+        columns.append((*check(x, alpha, CASES[name].spec, False, None), grad))
     xs, alphas, plains, grads = (list(column) for column in zip(*columns))
     return xs, alphas, grads, plains
 

@@ -9,6 +9,7 @@ from test_parity import TARGETS, load
 
 from qbr import QuantSpec, ops
 from qbr import functional as F
+from qbr.arguments import check
 
 BACKENDS = [pytest.param("reference", "cpu", id="reference-cpu"), *TARGETS]
 SIZES = [(0, 3, 2), (1, 1, 1), (3, 5, 7), (64, 3, 3, 3), (40, 10, 11, 5), (130, 130)]
@@ -92,7 +93,7 @@ def test_foreach_bin_loss(backend, device):
     ops.implement(backend)
     namespace = getattr(torch.ops, f"qbr_{backend}")
     xs, alphas, specs, _ = members(False, device, torch.float32)
-    plain = [ops.check(x, alpha, spec, False, None)[2] for x, alpha, spec in zip(xs, alphas, specs)]
+    plain = [check(x, alpha, spec, False, None)[2] for x, alpha, spec in zip(xs, alphas, specs)]
     ranges = [int(value) for each in plain for value in each[:4]]
     rest = plain[0][4:]
     losses, bins, dloss_dalphas = namespace.foreach_bin_loss_fwd(xs, alphas, ranges, *rest, True)

@@ -14,6 +14,7 @@ from cases import DTYPES, ELEMENT_TOLERANCE, SHAPES, SPECS, SUM_TOLERANCE, Case,
 
 from qbr import BackendUnavailable, kernels, ops
 from qbr import functional as F
+from qbr.arguments import check
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TARGETS = [
@@ -215,7 +216,7 @@ def test_a_gradient_laid_out_otherwise_than_x(backend, device):
     load(backend, device)
     case = SPECS[1]
     x, alpha, grad = (t.to(device) for t in case.inputs((4, 8, 5, 6)))
-    x, alpha, plain = ops.check(x, alpha, case.spec, case.relu, case.clip)
+    x, alpha, plain = check(x, alpha, case.spec, case.relu, case.clip)
     ops.implement(backend)
     other = grad.contiguous(memory_format=torch.channels_last)
     namespace = getattr(torch.ops, f"qbr_{backend}")
@@ -261,7 +262,7 @@ def test_opcheck(op, backend, device):
             x, alpha, grad = (t.to(device) for t in case.inputs((4, 3, 5, 5)))
             if channels_last:
                 x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-            x, alpha, plain = ops.check(x, alpha, case.spec, case.relu, case.clip)
+            x, alpha, plain = check(x, alpha, case.spec, case.relu, case.clip)
             table = F.bin_loss(x, alpha, case.spec, relu=case.relu, clip=case.clip, backend=backend).bins.table
             one = torch.ones((), device=device)
             arguments = {

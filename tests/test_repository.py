@@ -21,6 +21,7 @@ LAYERS = [
     ["qbr.kernels.foreach"],
     ["qbr.kernels.triton_lists"],
     ["qbr.kernels"],
+    ["qbr.arguments"],
     ["qbr.ops"],
     ["qbr.functional"],
     ["qbr.metrics"],

@@ -56,6 +56,12 @@ def qat_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-bits-weight", type=int, default=2, help="1 to 8; 32 leaves weights in float")
     parser.add_argument("--num-bits-act", type=int, default=2, help="1 to 8; 32 leaves activations in float")
     parser.add_argument("--clip-value", type=_number_or_none, help="upper clip of every ReLU; None (default) for none")
+    parser.add_argument(
+        "--step-per-call",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="a step size for each call of a ReLU; a block's two share one otherwise, as the predecessor's do",
+    )
     parser.add_argument("--lambda-br", type=float, default=1.0, help="strength of BR on weights")
     parser.add_argument("--lambda-br-act", type=float, default=1.0, help="strength of BR on activations")
     parser.add_argument("--warmup-epochs", type=int, default=30, help="first epochs, without BR")

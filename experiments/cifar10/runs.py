@@ -204,7 +204,7 @@ class Run:
                     weight_bits=options.num_bits_weight,
                     act_bits=options.num_bits_act,
                     clip=options.clip_value,
-                    step_per_call=False,  # as the predecessor, and as the results that are kept here
+                    step_per_call=options.step_per_call,
                 ),
             )
             control = qbr.AlphaControl(

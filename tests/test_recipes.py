@@ -51,7 +51,7 @@ def _parse(script: str, *flags: str) -> argparse.Namespace:
 def _trainer(*flags: str, epochs: int = 3, device: str = "cpu") -> engine.Trainer:
     o = _parse("qat", *tiny.QAT, *flags)
     torch.manual_seed(o.seed)
-    model = qbr.prepare(tiny.model(10), qbr.QATConfig(weight_bits=2, act_bits=2, step_per_call=False))
+    model = qbr.prepare(tiny.model(10), qbr.QATConfig(weight_bits=2, act_bits=2, step_per_call=o.step_per_call))
     control = qbr.AlphaControl(freeze_acts=options.freeze(o, "act"), warmup_epochs=1)
     model.to(device, memory_format=torch.channels_last)
     splits = data.load(None, limit=8)
@@ -62,6 +62,15 @@ def _trainer(*flags: str, epochs: int = 3, device: str = "cpu") -> engine.Traine
 
 
 # What a recipe is
+
+
+def test_a_relu_that_is_called_twice_has_one_step_or_two(tmp_path):
+    for flags, steps in (([], 1), (["--step-per-call"], 2), (["--recipe", "fast", "--amp", "none"], 2)):
+        folder = tmp_path / str(len(flags))
+        once = ["--qat-epochs", "1", "--warmup-epochs", "1", "--compile", "none", "--output-dir", str(folder)]
+        assert qat([*tiny.QAT, *flags, *once]) == 0
+        names = _state(folder)["model_state_dict"]
+        assert sum(name.startswith("2.quantizer") and name.endswith("alpha") for name in names) == steps
 
 
 @pytest.mark.parametrize("script", PARSERS)

@@ -16,12 +16,11 @@ parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("path", help="the checkpoint: written, or read with --restore")
 parser.add_argument("--restore", action="store_true", help="load it, convert, and compare the outputs")
 options = parser.parse_args()
-path, restore = options.path, options.restore
 torch.manual_seed(0)
 batches = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(5)]
 model = mobilenet_v2(num_classes=10)
 
-if not restore:
+if not options.restore:
     config = qbr.QATConfig(weight_bits=4, act_bits=4, weight_per_channel=True, quantize_inputs=True, first_layer=8)
     print(qbr.plan(model, config))
     qbr.prepare(model, config)
@@ -36,9 +35,9 @@ if not restore:
         optimizer.zero_grad()
     with torch.no_grad():
         outputs = model.eval()(batches[0][0])
-    torch.save({"config": config.to_json(), "model": model.state_dict(), "outputs": outputs}, path)
+    torch.save({"config": config.to_json(), "model": model.state_dict(), "outputs": outputs}, options.path)
 else:
-    saved = torch.load(path, weights_only=True)
+    saved = torch.load(options.path, weights_only=True)
     qbr.prepare(model, qbr.QATConfig.from_json(saved["config"])).load_state_dict(saved["model"])
     plain = qbr.convert(model.eval())
     with torch.no_grad():

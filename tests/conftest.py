@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ _PTXRUN = Path(os.environ.get("PTXRUN_HOME", Path(__file__).resolve().parents[2]
 if _PTXRUN.is_dir():
     sys.path.insert(0, str(_PTXRUN))
 
+# A shell's job in the background ignores Ctrl-C, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The file that takes longest comes first: with several processes nobody waits for the last of it.
 LONGEST = "test_triton_interpreter.py"

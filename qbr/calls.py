@@ -8,6 +8,11 @@ from torch import nn
 _IDLE = -1  # no owner's forward is running
 
 
+def joined(name: str, child: str) -> str:
+    """The full name of a child of the module of that name; "" is the root."""
+    return f"{name}.{child}" if name else child
+
+
 class Counted:
     """A mixin for a module with something of its own for every place that calls it.
 

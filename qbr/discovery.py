@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.nn import functional as F
 
 from qbr import tracing
+from qbr.calls import joined
 from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
 from qbr.tracing import Untraceable
 
@@ -289,7 +290,7 @@ class _Reader:
                 full = self.names[activation]
                 state = QUANTIZED if self.quantized(full, activation) else NON_NEGATIVE
         elif activation in tracing.RELU_FUNCTIONS:
-            full = _join(name, "activation")
+            full = joined(name, "activation")
             clip = tracing.RELU_FUNCTIONS[activation]
             self.reading.functional[full] = FunctionalReLU(layer, name, 0, clip, None)
             state = QUANTIZED if self.quantized(full, None) else NON_NEGATIVE
@@ -315,12 +316,8 @@ def _is_torchs(kind: type) -> bool:
     return kind.__module__.startswith(("torch.nn.", "torch.ao.")) and kind is not nn.Sequential
 
 
-def _join(name: str, child: str) -> str:
-    return f"{name}.{child}" if name else child
-
-
 def _functional(name: str, index: int) -> str:
-    return _join(name, f"functional_relu_{index + 1}")
+    return joined(name, f"functional_relu_{index + 1}")
 
 
 def _asks_for_its_kind(user: Node) -> bool:

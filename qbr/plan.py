@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from qbr import discovery, running
+from qbr.calls import joined
 from qbr.config import LayerConfig, QATConfig, matches
 from qbr.discovery import QUANTIZED, SIGNED, FunctionalReLU, Reading
 from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
@@ -198,7 +199,7 @@ class _Planner:
         attention = type(module) in ATTENTION
         parameters = [(name, module, each) for each in _IN_PROJ if getattr(module, each, None) is not None]
         if attention:
-            parameters.append((_join(name, "out_proj"), module.out_proj, "weight"))
+            parameters.append((joined(name, "out_proj"), module.out_proj, "weight"))
         else:
             parameters = [(name, module, "weight")]
         inputs, note = self._inputs(name, module, config), ""
@@ -285,7 +286,7 @@ class _Planner:
 
     def _check_patterns(self) -> None:
         candidates = [self.names[m] for m in self.names if type(m) in (*WEIGHT_LAYERS, *ATTENTION, *RELUS)]
-        candidates += [_join(self.names[m], "out_proj") for m in self.names if type(m) in ATTENTION]
+        candidates += [joined(self.names[m], "out_proj") for m in self.names if type(m) in ATTENTION]
         candidates += self.reading.functional
         for argument in ("skip", "overrides"):
             lost = [p for p in getattr(self.config, argument) if not any(matches(name, p) for name in candidates)]
@@ -333,7 +334,7 @@ class _Planner:
         functions = [name for name in self.given_up if name in self.reading.functional and name not in self.spoiled]
         owners = {**self.reading.hidden, **{name.rpartition(".")[0]: self.given_up[name] for name in functions}}
         for name, why in owners.items():
-            if self.config.layer(_join(name, "functional_relu_1")).act_bits is not None:
+            if self.config.layer(joined(name, "functional_relu_1")).act_bits is not None:
                 text = f"{name or 'the model'} calls a ReLU as a function, and its forward cannot be read ({why}): "
                 warnings.append(text + "that ReLU stays in float; use an nn.ReLU module there")
         for name in [name for name in self.given_up if name not in functions]:
@@ -341,7 +342,7 @@ class _Planner:
             if name not in self.spoiled:
                 why = f"what it changes is read afterwards, by a forward that cannot be read ({why})"
             warnings.append(f"{name} is a ReLU in place: {why}; it stays in float, use one that is not in place")
-        read = {_join(each.name, each.parameter): self.reading.weights[id(getattr(each.module, each.parameter))]
+        read = {joined(each.name, each.parameter): self.reading.weights[id(getattr(each.module, each.parameter))]
                 for each in self.plan.weights
                 if id(getattr(each.module, each.parameter)) in self.reading.weights}  # fmt: skip
         if read:
@@ -391,7 +392,3 @@ def _count_by_running(model: nn.Module, example, reading: Reading) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _join(name: str, child: str) -> str:
-    return f"{name}.{child}" if name else child

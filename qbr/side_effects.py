@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qbr.calls import joined
+
 _ABSENT = object()
 _TABLES = ("_parameters", "_buffers", "_modules")  # where nn.Module keeps attributes
 
@@ -37,7 +39,7 @@ class Undone:
                 self._attributes.append((prefix, table, dict(table)))
             for key, value in module.__dict__.items():
                 if isinstance(value, (list, dict, set, deque)) and key not in _TABLES:
-                    self._containers.append((_join(prefix, key), value, _items(value) if value else []))
+                    self._containers.append((joined(prefix, key), value, _items(value) if value else []))
         for name, tensor in (*self.owner.named_parameters(), *self.owner.named_buffers()):
             if type(tensor) in (Tensor, nn.Parameter):
                 self._data.append((name, tensor, tensor.data))
@@ -66,7 +68,7 @@ class Undone:
                 table.clear()
                 table.update(before)
             for key in changed:
-                self._note(_join(prefix, key))
+                self._note(joined(prefix, key))
 
     def _note(self, name: str) -> None:
         if name != "training" and not name.startswith("_tensor_constant"):  # these two are tracing's own
@@ -139,7 +141,3 @@ def _same(a: list, b: list) -> bool:
         x is y or (isinstance(x, tuple) and isinstance(y, tuple) and len(x) == len(y) and all(map(operator.is_, x, y)))
         for x, y in zip(a, b)
     )
-
-
-def _join(name: str, child: str) -> str:
-    return f"{name}.{child}" if name else child

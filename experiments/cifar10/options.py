@@ -59,8 +59,8 @@ def qat_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step-per-call",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="a step size for each call of a ReLU; a block's two share one otherwise, as the predecessor's do",
+        default=True,
+        help="a step size for each call of a ReLU; with --no-... a block's two share one, as the predecessor's do",
     )
     parser.add_argument("--lambda-br", type=float, default=1.0, help="strength of BR on weights")
     parser.add_argument("--lambda-br-act", type=float, default=1.0, help="strength of BR on activations")

@@ -39,10 +39,9 @@ BASELINE: dict[str, dict[str, Any]] = {
 # oscillate (qbr/kernels/README.md, "Strength"). BR_A is several times the cross-entropy at first, and gets a tenth.
 QAT: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {**_FAST, "lr": 0.04, "step_per_call": True},
+    "fast": {**_FAST, "lr": 0.04},
     "record": {
         **_RECORD,
-        "step_per_call": True,
         "qat_epochs": 12,
         "warmup_epochs": 5,
         "lr": 0.1,

@@ -47,7 +47,10 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(
-        ("--model", "resnet20", "--epochs", "3"),
+        (
+            *("--model", "resnet20", "--epochs", "10"),
+            *("--lr", "0.2", "--lr-schedule", "onecycle", "--nesterov"),
+        ),
         (
             *("--model", "resnet20", "--limit", "1500", "--batch-size", "64"),
             *("--warmup-epochs", "2", "--qat-epochs", "4"),

@@ -19,6 +19,15 @@ from qbr.quantizers import quantizers
 from qbr.spec import QuantSpec
 from qbr.tracing import TracedForward, Untraceable
 
+# What a field of an override is said of.
+_TAKES = {
+    "weight_bits": ("weight",),
+    "weight_per_channel": ("weight",),
+    "act_bits": ("ReLU", "input that is quantized"),
+    "clip": ("ReLU",),
+    "quantize_inputs": ("input",),
+    "input_signed": ("input",),
+}
 _IN_PROJ = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -285,14 +294,28 @@ class _Planner:
     # What cannot be
 
     def _check_patterns(self) -> None:
-        candidates = [self.names[m] for m in self.names if type(m) in (*WEIGHT_LAYERS, *ATTENTION, *RELUS)]
-        candidates += [joined(self.names[m], "out_proj") for m in self.names if type(m) in ATTENTION]
-        candidates += self.reading.functional
+        kinds = {self.names[m]: type(m) for m in self.names}
+        layers = {n: kind is not nn.Embedding for n, kind in kinds.items() if kind in (*WEIGHT_LAYERS, *ATTENTION)}
+        layers |= {joined(n, "out_proj"): False for n, kind in kinds.items() if kind in ATTENTION}
+        relus = {*(n for n, kind in kinds.items() if kind in RELUS), *self.reading.functional}
         for argument in ("skip", "overrides"):
-            lost = [p for p in getattr(self.config, argument) if not any(matches(name, p) for name in candidates)]
+            lost = [p for p in getattr(self.config, argument) if not any(matches(n, p) for n in (*layers, *relus))]
             if lost:
                 raise ValueError(f"{argument}={sorted(lost)}: nothing that can be quantized has such a name; see "
                                  "model.named_modules(), or print(qbr.plan(model))")  # fmt: skip
+        for pattern, fields in self.config.overrides.items():
+            inputs = [name for name, takes in layers.items() if takes and matches(name, pattern)]
+            takers = {
+                "weight": [name for name in layers if matches(name, pattern)],
+                "ReLU": [name for name in relus if matches(name, pattern)],
+                "input": inputs,
+                "input that is quantized": [name for name in inputs if self.config.layer(name).quantize_inputs],
+            }
+            for field_name in fields:
+                wanted = _TAKES[field_name]
+                if not any(takers[kind] for kind in wanted):
+                    raise ValueError(f"overrides[{pattern!r}][{field_name!r}]: nothing of that name has a "
+                                     f"{' or an '.join(wanted)}; see print(qbr.plan(model))")  # fmt: skip
 
     def _check_ties(self) -> None:
         seen: dict[int, PlannedWeight] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -98,6 +99,27 @@ def test_first_and_last_are_those_of_the_calls():
     assert (model.stem.weight_quantizer.num_bits, model.head.weight_quantizer.num_bits) == (8, 6)
     with pytest.raises(ValueError, match="first_layer=8 and last_layer=4"):
         prepare(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), QATConfig(first_layer=8, last_layer=4))
+
+
+def test_an_override_of_what_nothing_of_that_name_has_is_refused():
+    refused = {
+        "3": {"act_bits": 8},
+        "0.1": {"weight_bits": 4},
+        "*.0": {"clip": 6.0},
+        "?.1": {"quantize_inputs": True},
+    }
+    for pattern, fields in refused.items():
+        model, (name,) = make(), fields
+        before = str(model)
+        with pytest.raises(ValueError, match=re.escape(f"overrides[{pattern!r}][{name!r}]: nothing of that name")):
+            prepare(model, QATConfig(overrides={"[03]": {"act_bits": 3}, pattern: fields}))
+        assert str(model) == before
+    all_fields = {"weight_bits": 3, "act_bits": 3, "clip": 3.0, "weight_per_channel": True, "input_signed": True}
+    plan(make(), QATConfig(overrides={"0": all_fields}))
+    plan(make(), QATConfig(quantize_inputs=True, overrides={"3": {"act_bits": 8}}))
+    plan(make(), QATConfig(overrides={"3": {"act_bits": 8, "quantize_inputs": True}}))
+    with pytest.raises(ValueError, match="input that is quantized"):
+        prepare(nn.Embedding(4, 2), QATConfig(act_bits=None, quantize_inputs=True, overrides={"*": {"act_bits": 8}}))
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,18 @@ def test_a_relu_that_is_called_twice_has_one_step_or_two(tmp_path):
         assert sum(name.startswith("2.quantizer") and name.endswith("alpha") for name in names) == steps
 
 
+def test_first_and_last_layer_have_bits_of_their_own_in_the_checkpoint_too(tmp_path):
+    flags = ["--num-bits", "3", "--num-bits-first", "8", "--num-bits-last", "32", "--qat-epochs", "1"]
+    assert qat([*tiny.QAT, *flags, "--output-dir", str(tmp_path)]) == 0
+    checkpoint = qbr.export.read_checkpoint(tmp_path / "checkpoints" / "last.pth")
+    weights = {name: spec.bits for name, spec in checkpoint.specs.items() if spec.signed}
+    assert weights == {"0.weight_quantizer": 8, "3.weight_quantizer": 3}
+    assert all(spec.bits == 3 for spec in checkpoint.specs.values() if not spec.signed)
+    qbr.prepare(tiny.model(10), checkpoint.config).load_state_dict(checkpoint.state)
+    with pytest.raises(options.UserError, match="--num-bits-last 9: expected 1 to 8, or 32"):
+        _parse("qat", "--num-bits-last", "9")
+
+
 @pytest.mark.parametrize("script", PARSERS)
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_a_recipe_is_a_set_of_defaults_to_which_flags_are_given(script, name):

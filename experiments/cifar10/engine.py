@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class Trainer:
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.scheduler.state_dict(),
             "control_state_dict": self.control.state_dict() if self.control else {},
+            "config": asdict(self.model.qat_config) if self.control else None,  # for python -m qbr
             "rng": {
                 "data": self.generator.get_state(),
                 "torch": torch.get_rng_state(),

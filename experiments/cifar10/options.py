@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import qbr
 
 from . import recipes
@@ -55,6 +57,8 @@ def qat_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-bits", type=int, help="bits of weights and activations; overrides the next two")
     parser.add_argument("--num-bits-weight", type=int, default=2, help="1 to 8; 32 leaves weights in float")
     parser.add_argument("--num-bits-act", type=int, default=2, help="1 to 8; 32 leaves activations in float")
+    for which in ("first", "last"):
+        parser.add_argument(f"--num-bits-{which}", type=int, metavar="BITS", help=f"of the {which} layer's weight")
     parser.add_argument("--clip-value", type=_number_or_none, help="upper clip of every ReLU; None (default) for none")
     parser.add_argument(
         "--step-per-call",
@@ -216,6 +220,19 @@ def freeze(options: argparse.Namespace, side: str) -> bool | qbr.Freeze:
     return qbr.Freeze(epoch=epoch) if epoch else False
 
 
+def qat_config(options: argparse.Namespace, model: nn.Module) -> qbr.QATConfig:
+    """What ``prepare`` does to ``model``; first and last layer are those of the order in which it holds them."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    ends = {layers[0]: options.num_bits_first, layers[-1]: options.num_bits_last}
+    return qbr.QATConfig(
+        weight_bits=options.num_bits_weight,
+        act_bits=options.num_bits_act,
+        clip=options.clip_value,
+        step_per_call=options.step_per_call,
+        overrides={name: {"weight_bits": bits} for name, bits in ends.items() if bits is not None},
+    )
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -235,7 +252,7 @@ def check(options: argparse.Namespace) -> None:
     def not_negative(value: float) -> bool:
         return math.isfinite(value) and value >= 0
 
-    for name in ("num_bits", "num_bits_weight", "num_bits_act"):
+    for name in ("num_bits", "num_bits_weight", "num_bits_act", "num_bits_first", "num_bits_last"):
         require(name, lambda bits: 1 <= bits <= 8 or bits == FLOAT_BITS, f"1 to 8, or {FLOAT_BITS} for float")
     for name in ("epochs", "qat_epochs", "batch_size", "limit"):
         require(name, lambda count: count >= 1, "1 or more")

@@ -25,7 +25,7 @@ from .device import keep_freed_memory, pick_device
 from .engine import Trainer, TrainingDiverged
 from .files import UserError, check_writable, write_json
 from .models import MODELS
-from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, freeze, parse, plain, resumed
+from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, freeze, parse, plain, qat_config, resumed
 from .sources import commit
 
 BASELINE, QAT = "cifar10_baseline", "cifar10_qat_br"
@@ -198,15 +198,7 @@ class Run:
         strength = {}
         if self.script == QAT:
             self._warn_unless_pretrained()
-            qbr.prepare(
-                self.model,
-                qbr.QATConfig(
-                    weight_bits=options.num_bits_weight,
-                    act_bits=options.num_bits_act,
-                    clip=options.clip_value,
-                    step_per_call=options.step_per_call,
-                ),
-            )
+            qbr.prepare(self.model, qat_config(options, self.model))
             control = qbr.AlphaControl(
                 freeze_weights=freeze(options, "weight"),
                 freeze_acts=freeze(options, "act"),
@@ -268,12 +260,12 @@ class Run:
         }
         what = "float"
         if trainer.control:
-            bits = [
-                "float" if bits == FLOAT_BITS else f"{bits} bits"
-                for bits in (options.num_bits_weight, options.num_bits_act)
-            ]
+            sides = "weight", "act", "first", "last"
+            bits = {side: _bits(getattr(options, f"num_bits_{side}")) for side in sides}
             header["backend"] = kernels.resolve("auto", self.device.type, torch.float32)
-            what = f"weights {bits[0]}, activations {bits[1]}, {header['backend']} kernels"
+            ends = [f"{side} {bits[side]}" for side in ("first", "last") if bits[side]]
+            weights = bits["weight"] + (f" ({', '.join(ends)})" if ends else "")
+            what = f"weights {weights}, activations {bits['act']}, {header['backend']} kernels"
             header["alpha_control"] = trainer.control.describe()
             header["warmup_epochs"] = options.warmup_epochs
         if processes.world() > 1:
@@ -377,6 +369,10 @@ class Run:
             figures = [f"BR_{s[-1].upper()} {final[s]['start']:.6g} -> {final[s]['end']:.6g}" for s in ("br_w", "br_a")]
             print(f"BR phase, first step -> last step: {', '.join(figures)}")
         print(f"report: {page}")
+
+
+def _bits(bits: int | None) -> str:
+    return "" if bits is None else "float" if bits == FLOAT_BITS else f"{bits} bits"
 
 
 def epoch_line(figures: dict[str, Any], epochs: int) -> str:

@@ -80,7 +80,7 @@ def test_results_say_what_ran_and_how_it_went(qat_run):
     epochs = results["epochs"]
     assert [e["phase"] for e in epochs] == ["warm-up", "BR", "BR"]
     assert "br_w" not in epochs[0] and epochs[1]["br_w"] > 0 and epochs[1]["br_a"] > 0
-    assert len(epochs[2]["alphas"]) == 20 + 10
+    assert len(epochs[2]["alphas"]) == 20 + 19  # a step for each call of a block's ReLU
     # Every call of a ReLU counts: 20 weights, the stem's ReLU, and two calls in each of nine blocks.
     assert len(epochs[2]["br_layers"]) == 20 + 1 + 18
     weights = sum(v for name, v in epochs[2]["br_layers"].items() if "relu" not in name)

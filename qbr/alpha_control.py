@@ -287,25 +287,37 @@ def _alphas(quantizers: list[LSQQuantizer]) -> torch.Tensor:
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, alpha_lr: float | None = None
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    alpha_lr: float | None = None,
+    act_alpha_lr: float | None = None,
 ) -> list[dict]:
-    """Two groups for a torch.optim optimizer: everything else, and the alphas with no weight decay.
+    """Groups for a torch.optim optimizer: everything else, and the alphas with no weight decay.
 
     Weight decay pulls a step size to 0, and Adam undoes LSQ's gradient scale, so that alpha wants a learning rate of
-    its own there (qbr/kernels/README.md, "Strength").
+    its own there (qbr/kernels/README.md, "Strength"). An activation's scale counts the elements of the whole batch: its
+    alpha hardly moves at the lr of weights (docs/recipes.md, "How fast alpha learns").
 
     Args:
         model: a prepared model. Parameters that are frozen now are included: they may be released later.
         lr, weight_decay: of the other parameters.
         alpha_lr: of the alphas; None for lr.
+        act_alpha_lr: of the alphas of activations, in a third group; None: they are in the second, at alpha_lr.
 
     Raises:
         ValueError: for a model without quantizers (an optimizer made before prepare() would miss every alpha).
     """
-    alphas = [quantizer.alpha for quantizer in require_quantizers(model).values()]
-    ids = {id(alpha) for alpha in alphas}
+    found = require_quantizers(model).values()
+    ids = {id(quantizer.alpha) for quantizer in found}
     others = [p for p in model.parameters() if id(p) not in ids]
-    return [
+    apart = [q.alpha for q in found if q.kind == "activation"] if act_alpha_lr is not None else []
+    kept = {id(alpha) for alpha in apart}
+    alphas = [q.alpha for q in found if id(q.alpha) not in kept]
+    groups = [
         {"name": "weights", "params": others, "lr": lr, "weight_decay": weight_decay},
         {"name": "alphas", "params": alphas, "lr": lr if alpha_lr is None else alpha_lr, "weight_decay": 0.0},
+        {"name": "alphas of activations", "params": apart, "lr": act_alpha_lr, "weight_decay": 0.0},
     ]
+    return groups[:2] if act_alpha_lr is None else groups

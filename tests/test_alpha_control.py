@@ -193,6 +193,10 @@ def test_parameter_groups():
     assert {id(p) for g in (weights, alphas) for p in g["params"]} == {id(p) for p in model.parameters()}
     assert qbr.parameter_groups(model, lr=0.1, weight_decay=0)[1]["lr"] == 0.1
     torch.optim.AdamW([weights, alphas], lr=1.0)
+    _, alphas, acts = qbr.parameter_groups(model, lr=0.1, weight_decay=5e-4, act_alpha_lr=0.3)
+    assert (alphas["lr"], acts["lr"], acts["weight_decay"]) == (0.1, 0.3, 0.0)
+    kinds = {id(q.alpha): q.kind for q in model.modules() if hasattr(q, "kind")}
+    assert [[kinds[id(p)] for p in g["params"]] for g in (alphas, acts)] == [["weight"] * 3, ["activation"] * 2]
     with pytest.raises(ValueError, match="call qbr.prepare"):
         qbr.parameter_groups(nn.Linear(2, 2), lr=0.1, weight_decay=0)
 

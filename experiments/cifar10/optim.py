@@ -25,7 +25,7 @@ def sgd(model: nn.Module, options: Any, quantized: bool) -> torch.optim.SGD:
     """SGD with momentum; of a quantized model the alphas have their own group, without weight decay."""
     rates = {"lr": options.lr, "weight_decay": options.weight_decay}
     if quantized:
-        groups = qbr.parameter_groups(model, alpha_lr=options.lr_alpha, **rates)
+        groups = qbr.parameter_groups(model, alpha_lr=options.lr_alpha, act_alpha_lr=options.lr_alpha_act, **rates)
     else:
         groups = [{"params": list(model.parameters()), **rates}]
     # The fused form skips a step on the device where found_inf says so: NaN never reaches the weights.

@@ -82,6 +82,7 @@ def qat_parser() -> argparse.ArgumentParser:
             help="the same from epoch N on, counted from 1; 0 (default) for never",
         )
     parser.add_argument("--lr-alpha", type=float, metavar="LR", help="lr of all alphas; default: --lr")
+    parser.add_argument("--lr-alpha-act", type=float, metavar="LR", help="of activations' alone; default: --lr-alpha")
     for flag, whose in (("", "weights'"), ("-act", "activations'")):
         parser.add_argument(
             f"--br-backprop-to-alpha{flag}",
@@ -256,7 +257,7 @@ def check(options: argparse.Namespace) -> None:
         require(name, lambda bits: 1 <= bits <= 8 or bits == FLOAT_BITS, f"1 to 8, or {FLOAT_BITS} for float")
     for name in ("epochs", "qat_epochs", "batch_size", "limit"):
         require(name, lambda count: count >= 1, "1 or more")
-    for name in ("lr", "lr_alpha", "clip_value"):
+    for name in ("lr", "lr_alpha", "lr_alpha_act", "clip_value"):
         require(name, positive, "a positive number")
     at_epoch = ("freeze_weight_alpha_epoch", "freeze_act_alpha_epoch")
     for name in ("lambda_br", "lambda_br_act", "weight_decay", "warmup_epochs", "seed", *at_epoch):

@@ -39,7 +39,7 @@ BASELINE: dict[str, dict[str, Any]] = {
 # oscillate (qbr/kernels/README.md, "Strength"). BR_A is several times the cross-entropy at first, and gets a tenth.
 QAT: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {**_FAST, "lr": 0.04},
+    "fast": {**_FAST, "lr": 0.04, "lambda_br_act": 0.1},
     "record": {
         **_RECORD,
         "qat_epochs": 12,

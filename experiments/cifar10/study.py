@@ -52,10 +52,10 @@ SCALES = {
             *("--lr", "0.2", "--lr-schedule", "onecycle", "--nesterov"),
         ),
         (
-            *("--model", "resnet20", "--limit", "1500", "--batch-size", "64"),
-            *("--warmup-epochs", "2", "--qat-epochs", "4"),
+            *("--model", "resnet20", "--limit", "1500", "--batch-size", "64", "--lr", "0.02"),
+            *("--warmup-epochs", "2", "--qat-epochs", "5"),
         ),
-        ("--lambda-br", "10", "--lambda-br-act", "0.1"),
+        ("--lambda-br", "5", "--lambda-br-act", "0.1"),
         3,
     ),
     "gpu": Scale(
@@ -64,7 +64,7 @@ SCALES = {
             *("--model", "resnet18", "--recipe", "fast", "--compile", "none"),  # --monitor needs steps as they are
             *("--warmup-epochs", "30", "--qat-epochs", "100"),
         ),
-        ("--lambda-br", "1", "--lambda-br-act", "1"),
+        ("--lambda-br", "1", "--lambda-br-act", "0.1"),
         3,
     ),
     "smoke": Scale(  # the course of a study in a minute; its figures mean nothing

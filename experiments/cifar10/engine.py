@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +21,7 @@ from .files import UserError
 
 CHECK_EVERY = 100  # steps between looks at the non-finite flag; each look waits for the device once
 EVAL_BATCH = 500
+CALIBRATION_BATCHES = 8
 NOT_AGAIN = "no layer when the step was repeated"
 
 
@@ -87,6 +89,14 @@ class Trainer:
         self.optimizer = optim.sgd(model, options, quantized=control is not None)
         self.scheduler = optim.schedule(self.optimizer, options, epochs * len(self.batches))
         self.compiled = optim.compiled(self._forward, options.compile)
+
+    def calibrate(self, method: str) -> None:
+        """Set every alpha from the first batches of the first epoch, which is drawn again afterwards."""
+        before = self.generator.get_state()
+        first = itertools.islice(self.batches, CALIBRATION_BATCHES)
+        self.model.train()
+        qbr.calibrate(self.model, (images for images, _ in first), method=method)
+        self.generator.set_state(before)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next epoch depends on, as tensors and plain values."""

@@ -66,6 +66,12 @@ def qat_parser() -> argparse.ArgumentParser:
         default=True,
         help="a step size for each call of a ReLU; with --no-... a block's two share one, as the predecessor's do",
     )
+    parser.add_argument(
+        "--alpha-init",
+        choices=("lsq", "mse"),
+        default="lsq",
+        help="first step sizes: LSQ's 2 mean|x| / sqrt(Qp), or those of the least squared error on a few batches",
+    )
     parser.add_argument("--lambda-br", type=float, default=1.0, help="strength of BR on weights")
     parser.add_argument("--lambda-br-act", type=float, default=1.0, help="strength of BR on activations")
     parser.add_argument("--warmup-epochs", type=int, default=30, help="first epochs, without BR")

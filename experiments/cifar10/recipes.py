@@ -39,9 +39,10 @@ BASELINE: dict[str, dict[str, Any]] = {
 # oscillate (qbr/kernels/README.md, "Strength"). BR_A is several times the cross-entropy at first, and gets a tenth.
 QAT: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {**_FAST, "lr": 0.04, "lambda_br_act": 0.1},
+    "fast": {**_FAST, "lr": 0.04, "lambda_br_act": 0.1, "alpha_init": "mse"},
     "record": {
         **_RECORD,
+        "alpha_init": "mse",
         "qat_epochs": 12,
         "warmup_epochs": 5,
         "lr": 0.1,

@@ -52,10 +52,11 @@ SCALES = {
             *("--lr", "0.2", "--lr-schedule", "onecycle", "--nesterov"),
         ),
         (
-            *("--model", "resnet20", "--limit", "1500", "--batch-size", "64", "--lr", "0.02"),
+            *("--model", "resnet20", "--limit", "1500", "--batch-size", "64"),
             *("--warmup-epochs", "2", "--qat-epochs", "5"),
+            *("--lr", "0.01", "--lr-alpha-act", "0.2", "--alpha-init", "mse"),
         ),
-        ("--lambda-br", "5", "--lambda-br-act", "0.1"),
+        ("--lambda-br", "10", "--lambda-br-act", "0.1"),
         3,
     ),
     "gpu": Scale(

@@ -73,6 +73,29 @@ def test_a_relu_that_is_called_twice_has_one_step_or_two(tmp_path):
         assert sum(name.startswith("2.quantizer") and name.endswith("alpha") for name in names) == steps
 
 
+def test_first_step_sizes_of_the_least_squared_error(tmp_path):
+    trainer, again = _trainer(), _trainer()
+    drawn = list(again.batches)  # all of the first epoch: 5 batches
+    again.model.train()
+    qbr.calibrate(again.model, [x for x, _ in drawn[: engine.CALIBRATION_BATCHES]], method="mse")
+    trainer.calibrate("mse")
+    assert tiny.equal(trainer.model.state_dict(), again.model.state_dict())
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(trainer.batches, drawn, strict=True))
+    folders = [tmp_path / name for name in ("lsq", "mse", "killed")]
+    still = [*tiny.QAT, "--lr", "1e-30", "--compile", "none"]
+    assert qat([*still, "--output-dir", str(folders[0])]) == 0
+    assert qat([*still, "--alpha-init", "mse", "--output-dir", str(folders[1])]) == 0
+    before, after = (json.loads((f / "results.json").read_text())["epochs"][-1]["alphas"] for f in folders[:2])
+    assert before.keys() == after.keys() and not any(before[name] == after[name] for name in before)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.interrupt(patch, engine, after=12)
+        assert qat([*still, "--alpha-init", "mse", "--output-dir", str(folders[2])]) == 130
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(engine.Trainer, "calibrate")  # a run that goes on has its step sizes
+        assert qat(["--resume", "--output-dir", str(folders[2])]) == 0
+    assert tiny.equal(_state(folders[1])["model_state_dict"], _state(folders[2])["model_state_dict"])
+
+
 def test_first_and_last_layer_have_bits_of_their_own_in_the_checkpoint_too(tmp_path):
     flags = ["--num-bits", "3", "--num-bits-first", "8", "--num-bits-last", "32", "--qat-epochs", "1"]
     assert qat([*tiny.QAT, *flags, "--output-dir", str(tmp_path)]) == 0

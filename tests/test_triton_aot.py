@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qbr import QuantSpec
-from qbr.kernels import triton_backend
+from qbr.kernels import triton_backend, triton_lists
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -93,6 +93,29 @@ def test_one_step_per_channel(bits, dtype, layout):
 def test_other_architectures(bits, arch):
     for launch in launches(bits, torch.float32, relu=True, br_to_alpha=True, only=MAIN):
         check(launch, arch)
+
+
+@pytest.mark.parametrize("to_alpha", [False, True])
+def test_lists_with_and_without_each_output(to_alpha):
+    """A list's kernel has tuples of pointers, None for what is not wanted, which not every Triton takes alike."""
+    xs = [torch.empty(64, 3, 3, 3), torch.empty(128, 64)]
+    alphas, losses = [torch.ones(1)] * 2, [torch.ones(())] * 2
+    ranges, found = [-2, 1, 0, -1] * 2, {}
+
+    def record(launch):
+        found[launch.kernel.__name__, *launch.types.items(), *launch.constants.items(), launch.aligned] = launch
+
+    lists, rest = triton_lists, (ranges, False, math.inf)
+    with aot.intercept(record):
+        _, _, bins, _ = lists.foreach_lsq_bin_fwd(xs, alphas, *rest, to_alpha)
+        lists.foreach_bin_loss_fwd(xs, alphas, *rest, to_alpha)
+        if not to_alpha:
+            lists.foreach_lsq_fwd(xs, alphas, *rest)
+            lists.foreach_lsq_bwd(xs, xs, alphas, *rest, [0.1] * 2)
+            lists.foreach_bin_loss_bwd(losses, xs, alphas, bins, *rest)
+            lists.foreach_lsq_bin_bwd(xs, losses, xs, alphas, bins, *rest, [0.1] * 2)
+    for launch in found.values():
+        aot.compile(launch, 90)
 
 
 def test_a_size_that_nothing_divides_keeps_wide_accesses():

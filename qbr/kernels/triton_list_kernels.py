@@ -36,16 +36,15 @@ def _which(layouts, N: tl.constexpr, NP: tl.constexpr):
 @triton.jit
 def _pick(pointers, i_x, ALIGNED: tl.constexpr = False):
     """pointers[i_x], or None for None. By masks: a choice between pointers would become an address of arguments."""
-    if pointers is None:
-        return None
-    else:
+    pointer = pointers  # Triton 3.6 cannot return the constant None
+    if pointers is not None:
         address = tl.cast(0, tl.int64)
         for j in tl.static_range(len(pointers)):
             address |= tl.where(i_x == j, pointers[j].to(tl.int64, bitcast=True), 0)
         pointer = address.to(pointers[0].dtype, bitcast=True)
         if ALIGNED:
             pointer = tl.multiple_of(pointer, 16)
-        return pointer
+    return pointer
 
 
 @triton.jit

@@ -15,6 +15,9 @@ _PTXRUN = Path(os.environ.get("PTXRUN_HOME", Path(__file__).resolve().parents[2]
 if _PTXRUN.is_dir():
     sys.path.insert(0, str(_PTXRUN))
 
+# cuBLAS reads it at its first call in the process; without it torch's deterministic mode refuses matrix products.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # A shell's job in the background ignores Ctrl-C, and so would the processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

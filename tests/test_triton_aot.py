@@ -103,7 +103,8 @@ def test_lists_with_and_without_each_output(to_alpha):
     ranges, found = [-2, 1, 0, -1] * 2, {}
 
     def record(launch):
-        found[launch.kernel.__name__, *launch.types.items(), *launch.constants.items(), launch.aligned] = launch
+        key = launch.kernel.__name__, *launch.types.items(), *launch.constants.items(), launch.aligned
+        found[key] = launch
 
     lists, rest = triton_lists, (ranges, False, math.inf)
     with aot.intercept(record):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.cifar10.sources import commit  # noqa: E402
 
 PY = sys.executable
+CUDA = "/usr/local/cuda"  # where a toolkit lies that is not on the PATH
 # Fails where a backend is missing: what follows would skip it, or train on the CPU.
 BUILD = """
 import sys, torch, qbr
@@ -34,6 +36,8 @@ print(torch.__version__)
 print(found := qbr.backends())
 sys.exit(any(found[name][sys.argv[1]] for name in (("native", "triton") if sys.argv[1] == "cuda" else ("native",))))
 """
+# The tests marked gpu in three commands: a part that ended well is not run again.
+BACKENDS = {"native": "native", "triton": "triton", "others": "not native and not triton"}
 # What a rehearsal on the CPU adds to the flags of each script.
 SMALL = {"cifar10_baseline": ["--epochs", "1"], "cifar10_qat_br": ["--warmup-epochs", "1", "--qat-epochs", "2"]}
 
@@ -42,19 +46,23 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
     """{stage: commands}, most valuable first."""
     on_gpu = device == "cuda"
     bench = ["--device", device] + ([] if on_gpu else ["--quick"])
-    parity = ["-m", "pytest", "-q", "-rs", "--junitxml"]
-    mark = ["-m", "gpu"] if on_gpu else ["-k", "native-cpu and w2"]
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    # Most of the time is Triton compiling, a kernel at a time in a process: so in several, where pytest-xdist is there.
+    several = ["-n", "8", "--dist", "worksteal"] if on_gpu and importlib.util.find_spec("xdist") else []
+    parity = [PY, "-m", "pytest", "-q", "-rs", *several, "tests", "--junitxml"]
+    marks = {backend: ["-m", "gpu", "-k", which] for backend, which in BACKENDS.items()}
+    marks = marks if on_gpu else {"native": ["-k", "native-cpu and w2"]}
+    trained = training(out, on_gpu, data)
+    sanitizer = shutil.which("compute-sanitizer") or f"{CUDA}/bin/compute-sanitizer"
     checked = [PY, "benchmarks/sanitize.py", "--device", device]
+    found = ["--error-exitcode", "7", "--report-api-errors", "no"]
     memory = [
-        ([sanitizer, "--tool", tool, "--error-exitcode", "7"] if on_gpu else []) + checked + ["--backends", backend]
-        for backend in (("native", "triton") if on_gpu else ("native",))
+        ([sanitizer, "--tool", tool, *found] if on_gpu else []) + checked + ["--backends", backend, "--every", every]
+        for backend, every in (("native", "5"), ("triton", "23"))[: 2 if on_gpu else 1]
         for tool in (("memcheck", "racecheck", "initcheck") if on_gpu else ("none",))
     ]
     return {
         "build": [[PY, "-c", BUILD, device]],
-        "parity": [[PY, *parity, str(out / "parity.xml"), "tests", *mark]],
-        "memory": memory,
+        "parity": [[*parity, str(out / f"parity-{backend}.xml"), *mark] for backend, mark in marks.items()],
         "benchmarks": [
             [PY, "benchmarks/run.py", *bench, "--part", part, "--output", str(out / "run.json")]
             for part in ("kernels", "compiled", "peers", "foreach", "step", "memory")
@@ -71,7 +79,9 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
             ]
         ],
         "profile": [[PY, "benchmarks/profile_kernels.py", "--device", device, "--output", str(out / "profile.txt")]],
-        **training(out, on_gpu, data),
+        **{stage: commands for stage, commands in trained.items() if stage == "fast"},
+        "memory": memory,
+        **{stage: commands for stage, commands in trained.items() if stage != "fast"},
     }
 
 
@@ -130,6 +140,8 @@ def run(command: list[str], log, deadline: float) -> int:
     log.write(f"$ {' '.join(command)}\n")
     log.flush()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    if shutil.which("nvcc") is None and Path(CUDA, "bin", "nvcc").exists():
+        environment.setdefault("CUDA_HOME", CUDA)
     try:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -151,6 +163,12 @@ def _end(process: subprocess.Popen) -> None:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, sign)
             process.wait(patience)
+
+
+def _write(path: Path, record: dict) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
 
 
 def main() -> None:
@@ -192,14 +210,15 @@ def main() -> None:
                 codes.append(run(command, log, deadline))
                 if codes[-1] == 0:
                     done.append(shlex.join(command))
+                seconds = round(same.get("seconds", 0) + time.time() - start, 1)
+                record[stage] = {"status": "not ended", **about, "seconds": seconds, "done": done}
+                _write(record_path, record)  # whoever kills this in the next command leaves what was done
                 if codes[-1] == 124:  # what follows may build on it
                     break
         status = "ok" if not any(codes) else "stopped by the time limit" if 124 in codes else f"failed: exit {codes}"
         seconds = round(same.get("seconds", 0) + time.time() - start, 1)
         record[stage] = {"status": status, **about, "seconds": seconds, "done": done}
-        partial = record_path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(record_path)
+        _write(record_path, record)
         tail = (out / f"{stage}.log").read_text().strip().splitlines()[-4:]
         print(f"{stage:10} {status}, {seconds} s", *tail, sep="\n    ", flush=True)
         if stage == "build" and any(codes):

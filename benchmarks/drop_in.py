@@ -87,7 +87,7 @@ def step_rows(device: str, batch: int, repeats: int) -> list[dict]:
     print("losses of the first steps:", losses)
     for name in ("drop-in", "fused"):
         torch.testing.assert_close(losses[name][0], losses["predecessor"][0], rtol=0.02, atol=0.02)
-    result = measure.alternate(runs, device, repeats)
+    result = measure.alternate(runs, device, repeats, with_host=True)
     print_row(f"ResNet-18 step, batch {batch}", result, limit="float")
     return [{"what": "step", "model": "resnet18", "batch": batch, "device": device, "first_losses": losses, **result}]
 

@@ -19,10 +19,20 @@ import qbr
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def time_once(run: Callable[[], object], device: str) -> float:
-    """Seconds of one call; on CUDA between two events, so that the host's own time does not count."""
+BUSY_CYCLES = 4_000_000  # some 2 ms of a GPU, for the host to get ahead in
+
+
+def time_once(run: Callable[[], object], device: str, with_host: bool = False) -> float:
+    """Seconds of one call; on CUDA between two events.
+
+    Args:
+        with_host: begin with an idle device, as a step that has to wait for its host would. Otherwise the device is
+            kept busy until the host has launched the call, unless that takes more than 2 ms: device time alone.
+    """
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if not with_host:
+            torch.cuda._sleep(BUSY_CYCLES)
         start.record()
         run()
         end.record()
@@ -34,7 +44,12 @@ def time_once(run: Callable[[], object], device: str) -> float:
 
 
 def alternate(
-    runs: dict[str, Callable[[], object]], device: str, repeats: int, warm_up: int = 2, block: int = 1
+    runs: dict[str, Callable[[], object]],
+    device: str,
+    repeats: int,
+    warm_up: int = 2,
+    block: int = 1,
+    with_host: bool = False,
 ) -> dict[str, dict]:
     """Time every run in turn, `repeats` rounds: {name: {median_s, low_s, high_s (quartiles), repeats, ratio}}.
 
@@ -43,6 +58,8 @@ def alternate(
 
     block: time so many calls of a run in a row, after as many untimed ones. torch.compile's kernels have a thread pool
     of their own on the CPU; its threads disturb whatever comes directly after them.
+
+    with_host: as in time_once.
     """
     for run in runs.values():
         for _ in range(warm_up):
@@ -53,7 +70,7 @@ def alternate(
             if block > 1:
                 for _ in range(block):
                     run()
-            times[name].extend(time_once(run, device) for _ in range(block))
+            times[name].extend(time_once(run, device, with_host) for _ in range(block))
     summary = {}
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3

@@ -113,16 +113,22 @@ def compiled_runs(case: Case) -> dict[str, Callable]:
     expected_dx, expected_dalpha = reference.lsq_bin_bwd(grad, one, x, alpha, expected[2], *plain, scale)
     # On CUDA inductor divides approximately (div.full.f32), and a code beside a tie may be the next one.
     for other in (xhat != expected[0], ~torch.isclose(dx, expected_dx, rtol=1e-2, atol=1e-3)):
-        assert other.float().mean() <= (1e-5 if x.is_cuda else 0), f"{case.name}: differs from the reference"
+        few = max(1e-5, 2 / x.numel()) if x.is_cuda else 0
+        assert other.float().mean() <= few, f"{case.name}: differs from the reference"
     for got, wanted in ((loss, expected[1]), (dalpha, expected_dalpha)):
         torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-3)
+    runs = {
+        "compiled fwd": lambda: forward(x, alpha),
+        "compiled bwd": lambda: backward(grad, one, x, alpha, counts),
+    }
+    if x.is_cuda and spec.bits > 4:  # there the reference is three sums for each of 256 bins: minutes of compiling
+        return runs
     reference_fwd = torch.compile(reference.lsq_bin_fwd, dynamic=False)
     reference_bwd = torch.compile(reference.lsq_bin_bwd, dynamic=False)
     bins = reference_fwd(x, alpha, *plain, False)[2]
     reference_bwd(grad, one, x, alpha, bins, *plain, scale)
     return {
-        "compiled fwd": lambda: forward(x, alpha),
-        "compiled bwd": lambda: backward(grad, one, x, alpha, counts),
+        **runs,
         "compiled reference fwd": lambda: reference_fwd(x, alpha, *plain, False),
         "compiled reference bwd": lambda: reference_bwd(grad, one, x, alpha, bins, *plain, scale),
     }

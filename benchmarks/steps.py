@@ -59,6 +59,14 @@ def step_of(kind: str, base, images, labels):
     return step
 
 
+def _under(backend: str, step):
+    def run():
+        with qbr.use_backend(backend):
+            return step()
+
+    return run
+
+
 def inputs(device: str, batch: int):
     torch.manual_seed(0)
     base = MODELS["resnet18"](10).to(device)
@@ -73,12 +81,15 @@ def rows(device: str, quick: bool, repeats: int) -> list[dict]:
     for batch in ([4] if quick else [32]) if device == "cpu" else ([128] if quick else [128, 512]):
         base, images, labels = inputs(device, batch)
         steps = {kind: step_of(kind, base, images, labels) for kind in ("float", "lsq", "fused", "predecessor")}
+        if device == "cuda":  # beside "auto", which takes Triton: whose launches cost the host less?
+            steps["fused, native"] = _under("native", step_of("fused", base, images, labels))
         losses = {kind: [step().item() for _ in range(2)] for kind, step in steps.items()}
         torch.testing.assert_close(losses["fused"][0], losses["predecessor"][0], rtol=0.02, atol=0.02)
         eager = {kind: steps.pop(kind) if kind == "predecessor" else steps[kind] for kind in ("float", "predecessor")}
-        result = measure.alternate(steps, device, repeats, warm_up=1)
+        result = measure.alternate(steps, device, repeats, warm_up=1, with_host=True)
         # Apart: it takes so long, and frees so much, that what comes after it would be another measurement.
-        result["predecessor"] = measure.alternate(eager, device, max(3, repeats // 5), warm_up=1)["predecessor"]
+        slow = measure.alternate(eager, device, max(3, repeats // 5), warm_up=1, with_host=True)
+        result["predecessor"] = slow["predecessor"]
         ratio = {kind: r["ratio"] for kind, r in result.items()}
         times = ", ".join(f"{kind} {ratio[kind]:.3f}x" for kind in ratio)
         print(f"ResNet-18 step, batch {batch}: float {result['float']['median_s']:.3f} s; {times}", flush=True)

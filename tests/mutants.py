@@ -46,7 +46,7 @@ TASKS, BINDINGS, CALL = "csrc/cpu.cpp", "csrc/bindings.cpp", "csrc/bindings_call
 TRITON, TRITON_BINS, TRITON_SUMS = (f"qbr/kernels/triton_{name}.py" for name in ("kernels", "bins", "finalize"))
 REFERENCE, ARGUMENTS, OPS = "qbr/kernels/reference.py", "qbr/arguments.py", "qbr/ops.py"
 QUANTIZERS, LAYERS, REGULARIZER = "qbr/quantizers.py", "qbr/layers.py", "qbr/regularizer.py"
-GUARD = "qbr/step_guard.py"
+GUARD, PLAN = "qbr/step_guard.py", "qbr/plan.py"
 CONTROL, FREEZING, CALIBRATE, SKETCH = "qbr/alpha_control.py", "qbr/freezing.py", "qbr/calibrate.py", "qbr/sketch.py"
 
 MUTANTS = [
@@ -191,9 +191,13 @@ MUTANTS = [
     Mutant("control: warm-up is an epoch shorter", CONTROL,
            "return self._epoch > self.warmup_epochs", "return self._epoch >= self.warmup_epochs", "control"),
     Mutant("control: weight decay of alphas", CONTROL,
-           'alpha_lr, "weight_decay": 0.0}', 'alpha_lr, "weight_decay": weight_decay}', "control"),
+           'else alpha_lr, "weight_decay": 0.0}', 'else alpha_lr, "weight_decay": weight_decay}', "control"),
+    Mutant("control: activations' alphas at the weights' lr", CONTROL,
+           "return groups[:2] if act_alpha_lr is None else groups", "return groups[:2]", "control"),
     Mutant("control: warm-up's losses are kept", CONTROL,
            "                quantizer.take_retained()\n", "                pass\n", "control"),
+    Mutant("plan: bits of an input that stays in float", PLAN,
+           'if self.config.layer(name).quantize_inputs]', "]", "prepare"),
     Mutant("freezing: an epoch late", FREEZING, "return epoch >= at_epoch", "return epoch > at_epoch", "control"),
     Mutant("freezing: an absolute tolerance", FREEZING,
            "<= tolerance * then.to(now.device)", "<= tolerance", "control"),

@@ -30,6 +30,7 @@ QUICK_QAT = {
     "qat_epochs": 3,
     "batch_size": 64,
     "lr": 0.02,
+    "alpha_init": "mse",
     "lambda_br": 50.0,
     "lambda_br_act": 0.1,
     "output_dir": Path("runs/quick"),

@@ -23,7 +23,7 @@ _NOT_GIVEN = object()
 QUICK_BASELINE = {"model": "resnet20", "epochs": 3, "batch_size": 64, "output_dir": Path("runs/quick-baseline")}
 # Two epochs of BR are 142 steps: lambda 1 would move a bin of 1,000 weights 2 % of the way to its level, 50 moves it
 # more than half. 2 * lambda * lr = 2 stays below 3.8, where a bin of one weight would start to oscillate (math:
-# qbr/kernels/README.md, "Strength"). BR_A is about 7 here, thrice the cross-entropy, and gets a tenth.
+# qbr/kernels/README.md, "Strength"). BR_A is 8.5 here, over four times the cross-entropy, and gets a tenth.
 QUICK_QAT = {
     "model": "resnet20",
     "warmup_epochs": 1,

@@ -57,7 +57,7 @@ def tensor_rows(device: str, log2_sizes: list[int], repeats: int) -> list[dict]:
             check([eager, drop_in, fused], step, x, alpha)
             peers = {"predecessor": eager, "drop-in": drop_in, "fused": fused}
             runs = {name: lambda f=f: step(f) for name, f in peers.items()}
-            result = measure.alternate({"limit": limit, **runs}, device, repeats)
+            result = measure.alternate({"limit": limit, **runs}, device, repeats, device_only=True)
             rows.append({"what": "tensor", "log2_size": log2_size, "bits": bits, "device": device, **result})
             print_row(f"2^{log2_size} float32, {bits} bits", result)
     return rows
@@ -87,7 +87,7 @@ def step_rows(device: str, batch: int, repeats: int) -> list[dict]:
     print("losses of the first steps:", losses)
     for name in ("drop-in", "fused"):
         torch.testing.assert_close(losses[name][0], losses["predecessor"][0], rtol=0.02, atol=0.02)
-    result = measure.alternate(runs, device, repeats, with_host=True)
+    result = measure.alternate(runs, device, repeats)
     print_row(f"ResNet-18 step, batch {batch}", result, limit="float")
     return [{"what": "step", "model": "resnet18", "batch": batch, "device": device, "first_losses": losses, **result}]
 

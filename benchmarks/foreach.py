@@ -62,7 +62,7 @@ def _row(device: str, name: str, weights: list, spec: qbr.QuantSpec, repeats: in
     for a, b in zip(*(sum(run(), []) for run in runs.values())):
         assert torch.equal(a, b), "the list's results are not those of its tensors"
     runs["limit"] = lambda: [(x.detach().clone(), torch.add(x.detach(), x.detach())) for x in xs]
-    result = measure.alternate(runs, device, 3 * repeats, with_host=True)  # launches are what a list saves
+    result = measure.alternate(runs, device, 3 * repeats)
     ms = {key: r["median_s"] * 1e3 for key, r in result.items()}
     print(
         f"{len(xs)} weights ({name}), {spec.bits} bits: together {ms['together']:.2f} ms, one by one "

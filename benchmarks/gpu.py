@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from experiments.cifar10.files import write_json  # noqa: E402
 from experiments.cifar10.sources import commit  # noqa: E402
 
 PY = sys.executable
@@ -49,8 +50,9 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
     # Most of the time is Triton compiling, a kernel at a time in a process: so in several, where pytest-xdist is there.
     several = ["-n", "8", "--dist", "worksteal"] if on_gpu and importlib.util.find_spec("xdist") else []
     parity = [PY, "-m", "pytest", "-q", "-rs", *several, "tests", "--junitxml"]
-    marks = {backend: ["-m", "gpu", "-k", which] for backend, which in BACKENDS.items()}
-    marks = marks if on_gpu else {"native": ["-k", "native-cpu and w2"]}
+    marks = {"native": ["-k", "native-cpu and w2"]}
+    if on_gpu:
+        marks = {backend: ["-m", "gpu", "-k", which] for backend, which in BACKENDS.items()}
     trained = training(out, on_gpu, data)
     sanitizer = shutil.which("compute-sanitizer") or f"{CUDA}/bin/compute-sanitizer"
     checked = [PY, "benchmarks/sanitize.py", "--device", device]
@@ -79,9 +81,9 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
             ]
         ],
         "profile": [[PY, "benchmarks/profile_kernels.py", "--device", device, "--output", str(out / "profile.txt")]],
-        **{stage: commands for stage, commands in trained.items() if stage == "fast"},
+        "fast": trained.pop("fast"),
         "memory": memory,
-        **{stage: commands for stage, commands in trained.items() if stage != "fast"},
+        **trained,
     }
 
 
@@ -165,12 +167,6 @@ def _end(process: subprocess.Popen) -> None:
             process.wait(patience)
 
 
-def _write(path: Path, record: dict) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(path)
-
-
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of run()'s finally, which ends what it started
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -201,26 +197,25 @@ def main() -> None:
         if time.time() > deadline - 5:
             print(f"{stage:10} left for the next run", flush=True)
             continue
-        start, done = time.time(), same.get("done", [])
+        start, spent = time.time(), same.get("seconds", 0)
+        now = record[stage] = {"status": "not ended", **about, "seconds": spent, "done": same.get("done", [])}
         with open(out / f"{stage}.log", "a") as log:
             codes = []
             for command in plan[stage]:
-                if shlex.join(command) in done:
+                if shlex.join(command) in now["done"]:
                     continue
                 codes.append(run(command, log, deadline))
                 if codes[-1] == 0:
-                    done.append(shlex.join(command))
-                seconds = round(same.get("seconds", 0) + time.time() - start, 1)
-                record[stage] = {"status": "not ended", **about, "seconds": seconds, "done": done}
-                _write(record_path, record)  # whoever kills this in the next command leaves what was done
+                    now["done"].append(shlex.join(command))
+                now["seconds"] = round(spent + time.time() - start, 1)
+                write_json(record_path, record)  # whoever kills this in the next command leaves what was done
                 if codes[-1] == 124:  # what follows may build on it
                     break
-        status = "ok" if not any(codes) else "stopped by the time limit" if 124 in codes else f"failed: exit {codes}"
-        seconds = round(same.get("seconds", 0) + time.time() - start, 1)
-        record[stage] = {"status": status, **about, "seconds": seconds, "done": done}
-        _write(record_path, record)
+        stopped = "stopped by the time limit" if 124 in codes else f"failed: exit {codes}"
+        now["status"] = stopped if any(codes) else "ok"
+        write_json(record_path, record)
         tail = (out / f"{stage}.log").read_text().strip().splitlines()[-4:]
-        print(f"{stage:10} {status}, {seconds} s", *tail, sep="\n    ", flush=True)
+        print(f"{stage:10} {now['status']}, {now['seconds']} s", *tail, sep="\n    ", flush=True)
         if stage == "build" and any(codes):
             sys.exit("nothing else is run without what the build was to give")
     sys.exit(any(record.get(stage, {}).get("status") != "ok" for stage in args.only or plan))

@@ -19,19 +19,19 @@ import qbr
 ROOT = Path(__file__).resolve().parents[1]
 
 
-BUSY_CYCLES = 4_000_000  # some 2 ms of a GPU, for the host to get ahead in
+BUSY_CYCLES = 4_000_000  # 2 ms at 2 GHz
 
 
-def time_once(run: Callable[[], object], device: str, with_host: bool = False) -> float:
+def time_once(run: Callable[[], object], device: str, device_only: bool = False) -> float:
     """Seconds of one call; on CUDA between two events.
 
     Args:
-        with_host: begin with an idle device, as a step that has to wait for its host would. Otherwise the device is
-            kept busy until the host has launched the call, unless that takes more than 2 ms: device time alone.
+        device_only: keep the device busy until the host has launched the call, so that its own time does not count;
+            unless it takes longer than BUSY_CYCLES. Otherwise the device is idle at first, and waits for its host.
     """
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if not with_host:
+        if device_only:
             torch.cuda._sleep(BUSY_CYCLES)
         start.record()
         run()
@@ -49,7 +49,7 @@ def alternate(
     repeats: int,
     warm_up: int = 2,
     block: int = 1,
-    with_host: bool = False,
+    device_only: bool = False,
 ) -> dict[str, dict]:
     """Time every run in turn, `repeats` rounds: {name: {median_s, low_s, high_s (quartiles), repeats, ratio}}.
 
@@ -59,7 +59,7 @@ def alternate(
     block: time so many calls of a run in a row, after as many untimed ones. torch.compile's kernels have a thread pool
     of their own on the CPU; its threads disturb whatever comes directly after them.
 
-    with_host: as in time_once.
+    device_only: as in time_once.
     """
     for run in runs.values():
         for _ in range(warm_up):
@@ -70,7 +70,7 @@ def alternate(
             if block > 1:
                 for _ in range(block):
                     run()
-            times[name].extend(time_once(run, device, with_host) for _ in range(block))
+            times[name].extend(time_once(run, device, device_only) for _ in range(block))
     summary = {}
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3

@@ -67,7 +67,7 @@ def main() -> None:
     labels = torch.randint(10, (options.batch,), device=options.device)
     base(images)  # sets every alpha
     runs = {kind: step_of(base, images, labels, arguments) for kind, arguments in KINDS.items()}
-    result = measure.alternate(runs, options.device, options.repeats, with_host=True)
+    result = measure.alternate(runs, options.device, options.repeats)
     milliseconds = result["without"]["median_s"] * 1e3
     print(f"{options.model}, batch {options.batch}, {options.device}: {milliseconds:.1f} ms a step")
     for kind, row in list(result.items())[1:]:

@@ -43,7 +43,8 @@ def kernel_rows(device: str, quick: bool, repeats: int, only: int | None = None)
     for backend in backends(device):
         for case in (case for case in cases if only in (None, case.log2_size)):
             runs = registry.kernel_runs(case, backend)
-            result = measure.alternate(runs, device, repeats if case.log2_size < 26 else max(3, repeats // 3))
+            times = repeats if case.log2_size < 26 else max(3, repeats // 3)
+            result = measure.alternate(runs, device, times, device_only=True)
             rows.append(kernel_row(case, backend, result))
             print_kernel_row(rows[-1])
     return rows
@@ -57,13 +58,14 @@ def compiled_rows(device: str, quick: bool, repeats: int) -> list[dict]:
             case = registry.Case(device, "float32", bits, size)
             backend = kernels.resolve("auto", device, torch.float32)
             own = {name: run for name, run in registry.kernel_runs(case, backend).items() if "lsq_bin" in name}
-            result = measure.alternate({**own, **registry.compiled_runs(case)}, device, max(3, repeats // 3), block=5)
+            runs = {**own, **registry.compiled_runs(case)}
+            result = measure.alternate(runs, device, max(3, repeats // 3), block=5, device_only=True)
             s = {name: r["median_s"] for name, r in result.items()}
             own = s["lsq_bin fwd"] + s["lsq_bin bwd"]
             kinds = [kind for kind in ("compiled", "compiled reference") if f"{kind} fwd" in s]
             ratios = {f"times_{kind.replace(' ', '_')}": (s[f"{kind} fwd"] + s[f"{kind} bwd"]) / own for kind in kinds}
             taken = ", ".join(f"{kind} {ratio:.1f}x" for kind, ratio in zip(kinds, ratios.values()))
-            print(f"{case.name}: under torch.compile {taken} as long", flush=True)
+            print(f"{case.name}: as long as qbr: {taken}", flush=True)
             facts = {"backend": backend, "dtype": case.dtype, "bits": bits, "log2_size": size}
             rows.append({"part": "compiled", "device": device, **facts, **ratios, "times": result})
     return rows
@@ -101,7 +103,7 @@ def peer_rows(device: str, quick: bool, repeats: int) -> list[dict]:
         for bits in (2,) if quick else (2, 4, 8):
             case = registry.Case(device, "float32", bits, size)
             runs, missing = registry.autograd_runs(case)
-            result = measure.alternate(runs, device, repeats if size < 24 else max(3, repeats // 2), with_host=True)
+            result = measure.alternate(runs, device, repeats if size < 24 else max(3, repeats // 2))
             row = {"part": "peers", "device": device, "dtype": case.dtype, "bits": bits, "log2_size": size}
             for name, r in result.items():
                 own = result["qbr lsq_bin" if name.endswith("lsq_bin") else "qbr lsq"]["median_s"]

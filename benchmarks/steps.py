@@ -86,10 +86,9 @@ def rows(device: str, quick: bool, repeats: int) -> list[dict]:
         losses = {kind: [step().item() for _ in range(2)] for kind, step in steps.items()}
         torch.testing.assert_close(losses["fused"][0], losses["predecessor"][0], rtol=0.02, atol=0.02)
         eager = {kind: steps.pop(kind) if kind == "predecessor" else steps[kind] for kind in ("float", "predecessor")}
-        result = measure.alternate(steps, device, repeats, warm_up=1, with_host=True)
+        result = measure.alternate(steps, device, repeats, warm_up=1)
         # Apart: it takes so long, and frees so much, that what comes after it would be another measurement.
-        slow = measure.alternate(eager, device, max(3, repeats // 5), warm_up=1, with_host=True)
-        result["predecessor"] = slow["predecessor"]
+        result["predecessor"] = measure.alternate(eager, device, max(3, repeats // 5), warm_up=1)["predecessor"]
         ratio = {kind: r["ratio"] for kind, r in result.items()}
         times = ", ".join(f"{kind} {ratio[kind]:.3f}x" for kind in ratio)
         print(f"ResNet-18 step, batch {batch}: float {result['float']['median_s']:.3f} s; {times}", flush=True)

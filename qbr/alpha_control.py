@@ -298,7 +298,7 @@ def parameter_groups(
 
     Weight decay pulls a step size to 0, and Adam undoes LSQ's gradient scale, so that alpha wants a learning rate of
     its own there (qbr/kernels/README.md, "Strength"). An activation's scale counts the elements of the whole batch: its
-    alpha hardly moves at the lr of weights (docs/recipes.md, "How fast alpha learns").
+    alpha hardly moves at the lr of weights (docs/recipes.md, "First step sizes, and how fast they learn").
 
     Args:
         model: a prepared model. Parameters that are frozen now are included: they may be released later.
@@ -309,15 +309,15 @@ def parameter_groups(
     Raises:
         ValueError: for a model without quantizers (an optimizer made before prepare() would miss every alpha).
     """
-    found = require_quantizers(model).values()
-    ids = {id(quantizer.alpha) for quantizer in found}
+    alphas, acts = [], []
+    for quantizer in require_quantizers(model).values():
+        apart = act_alpha_lr is not None and quantizer.kind == "activation"
+        (acts if apart else alphas).append(quantizer.alpha)
+    ids = {id(alpha) for alpha in (*alphas, *acts)}
     others = [p for p in model.parameters() if id(p) not in ids]
-    apart = [q.alpha for q in found if q.kind == "activation"] if act_alpha_lr is not None else []
-    kept = {id(alpha) for alpha in apart}
-    alphas = [q.alpha for q in found if id(q.alpha) not in kept]
     groups = [
         {"name": "weights", "params": others, "lr": lr, "weight_decay": weight_decay},
         {"name": "alphas", "params": alphas, "lr": lr if alpha_lr is None else alpha_lr, "weight_decay": 0.0},
-        {"name": "alphas of activations", "params": apart, "lr": act_alpha_lr, "weight_decay": 0.0},
+        {"name": "alphas of activations", "params": acts, "lr": act_alpha_lr, "weight_decay": 0.0},
     ]
     return groups[:2] if act_alpha_lr is None else groups

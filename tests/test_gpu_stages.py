@@ -54,6 +54,12 @@ def test_commands_that_ended_well_are_not_repeated(tmp_path):
     assert call(tmp_path, WORKS)[2] == ran
 
 
+def test_killed_within_a_stage_it_keeps_the_commands_that_had_ended(tmp_path):
+    code, record, _ = call(tmp_path, "import os, signal; os.kill(os.getppid(), signal.SIGKILL)")
+    assert (code, record["build"]["status"], len(record["build"]["done"])) == (-signal.SIGKILL, "not ended", 1)
+    assert call(tmp_path, WORKS)[2] == "first second "
+
+
 @pytest.mark.parametrize("flags, environment", [(["--device", "cpu"], {}), ([], {"QBR_COMMIT": "another"})])
 def test_another_device_or_commit_is_another_result(tmp_path, flags, environment):
     assert call(tmp_path, WORKS)[2] == "first second "

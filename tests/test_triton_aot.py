@@ -5,6 +5,7 @@ The launches are those of the backend's own functions (qbr/kernels/aot.py), so w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -24,6 +25,19 @@ from qbr.kernels import aot  # noqa: E402  imports triton
 LAYOUTS = {"tensor": ((1 << 20,), -1, 1), "rows": ((64, 32, 512), 1, 32), "columns": ((16384, 64), 1, 64)}
 
 
+@contextlib.contextmanager
+def distinct():
+    """{key: launch} of the launches that differ, of what is called meanwhile."""
+    found = {}
+
+    def record(launch):
+        key = launch.kernel.__name__, *launch.types.items(), *launch.constants.items(), launch.aligned
+        found[key] = launch
+
+    with aot.intercept(record):
+        yield found
+
+
 def launches(bits, dtype, layout="tensor", relu=False, br_to_alpha=False, only=None):
     """Every distinct launch of all six ops on a tensor of a million elements."""
     spec = QuantSpec(bits, signed=not relu)
@@ -40,13 +54,7 @@ def launches(bits, dtype, layout="tensor", relu=False, br_to_alpha=False, only=N
         "lsq_bin_fwd": lambda f: f(x, alpha, *q, br_to_alpha),
         "lsq_bin_bwd": lambda f: f(x, grad_loss, x, alpha, bins, *q, 1.0),
     }
-    found = {}
-
-    def record(launch):
-        key = launch.kernel.__name__, *launch.types.items(), *launch.constants.items(), launch.aligned
-        found[key] = launch
-
-    with aot.intercept(record):
+    with distinct() as found:
         for op, call in calls.items():
             if only is None or op in only:
                 call(getattr(triton_backend, op))
@@ -100,14 +108,8 @@ def test_lists_with_and_without_each_output(to_alpha):
     """A list's kernel has tuples of pointers, None for what is not wanted, which not every Triton takes alike."""
     xs = [torch.empty(64, 3, 3, 3), torch.empty(128, 64)]
     alphas, losses = [torch.ones(1)] * 2, [torch.ones(())] * 2
-    ranges, found = [-2, 1, 0, -1] * 2, {}
-
-    def record(launch):
-        key = launch.kernel.__name__, *launch.types.items(), *launch.constants.items(), launch.aligned
-        found[key] = launch
-
-    lists, rest = triton_lists, (ranges, False, math.inf)
-    with aot.intercept(record):
+    lists, rest = triton_lists, ([-2, 1, 0, -1] * 2, False, math.inf)
+    with distinct() as found:
         _, _, bins, _ = lists.foreach_lsq_bin_fwd(xs, alphas, *rest, to_alpha)
         lists.foreach_bin_loss_fwd(xs, alphas, *rest, to_alpha)
         if not to_alpha:

@@ -231,6 +231,7 @@ def freeze(options: argparse.Namespace, side: str) -> bool | qbr.Freeze:
 def qat_config(options: argparse.Namespace, model: nn.Module) -> qbr.QATConfig:
     """What ``prepare`` does to ``model``; first and last layer are those of the order in which it holds them."""
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    # By name and not as QATConfig.first_layer: python -m qbr then knows their bits without the model.
     ends = {layers[0]: options.num_bits_first, layers[-1]: options.num_bits_last}
     return qbr.QATConfig(
         weight_bits=options.num_bits_weight,

@@ -157,7 +157,7 @@ class Run:
             trainer.load_state_dict(warmup.with_control(self.warm, trainer.control))
             history, best = self.warm["history"], self.warm["best"]
             print(f"warm-up (epochs 1 to {len(history)}) from {self.options.warmup_from}")
-        elif getattr(self.options, "alpha_init", "lsq") != "lsq":  # LSQ's are set in the first step
+        elif self.script == QAT and self.options.alpha_init != "lsq":  # LSQ's are set in the first step
             trainer.calibrate(self.options.alpha_init)
         results = self._header(trainer)
         board = None

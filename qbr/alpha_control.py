@@ -282,8 +282,9 @@ def _events(plan: Freeze | None):
 
 
 def _alphas(quantizers: list[LSQQuantizer]) -> torch.Tensor:
-    """A copy of their alphas, in one tensor."""
-    return torch.cat([quantizer.alpha.detach() for quantizer in quantizers])
+    """A copy of their alphas, in one tensor on the first one's device."""
+    device = quantizers[0].alpha.device
+    return torch.cat([quantizer.alpha.detach().to(device) for quantizer in quantizers])
 
 
 def parameter_groups(

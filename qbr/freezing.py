@@ -156,7 +156,7 @@ def mean_distance(model: nn.Module) -> Tensor:
     found = quantized_weights(model)
     steps = [quantizer.alpha for quantizer in found]
     tables = functional.foreach_bin_loss(list(found.values()), steps, [quantizer.spec for quantizer in found])
-    distances = [each.bins.table[-2] / alpha.mean() for each, alpha in zip(tables, steps)]
+    distances = [(each.bins.table[-2] / alpha.mean()).to(steps[0].device) for each, alpha in zip(tables, steps)]
     return (torch.stack(distances).sum() / max(sum(each.bins.numel for each in tables), 1)).to(torch.float32)
 
 

@@ -24,7 +24,8 @@ class QuantSpec:
         bits: width of a code, 1 to 8.
         signed: weights are signed, activations after a ReLU are not.
         channel_axis: the dimension of x along which steps differ; None for one step per tensor.
-        qn, qp: both or neither, within +-524288; they override the range that ``bits`` and ``signed`` give.
+        qn, qp: both or neither, within +-524288; they override the range that ``bits`` and ``signed`` give. Always ints
+            afterwards, so that dataclasses.replace(spec, bits=4) keeps the range; to have it anew, qn=None, qp=None.
         binary: codes are -1 and +1, and 0 does not occur. Default: for signed 1 bit without ``qn`` and ``qp``.
 
     Raises:

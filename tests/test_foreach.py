@@ -129,6 +129,24 @@ def test_lists_compile_and_have_no_tensors_at_all():
     assert F.foreach_fake_quantize([], [], spec) == F.foreach_fake_quantize_with_bin_loss([], [], []) == []
 
 
+@pytest.mark.gpu
+def test_lists_inside_cuda_graphs():
+    """Nothing that the backend keeps for later calls may lie in the memory of the graphs that call it first."""
+    spec = SPECS[1].spec
+    alphas = [torch.tensor([0.3], device="cuda"), torch.tensor([0.7], device="cuda")]
+
+    def run(*xs):
+        return F.foreach_fake_quantize_with_bin_loss(xs, alphas, [spec] * 2)
+
+    compiled = torch.compile(run, fullgraph=True, mode="reduce-overhead")
+    for rows in (20, 24) * 3:  # the graphs of either are made by calls that no call outside graphs came before
+        xs = [torch.randn(rows, 37, device="cuda", requires_grad=True) for _ in range(2)]
+        torch.compiler.cudagraph_mark_step_begin()
+        got = torch.autograd.grad(sum(each.xhat.sum() + each.loss for each in compiled(*xs)), xs)
+        got = [grad.clone() for grad in got]
+        same(got, torch.autograd.grad(sum(each.xhat.sum() + each.loss for each in run(*xs)), xs))
+
+
 def test_lists_of_different_lengths():
     with pytest.raises(ValueError, match="2 tensors, 1 alphas and 2 specs"):
         F.foreach_fake_quantize([torch.ones(2)] * 2, [0.1], SPECS[1].spec)

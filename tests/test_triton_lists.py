@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from cases import values
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qbr import QuantSpec
 from qbr.kernels import foreach
@@ -89,3 +90,10 @@ def test_ranges_and_types_that_differ_go_one_after_another():
     with test_triton_ptx.Device():
         assert equal(together, LOOPS["foreach_lsq_fwd"](xs, alphas, ranges, False, math.inf))
     assert device.launches == 2
+
+
+def test_what_is_kept_for_later_calls_belongs_to_no_mode_of_the_first():
+    """As with modes, so with the memory pools of CUDA graphs: both are the thread's."""
+    with torch.inference_mode(), FakeTensorMode():
+        kept = triton_lists._scales((0.25, 123.0), torch.device("cpu"))
+    assert type(kept) is torch.Tensor and not kept.is_inference() and kept.tolist() == [0.25, 123.0]

@@ -7,6 +7,7 @@ need to know of sizes goes to the device once for each list; pointers are argume
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -75,12 +76,19 @@ def _layouts(plans: tuple[one.Plan, ...], device: torch.device, loops: bool) -> 
         columns.append((first, programs, p.outer, p.channels, p.inner, p.splits, p.blocks * p.splits, parts))
         first += programs
         parts += p.splits * p.channels
-    return torch.tensor(list(zip(*columns)), dtype=torch.int64, device=device), first, parts
+    return _to_device(list(zip(*columns)), torch.int64, device), first, parts
 
 
 @lru_cache(maxsize=1024)
 def _scales(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return _to_device(values, torch.float32, device)
+
+
+def _to_device(values, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that outlives the call: made on a thread of its own, since what a thread allocates while it warms up or
+    captures CUDA graphs (torch.compile's reduce-overhead) belongs to their memory pool."""
+    with ThreadPoolExecutor(max_workers=1) as other:
+        return other.submit(torch.tensor, values, dtype=dtype, device=device).result()
 
 
 def foreach_lsq_fwd(xs, alphas, ranges, relu, clip):

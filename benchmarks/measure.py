@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import qbr
+from qbr.whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,9 +109,7 @@ def save(path: Path, device: str, rows: list[dict]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def _read(path: str) -> str:

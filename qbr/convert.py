@@ -73,7 +73,8 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     FakeQuantize as ``input_quantizer``; so does one whose weight a hook computes (torch.nn.utils.prune, the older
     weight_norm and spectral_norm), with one as ``weight_quantizer``: prune.remove() and the like come first, to have it
     folded. A MultiheadAttention keeps its own, too, since torch's fused inference path would round differently; its
-    state_dict is nn.MultiheadAttention's. qbr's hooks are gone, but for those that count calls where one ReLU has
+    state_dict is nn.MultiheadAttention's. A forward that reads a layer's weight itself, of which prepare() warns, reads
+    the quantized one from now on. qbr's hooks are gone, but for those that count calls where one ReLU has
     several steps; the user's stay.
 
     Args:

@@ -82,16 +82,18 @@ def test_other_texts_are_no_axis(text):
 
 
 @pytest.mark.parametrize(
-    ("count", "halving", "epochs", "rungs", "kept"),
+    ("count", "halving", "epochs", "warmup", "rungs", "kept"),
     [
-        (20, 3, 100, [11, 33, 100], [20, 6, 2]),
-        (4, 2, 4, [2, 4], [4, 2]),
-        (2, 0, 9, [9], [2]),
-        (8, 2, 2, [1, 2], [8, 4]),
+        (20, 3, 100, 0, [11, 33, 100], [20, 6, 2]),
+        (20, 3, 100, 40, [46, 60, 100], [20, 6, 2]),
+        (4, 2, 4, 0, [2, 4], [4, 2]),
+        (2, 0, 9, 3, [9], [2]),
+        (8, 2, 2, 0, [1, 2], [8, 4]),
+        (8, 2, 2, 1, [2], [8]),
     ],
 )
-def test_rungs_of_successive_halving(count, halving, epochs, rungs, kept):
-    assert trials.rungs(epochs, count, halving) == rungs
+def test_rungs_of_successive_halving(count, halving, epochs, warmup, rungs, kept):
+    assert trials.rungs(epochs, count, halving, warmup) == rungs
     assert [trials.kept(count, halving, rung) if halving else count for rung in range(len(rungs))] == kept
 
 
@@ -147,7 +149,7 @@ def test_the_sealed_split_has_nothing_to_read():
 def test_a_killed_search_goes_on_and_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     flags = ["--trials", "4", "--halving", "2"]
     assert _run(tmp_path / "one", *flags) == 0
-    for steps in (3, 12, 13, 22):  # 5 an epoch: within trial 1, trial 2, trial 3, and the second rung
+    for steps in (3, 22, 13, 33):  # 5 an epoch, rungs of 3 and 4: within trial 1, trial 2, trial 3, and the second rung
         with monkeypatch.context() as patch:
             tiny.interrupt(patch, engine, steps)
             assert _run(tmp_path / "two", *flags) == 130
@@ -157,7 +159,7 @@ def test_a_killed_search_goes_on_and_ends_as_if_it_had_not_been(tmp_path, monkey
     one, two = _saved(tmp_path / "one"), _saved(tmp_path / "two")
     assert tiny.equal(one, two, frozenset({"options"}))
     assert sorted(trial["status"] for trial in one["trials"]) == ["dropped"] * 2 + ["finished"] * 2
-    assert sorted(trial["epochs"] for trial in one["trials"]) == [2, 2, 4, 4]
+    assert sorted(trial["epochs"] for trial in one["trials"]) == [3, 3, 4, 4]
     first = [tmp_path / run / "trials" / "001" / "results.json" for run in ("one", "two")]
     assert tiny.equal(*(json.loads(path.read_text())["epochs"] for path in first))
     before = (tmp_path / "two" / "search.json").read_bytes()
@@ -181,6 +183,13 @@ def test_a_trial_that_diverges_ranks_last_and_stops_nothing(tmp_path, monkeypatc
         ("diverged", 1, True), ("finished", 3, False),
     ]  # fmt: skip
     assert "| 1 | 10 | – | – | 1 | diverged |" in (tmp_path / "search.md").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("share", "rungs"), [("0.25,0.5", [3, 4]), ("1", [2, 4]), ("0", [2, 4]), ("0.25,0.75", [4])])
+def test_no_rung_lies_in_a_warmup(share, rungs, tmp_path):
+    """Where a trial is nothing but warm-up, there is no BR to wait for."""
+    axes = space.read(["lambda_br=1,2,5,10", f"warmup_share={share}"])
+    assert trials.Search(tmp_path, axes, "grid", 0, 0, 2, FIXED).head["rungs"] == rungs
 
 
 def test_a_dry_run_lists_the_trials_and_writes_nothing(tmp_path, capsys):

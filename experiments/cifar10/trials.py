@@ -123,7 +123,7 @@ class Search:
             "seed": seed,
             "halving": halving,
             "of_trials": len(drawn) if halving else None,  # else a search may grow
-            "rungs": rungs(self.epochs, len(drawn), halving),
+            "rungs": rungs(self.epochs, len(drawn), halving, self._longest_warmup()),
         }
         waiting = {"status": "waiting", "epochs": 0, "val_acc": None, "best_epoch": None, "seconds": 0.0}
         self.trials = [{"number": i, "params": params, **waiting} for i, params in enumerate(drawn, start=1)]
@@ -136,6 +136,10 @@ class Search:
             return parse(qat_parser(), [*flags, *space.flags(params, self.epochs)])
         except UserError as error:
             raise UserError(f"trial {number}: {error}; change its --space") from error
+
+    def _longest_warmup(self) -> int:
+        warmups = [options.warmup_epochs for options, _ in self.options]
+        return max((each for each in warmups if each < self.epochs), default=0)
 
     def _go_on(self, saved: dict[str, Any]) -> None:
         differing = [key for key in self.head if self.head[key] != saved.get(key)]
@@ -236,12 +240,16 @@ class Search:
             file.write(table(self.folder))
 
 
-def rungs(epochs: int, count: int, halving: int) -> list[int]:
-    """The epochs after which trials are compared, the last being all of them."""
-    made = [epochs]
+def rungs(epochs: int, count: int, halving: int, warmup: int = 0) -> list[int]:
+    """The epochs after which trials are compared, the last being all of them.
+
+    What is divided are the epochs after ``warmup``, the longest of all trials: before its end BR's strengths have
+    changed nothing.
+    """
+    made = [epochs - warmup]
     while halving and made[0] // halving >= 1 and kept(count, halving, len(made)) > 1:
         made.insert(0, made[0] // halving)
-    return made
+    return [warmup + each for each in made]
 
 
 def kept(count: int, halving: int, rung: int) -> int:

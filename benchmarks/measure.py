@@ -18,8 +18,6 @@ import qbr
 from qbr.whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 BUSY_CYCLES = 4_000_000  # 2 ms at 2 GHz
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+TEMPORARY = ".*.tmp"  # the names beside a file that a killed write leaves behind
 
-def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
-    """Call write(a path beside ``path``), then move what it wrote to ``path`` in one step, once it is on the disk.
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A path beside ``path``; what the block writes there becomes ``path`` in one step, once it is on the disk.
 
     A reader, and a process that is killed at any moment, finds the old file or the new one. What a killed process
-    left beside it the next write of the same file removes.
+    left beside it the next write of the same file removes. A block that raises leaves ``path`` as it was.
 
     Raises:
-        FileNotFoundError: where the folder is not there. What ``write`` and the file system raise; ``path`` is as it
-            was then.
+        FileNotFoundError: where the folder is not there. What the file system raises; ``path`` is as it was then.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -25,13 +27,19 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
     _remove_left(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
+    """Call write(a path beside ``path``), within ``replacing``."""
+    with replacing(path) as temporary:
+        write(temporary)
+    return Path(path)
 
 
 def _remove_left(path: Path) -> None:

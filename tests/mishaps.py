@@ -3,7 +3,7 @@
     python tests/mishaps.py '{"event": "half last.pth", "count": 2, "then": "SIGKILL"}' cifar10_qat_br --quick ...
 
 Moments are events that the run passes: ``step`` (before an optimizer step), and for every file that is written whole
-``make NAME``, ``made NAME`` (its empty partial file is there), ``write NAME`` (before a piece), ``half NAME`` (half of
+``make NAME``, ``made NAME`` (it is there, empty), ``write NAME`` (before a piece), ``half NAME`` (half of
 the piece is in the file), ``fsync NAME``, ``replace NAME`` and ``replaced NAME``. A plan may also have ``limit`` (bytes
 that a file may have), ``disk`` (mount a disk of so many bytes at the folder ``at``, and copy what is on it to ``copy``
 in the end), ``unprivileged`` (root without its right to pass over permission bits), ``cpu`` (SIGKILL after so many
@@ -18,12 +18,12 @@ import errno
 import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -55,22 +55,20 @@ class Mishap:
 
     def install(self) -> None:
         engine = importlib.import_module("cifar10.engine")
-        make, wrap, fsync, replace = tempfile.mkstemp, os.fdopen, os.fsync, os.replace
-        names: dict[int | str, str] = {}
+        make, fsync, replace = Path.open, os.fsync, os.replace
+        names: dict[int, str] = {}
 
-        def mkstemp(*args, prefix="", suffix="", **kwargs):
-            name = prefix.strip(".")
-            if suffix == ".partial":
-                self.reach(f"make {name}")
-            handle, path = make(*args, prefix=prefix, suffix=suffix, **kwargs)
-            if suffix == ".partial":
-                names[handle] = names[path] = name
-                self.reach(f"made {name}")
-            return handle, path
-
-        def fdopen(handle, *args, **kwargs):
-            file = wrap(handle, *args, **kwargs)
-            return _Watched(file, names[handle], self) if handle in names else file
+        def opened(path, mode="r", *args, **kwargs):
+            name = _written(path)
+            if name is None or mode == "rb+":  # to have it on the disk
+                file = make(path, mode, *args, **kwargs)
+                if name:
+                    names[file.fileno()] = name
+                return file
+            self.reach(f"make {name}")
+            file = make(path, mode, *args, **kwargs)
+            self.reach(f"made {name}")
+            return _Watched(file, name, self)
 
         def synced(handle):
             if handle in names:
@@ -78,14 +76,14 @@ class Mishap:
             fsync(handle)
 
         def replaced(old, new):
-            name = names.pop(old, None)
+            name = _written(Path(old))
             if name:
                 self.reach(f"replace {name}")
             replace(old, new)
             if name:
                 self.reach(f"replaced {name}")
 
-        tempfile.mkstemp, os.fdopen, os.fsync, os.replace = mkstemp, fdopen, synced, replaced
+        Path.open, os.fsync, os.replace = opened, synced, replaced
         update = engine.Trainer._update
 
         def step(*args):
@@ -93,6 +91,12 @@ class Mishap:
             return update(*args)
 
         engine.Trainer._update = step
+
+
+def _written(path: Path) -> str | None:
+    """The file that ``path`` is a temporary file of."""
+    match = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+    return match[1] if match else None
 
 
 class _Watched:

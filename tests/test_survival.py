@@ -80,9 +80,9 @@ def check_whole(folder: Path) -> list[Path]:
         assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
     for path in folder.rglob("*.html"):
         assert path.read_text().endswith("</body></html>\n")
-    partial = [path for path in folder.rglob("*.partial")]
-    assert all(path.name.startswith(".") for path in partial)
-    return partial
+    left = [path for path in folder.rglob("*.tmp")]
+    assert all(path.name.startswith(".") for path in left)
+    return left
 
 
 def _same(a, b) -> bool:
@@ -206,11 +206,11 @@ def test_results_without_their_checkpoints_are_not_replaced_by_accident(launch, 
 def test_two_runs_never_share_a_folder(launch, tmp_path):
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    partial = tmp_path / ".last.pth.x.partial"  # being written by the other run
-    partial.touch()
+    temporary = tmp_path / f".last.pth.{os.getpid()}.tmp"  # being written by the other run
+    temporary.touch()
     code, printed = launch(tmp_path)
     assert code == 2 and f"--output-dir {tmp_path}: another run is writing there" in printed
-    assert partial.exists()
+    assert temporary.exists()
     os.close(handle)
 
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the errors that the scripts turn into a message and an exit code."""
+"""Files of a run, written whole or not at all, and errors that the scripts turn into a message and an exit code."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import contextlib
 import errno
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-PARTIAL = ".partial"  # what a killed write leaves behind ends so; folders.take removes it
+from qbr.whole import replacing
+
 # Errors that come of writing alone, and the remedy of each.
 NOT_WRITABLE = {
     errno.ENOSPC: "free some space",
@@ -42,38 +42,14 @@ def cannot_write(error: OSError, path: Path | str | None = None) -> CannotWrite:
 def atomic_write(path: Path, mode: str = "wb"):
     """A file object whose contents appear at ``path`` all at once when the block ends, or not at all.
 
-    A reader, or a run killed at any moment, sees the old file or the new one, never a part.
-
     Raises:
         CannotWrite: naming the file, what is wrong and the remedy.
     """
     try:
-        with _replacing(path, mode) as file:
+        with replacing(path) as temporary, temporary.open(mode) as file:
             yield file
     except OSError as error:
         raise cannot_write(error, path) from error
-
-
-@contextlib.contextmanager
-def _replacing(path: Path, mode: str):
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-    try:
-        with os.fdopen(handle, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, value: Any) -> None:

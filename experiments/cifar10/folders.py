@@ -9,8 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qbr.whole import TEMPORARY
+
 from . import checkpoints
-from .files import PARTIAL, UserError
+from .files import UserError
 
 CHECKPOINTS, PLOTS = "checkpoints", "plots"
 _RESUMABLE = {"epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "rng", "history", "args"}
@@ -74,7 +76,7 @@ def take(folder: Path, fresh: bool, lock: contextlib.ExitStack) -> None:
         raise UserError(f"--output-dir {folder}: cannot be made ({error}); name another folder") from error
     lock.enter_context(_only_run_in(folder))
     for each in (folder, folder / CHECKPOINTS, folder / PLOTS):
-        for path in each.glob(f".*{PARTIAL}"):
+        for path in each.glob(TEMPORARY):
             path.unlink(missing_ok=True)
     if fresh:  # now: or a killed run could be resumed into the old one
         for name in _REPLACED:

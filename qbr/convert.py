@@ -65,7 +65,8 @@ class FakeQuantize(Counted, nn.Module):
 
 
 def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """model without quantizers: its outputs in eval mode are the same to the bit, under the same backend of torch.
+    """model without quantizers: its outputs in eval mode are the same to the bit, under the same backend of torch;
+    those of attention to rounding, since torch's products round by whether a weight asks for gradients.
 
     Conv1d, Conv2d, Conv3d, ConvTranspose2d, Linear and Embedding are torch.nn's again; their weights are the quantized
     values (codes times alpha), in the dtype they had. Activations are quantized by FakeQuantize modules, in torch's own
@@ -144,7 +145,7 @@ def _renormalised_for_good(module: nn.Module, weight: Tensor) -> Tensor:
 def _plain_relu(module: QuantizedClippedReLU) -> None:
     names = call_names("quantizer", module.calls)
     steps, clip = [module._modules.pop(name) for name in names], module.clip_value
-    for name in ("clip_value", "num_bits", "keep_pre_quant_activation", "_input", "_kept"):
+    for name in ("clip_value", "keep_pre_quant_activation", "_input", "_kept"):
         del module.__dict__[name]
     module.__class__ = FakeQuantize
     module.set_up(steps, True, clip)

@@ -24,7 +24,7 @@ from qbr import kernels
 from qbr.arguments import check
 from qbr.kernels import foreach, reference
 from qbr.saved import save, saved
-from qbr.spec import QuantSpec, check_regularizer, check_to_alpha
+from qbr.spec import check_regularizer, check_to_alpha, lsq_grad_scale
 
 _QUANT = "int qn, int qp, bool binary, int channel_axis, bool relu, float clip"
 SCHEMAS = {
@@ -100,25 +100,27 @@ _backend._dynamo_marked_constant = True
 
 class _LSQ(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, alpha, backend, plain, grad_scale):
+    def forward(ctx, x, alpha, backend, plain, alpha_grad):
         save(ctx, [x], x, alpha)
-        ctx.call = backend, plain, grad_scale
+        ctx.call = backend, plain, alpha_grad
         return _ops[backend, "lsq_fwd"](x, alpha, *plain)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_xhat):
         x, alpha = saved(ctx)
-        backend, plain, grad_scale = ctx.call
-        dx, dalpha = _ops[backend, "lsq_bwd"](kernels.laid_out_like(grad_xhat, x), x, alpha, *plain, grad_scale)
-        return dx, dalpha, None, None, None
+        backend, plain, alpha_grad = ctx.call
+        here, later = _split_grad_scale(x, alpha, plain, alpha_grad)
+        dx, dalpha = _ops[backend, "lsq_bwd"](kernels.laid_out_like(grad_xhat, x), x, alpha, *plain, here)
+        return dx, _times(dalpha, later), None, None, None
 
 
 class _BinLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha, backend, plain, br_to_alpha, dampening):
-        loss, bins, dloss_dalpha = _ops[backend, "bin_loss_fwd"](x, alpha, *plain, br_to_alpha != 0 and not dampening)
-        loss, weights, dloss_dalpha = _regularized(dampening, loss, bins, dloss_dalpha, x, alpha, plain, br_to_alpha)
+        asks = br_to_alpha[0] != 0
+        loss, bins, dloss_dalpha = _ops[backend, "bin_loss_fwd"](x, alpha, *plain, asks and not dampening)
+        loss, weights, dloss_dalpha = _regularized(dampening, loss, bins, dloss_dalpha, x, alpha, plain, asks)
         save(ctx, [x], x, alpha, weights, dloss_dalpha)
         ctx.call = backend, plain, br_to_alpha
         ctx.mark_non_differentiable(bins)
@@ -130,20 +132,20 @@ class _BinLoss(torch.autograd.Function):
         x, alpha, weights, dloss_dalpha = saved(ctx)
         backend, plain, br_to_alpha = ctx.call
         dx = _ops[backend, "bin_loss_bwd"](grad_loss, x, alpha, weights, *plain)
-        dalpha = dloss_dalpha * (grad_loss * br_to_alpha) if br_to_alpha != 0 else None
+        factor = _of_br(br_to_alpha, _grad_scale(x, alpha, plain, 1.0))
+        dalpha = dloss_dalpha * (grad_loss * factor) if br_to_alpha[0] != 0 else None
         return dx, dalpha, None, None, None, None
 
 
 class _LSQBin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, alpha, backend, plain, grad_scale, br_to_alpha, dampening):
-        xhat, loss, bins, dloss_dalpha = _ops[backend, "lsq_bin_fwd"](
-            x, alpha, *plain, br_to_alpha != 0 and not dampening
-        )
-        loss, weights, dloss_dalpha = _regularized(dampening, loss, bins, dloss_dalpha, x, alpha, plain, br_to_alpha)
+    def forward(ctx, x, alpha, backend, plain, alpha_grad, br_to_alpha, dampening):
+        asks = br_to_alpha[0] != 0
+        xhat, loss, bins, dloss_dalpha = _ops[backend, "lsq_bin_fwd"](x, alpha, *plain, asks and not dampening)
+        loss, weights, dloss_dalpha = _regularized(dampening, loss, bins, dloss_dalpha, x, alpha, plain, asks)
         save(ctx, [x], x, alpha, weights, dloss_dalpha)
         ctx.set_materialize_grads(False)
-        ctx.call = backend, plain, grad_scale, br_to_alpha
+        ctx.call = backend, plain, alpha_grad, br_to_alpha
         ctx.mark_non_differentiable(bins)
         return xhat, loss, bins
 
@@ -151,24 +153,45 @@ class _LSQBin(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_xhat, grad_loss, _):
         x, alpha, weights, dloss_dalpha = saved(ctx)
-        backend, plain, grad_scale, br_to_alpha = ctx.call
+        backend, plain, alpha_grad, br_to_alpha = ctx.call
+        here, later = _split_grad_scale(x, alpha, plain, alpha_grad)
         grad_xhat = torch.zeros_like(x) if grad_xhat is None else kernels.laid_out_like(grad_xhat, x)
         if grad_loss is None:  # nobody used the loss: what LSQ alone does, to the bit
-            dx, dalpha = _ops[backend, "lsq_bwd"](grad_xhat, x, alpha, *plain, grad_scale)
-            return dx, dalpha, None, None, None, None, None
-        dx, dalpha = _ops[backend, "lsq_bin_bwd"](grad_xhat, grad_loss, x, alpha, weights, *plain, grad_scale)
-        if br_to_alpha != 0:
-            dalpha = dalpha + dloss_dalpha * (grad_loss * br_to_alpha)
+            dx, dalpha = _ops[backend, "lsq_bwd"](grad_xhat, x, alpha, *plain, here)
+            return dx, _times(dalpha, later), None, None, None, None, None
+        dx, dalpha = _ops[backend, "lsq_bin_bwd"](grad_xhat, grad_loss, x, alpha, weights, *plain, here)
+        dalpha = _times(dalpha, later)
+        if br_to_alpha[0] != 0:
+            factor = _of_br(br_to_alpha, _grad_scale(x, alpha, plain, alpha_grad))
+            dalpha = dalpha + dloss_dalpha * (grad_loss * factor)
         return dx, dalpha, None, None, None, None, None
 
 
-def _regularized(dampening, loss, bins, dloss_dalpha, x, alpha, plain, br_to_alpha):
+def _split_grad_scale(x, alpha, plain, alpha_grad):
+    """(what the kernel multiplies alpha's gradient by, what _times does afterwards), together _grad_scale().
+
+    The scale depends on x's size and a kernel takes a number: torch.compile would make a graph for each size.
+    """
+    scale = _grad_scale(x, alpha, plain, alpha_grad)
+    return (1.0, scale) if torch.compiler.is_compiling() else (scale, None)
+
+
+def _times(dalpha: Tensor, later) -> Tensor:
+    return dalpha if later is None else dalpha * later
+
+
+def _grad_scale(x: Tensor, alpha: Tensor, plain, alpha_grad: float) -> float:
+    """LSQ's scale of alpha's gradient, times alpha_grad."""
+    return alpha_grad * lsq_grad_scale(x.numel() // max(alpha.numel(), 1), plain[1])
+
+
+def _regularized(dampening, loss, bins, dloss_dalpha, x, alpha, plain, to_alpha):
     """(loss, the table that backward takes n_k from, dloss_dalpha): of BR as they come from the kernel, of dampening
     from the same bin sums with 1 in the place of every n_k."""
     if not dampening:
         return loss, bins, dloss_dalpha
     levels = plain[1] - plain[0] + 1
-    if br_to_alpha != 0:
+    if to_alpha:
         dloss_dalpha = reference.dampening_dalpha(x, alpha, bins, *plain)
     return bins[2 * levels : 3 * levels].sum().to(loss.dtype), torch.ones_like(bins), dloss_dalpha
 
@@ -269,7 +292,8 @@ def _asks_br(br_to_alphas: list[float], dampenings: list[bool]) -> bool:
 def _all_regularized(dampenings, losses, bins, dloss_dalphas, xs, alphas, quant, br_to_alphas):
     """_regularized() of every tensor: losses, bins as they are, weights, dloss_dalphas."""
     plains = [(*each, *quant[1:]) for each in foreach.quants(quant[0])]
-    each = zip(dampenings, losses, bins, dloss_dalphas, xs, alphas, plains, br_to_alphas)
+    to_alphas = [factor != 0 for factor in br_to_alphas]
+    each = zip(dampenings, losses, bins, dloss_dalphas, xs, alphas, plains, to_alphas)
     made = [_regularized(*arguments) for arguments in each]
     return [loss for loss, _, _ in made], bins, [weights for _, weights, _ in made], [dalpha for *_, dalpha in made]
 
@@ -336,7 +360,7 @@ def _groups(xs, alphas, specs, relu, clip, backend, alpha_grads):
     for i, (x, alpha, spec) in enumerate(zip(xs, alphas, specs)):
         x, alpha, plain = check(x, alpha, spec, relu, clip)
         key = (x.device, _backend(backend, x.device.type, x.dtype), *plain[4:])
-        grad_scale = alpha_grads[i] * _grad_scale(x, alpha, spec)
+        grad_scale = _grad_scale(x, alpha, plain, alpha_grads[i])
         groups.setdefault(key, []).append((i, x, alpha, plain[:4], grad_scale))
     for (_, name, relu_, clip_), members in groups.items():
         used, xs_, alphas_, ranges, grad_scales = zip(*members)
@@ -344,23 +368,16 @@ def _groups(xs, alphas, specs, relu, clip, backend, alpha_grads):
         yield list(used), name, quant, list(grad_scales), xs_, alphas_
 
 
-def _grad_scale(x: Tensor, alpha: Tensor, spec: QuantSpec) -> float:
-    return spec.lsq_grad_scale(x.numel() // max(alpha.numel(), 1))
-
-
 def lsq(x, alpha, spec, relu, clip, backend, alpha_grad) -> Tensor:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
-    backend = _backend(backend, x.device.type, x.dtype)
-    if not torch.is_grad_enabled():  # the gradient's scale is a number: it would fix a dynamic batch in torch.export
-        return _ops[backend, "lsq_fwd"](x, alpha, *plain)
-    return _LSQ.apply(x, alpha, backend, plain, alpha_grad * _grad_scale(x, alpha, spec))
+    return _LSQ.apply(x, alpha, _backend(backend, x.device.type, x.dtype), plain, alpha_grad)
 
 
 def bin_loss(x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend) -> tuple[Tensor, Tensor]:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    factor = br_to_alpha_factor(backprop_to_alpha, _grad_scale(x, alpha, spec))
-    return _BinLoss.apply(x, alpha, backend, plain, factor, is_dampening(regularizer))
+    to_alpha = check_to_alpha(backprop_to_alpha, "backprop_to_alpha")
+    return _BinLoss.apply(x, alpha, backend, plain, to_alpha, is_dampening(regularizer))
 
 
 def lsq_bin(
@@ -368,9 +385,8 @@ def lsq_bin(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
     backend = _backend(backend, x.device.type, x.dtype)
-    grad_scale = alpha_grad * _grad_scale(x, alpha, spec)
-    factor = br_to_alpha_factor(backprop_to_alpha, grad_scale)
-    return _LSQBin.apply(x, alpha, backend, plain, grad_scale, factor, is_dampening(regularizer))
+    to_alpha = check_to_alpha(backprop_to_alpha, "backprop_to_alpha")
+    return _LSQBin.apply(x, alpha, backend, plain, alpha_grad, to_alpha, is_dampening(regularizer))
 
 
 def is_dampening(regularizer: str) -> bool:
@@ -380,5 +396,9 @@ def is_dampening(regularizer: str) -> bool:
 
 def br_to_alpha_factor(backprop_to_alpha, grad_scale: float) -> float:
     """What multiplies the bin loss's gradient of alpha: the fraction, times what multiplies LSQ's if it is scaled."""
-    fraction, scaled = check_to_alpha(backprop_to_alpha, "backprop_to_alpha")
+    return _of_br(check_to_alpha(backprop_to_alpha, "backprop_to_alpha"), grad_scale)
+
+
+def _of_br(to_alpha: tuple[float, bool], grad_scale: float) -> float:
+    fraction, scaled = to_alpha
     return fraction * grad_scale if scaled else fraction

@@ -93,7 +93,12 @@ class QuantSpec:
 
     def lsq_grad_scale(self, numel_per_step: int) -> float:
         """s = 1 / sqrt(N * max(qp, 1)), N the elements that share one step (LSQ paper, section 2.2)."""
-        return 1.0 / math.sqrt(max(numel_per_step, 1) * max(self.qp, 1))
+        return lsq_grad_scale(numel_per_step, self.qp)
+
+
+def lsq_grad_scale(numel_per_step: int, qp: int) -> float:
+    """QuantSpec.lsq_grad_scale of a range that ends at qp."""
+    return 1.0 / math.sqrt(max(numel_per_step, 1) * max(qp, 1))
 
 
 def check_regularizer(value: str, argument: str) -> str:

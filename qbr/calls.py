@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
+
 import torch
 from torch import nn
 
-_IDLE = -1  # no owner's forward is running
+from qbr.grouping import is_in_backward
 
 
 def joined(name: str, child: str) -> str:
     """The full name of a child of the module of that name; "" is the root."""
     return f"{name}.{child}" if name else child
+
+
+def _thread() -> int:
+    return threading.get_ident()
+
+
+# What torch.compiler.assume_constant_result sets: dynamo cannot follow the call, and would not guard a threading.local.
+_thread._dynamo_marked_constant = True
 
 
 class Counted:
@@ -23,25 +34,38 @@ class Counted:
     """
 
     calls = 1
-    _call = _last = _IDLE
+    # {thread: [next call, owner's last call] of each owner's forward that runs in it, the innermost last}
+    _places: dict[int, list[list[int]]] = {}  # of its own once count_calls has been told of it
 
     def next_call(self) -> int:
         """The number of the call that is being made; beyond the owner's last place, the last; outside of any owner, 0.
 
         Raises:
             RuntimeError: in a recomputation of a part of the owner's forward, where the number cannot be known.
+
+        Warns:
+            UserWarning: of a call outside of any owner.
         """
         if self.calls == 1:
             return 0
-        call = self._call
-        if call == _IDLE:
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-                raise RuntimeError("backward recomputes a part of a forward, and with it one call of a module that is "
-                                   f"called {self.calls} times: checkpoint the module around it as a whole, or "
-                                   "prepare with QATConfig(step_per_call=False)")  # fmt: skip
+        running = self._places.get(_thread())
+        if not running:
+            if not torch.compiler.is_compiling():
+                self._refuse_recomputation()
+                warnings.warn(f"a {type(self).__name__} with a step for each of its {self.calls} calls was called "
+                              "outside of the forwards that it counts them in, and takes its first step: call the "
+                              "module around it, and not its .forward or another method of it, or prepare with "
+                              "QATConfig(step_per_call=False)", stacklevel=3)  # fmt: skip
             return 0
-        self._call = min(call + 1, self._last)
+        call, last = running[-1]
+        running[-1][0] = min(call + 1, last)
         return call
+
+    def _refuse_recomputation(self) -> None:
+        if is_in_backward():
+            raise RuntimeError("backward recomputes a part of a forward, and with it one call of a module that is "
+                               f"called {self.calls} times: checkpoint the module around it as a whole, or "
+                               "prepare with QATConfig(step_per_call=False)")  # fmt: skip
 
 
 class _Owner:
@@ -49,19 +73,17 @@ class _Owner:
 
     def __init__(self, places: list[tuple[nn.Module, int, int]]) -> None:
         self.places = places
-        self.outer: list[list[tuple[int, int]]] = []  # what to go back to: forwards can nest
 
     def enter(self, *_) -> None:
-        self.outer.append([(module._call, module._last) for module, _, _ in self.places])
         for module, first, last in self.places:
-            module._call, module._last = first, last
+            module._places.setdefault(_thread(), []).append([first, last])
 
     def leave(self, *_) -> None:
-        for (module, _, _), (call, last) in zip(self.places, self.outer.pop()):
-            module._call, module._last = call, last
-
-    def __getstate__(self):
-        return {"places": self.places, "outer": []}
+        for module, _, _ in self.places:
+            running = module._places[_thread()]
+            running.pop()
+            if not running:
+                del module._places[_thread()]
 
 
 def count_calls(places: dict[nn.Module, list[tuple[nn.Module, int]]]) -> None:
@@ -77,7 +99,7 @@ def count_calls(places: dict[nn.Module, list[tuple[nn.Module, int]]]) -> None:
         for owner, count in callers:
             owners.setdefault(owner, []).append((module, first, first + count - 1))
             first += count
-        module.calls = first
+        module.calls, module._places = first, {}
     for owner, mine in owners.items():
         hooks = _Owner(mine)
         owner.register_forward_pre_hook(hooks.enter)

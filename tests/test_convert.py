@@ -82,7 +82,7 @@ def test_hooks_of_qbr_go_and_those_of_the_user_stay():
 def test_several_steps_of_one_relu_stay_several():
     plain = convert(make().eval())
     assert type(plain.relu) is FakeQuantize and plain.relu.alpha.shape == (2,)
-    assert plain.relu._call == -1 and "codes 0..3, relu" in str(plain.relu)
+    assert plain.relu._places == {} and "codes 0..3, relu" in str(plain.relu)
     assert type(plain.functional_relu_1) is FakeQuantize
     again = copy.deepcopy(plain)
     assert torch.equal(again(x_(2, 3, 8, 8)), plain(x_(2, 3, 8, 8)))

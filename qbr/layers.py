@@ -161,6 +161,16 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         return x.transpose(1, 0) if self.batch_first and x.dim() == 3 else x
 
 
+class QuantizedTransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """nn.TransformerDecoderLayer whose ``activation`` is a module; prepare() makes it.
+
+    torch's own, copied or unpickled, puts a functional relu in the place of such a module.
+    """
+
+    def __setstate__(self, state):
+        nn.Module.__setstate__(self, state)
+
+
 class QuantizedClippedReLU(Counted, nn.Module):
     """ReLU, clip and fake quantization in one pass: fake_quantize(min(max(x, 0), clip_value)).
 
@@ -190,7 +200,6 @@ class QuantizedClippedReLU(Counted, nn.Module):
         """
         check_clip(clip_value, "clip_value")
         self.clip_value = None if clip_value is None else float(clip_value)
-        self.num_bits = num_bits
         self.keep_pre_quant_activation = keep_pre_quant_activation
         self.quantizer: LSQQuantizer = LSQ_ActivationQuantizer(num_bits, clip_value, device=device)
         for name in call_names("quantizer", calls)[1:]:
@@ -217,6 +226,10 @@ class QuantizedClippedReLU(Counted, nn.Module):
                 if f"{prefix}quantizer.{key}" in state_dict:
                     state_dict.setdefault(f"{name}.{key}", state_dict[f"{prefix}quantizer.{key}"])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def num_bits(self) -> int:
+        return self.quantizer.num_bits
 
     @property
     def pre_quant_activation(self) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from qbr.calls import count_calls
 from qbr.config import QATConfig
-from qbr.layers import ATTENTION, WEIGHT_LAYERS, QuantizedClippedReLU
+from qbr.layers import ATTENTION, WEIGHT_LAYERS, QuantizedClippedReLU, QuantizedTransformerDecoderLayer
 from qbr.plan import Plan, PlannedReLU, plan
 from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, quantizers
 from qbr.regularizer import watch
@@ -58,7 +58,7 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any =
     for owner, forward in planned.forwards.items():
         owner.forward = forward
     count_calls({each.module: list(each.places.items()) for each in planned.relus if each.steps > 1})
-    _close_fast_paths(model)
+    _mend_transformers(model)
     for quantizer in quantizers(model).values():
         quantizer.collecting = config.collect_bin_loss
         quantizer.regularizer = config.regularizer_of(quantizer.kind)
@@ -101,10 +101,13 @@ def _quantize_relu(planned: PlannedReLU, device: torch.device) -> None:
         child.train(module.training)
 
 
-def _close_fast_paths(model: nn.Module) -> None:
-    """Keep torch.nn's fused inference paths, which read float weights, away from layers that have quantizers."""
+def _mend_transformers(model: nn.Module) -> None:
+    """Keep torch.nn's fused inference paths, which read float weights, away from layers that have quantizers, and
+    copies of a decoder layer from losing its activation's."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and quantizers(module):
             module.activation_relu_or_gelu = 0  # what the fused path has to know of; forward calls ``activation``
         if isinstance(module, nn.TransformerEncoder) and quantizers(module):
             module.use_nested_tensor = False
+        if type(module) is nn.TransformerDecoderLayer and isinstance(module.activation, QuantizedClippedReLU):
+            module.__class__ = QuantizedTransformerDecoderLayer

@@ -239,6 +239,13 @@ class TracedForward:
             scope = dict(names)
             exec(compile(source, f"<forward of {type(self.owner).__name__}, read by qbr>", "exec"), scope)
             self._functions[mode] = scope["forward"]
+        original = inspect.signature(type(self.owner).forward)
+        self.__signature__ = original.replace(parameters=list(original.parameters.values())[1:])  # torch.export asks
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """What torch.export names the source by."""
+        return self._functions[self.owner.training].__code__
 
     def __call__(self, *args, **kwargs):
         if len(args) != len(self.given) or kwargs:
@@ -262,7 +269,8 @@ class TracedForward:
                             for name, value in names.items()})
             for mode, (source, names) in self._code.items()
         }  # fmt: skip
-        return {**{name: value for name, value in self.__dict__.items() if name != "_functions"}, "_code": code}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_functions", "__signature__")}
+        return {**kept, "_code": code}
 
     def __setstate__(self, state) -> None:
         self.__dict__.update(state)

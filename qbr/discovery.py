@@ -26,11 +26,24 @@ _MOVING_MODULES = (
     nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.PixelShuffle,
     nn.PixelUnshuffle, nn.ChannelShuffle, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
 )  # fmt: skip
+
+
+def _both(*names: str) -> set:
+    """Tensor's methods of these names, and torch's functions."""
+    return {*names, *(getattr(torch, name) for name in names if hasattr(torch, name))}
+
+
 # Those that may put out their input's own memory: what is then changed in place changes for the reader of either.
 _VIEWS = {
     nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout,
-    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, "flatten", "view",
-    "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "detach", "to",
+    operator.getitem, "contiguous", "to", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda",
+    *_both(
+        "as_strided", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_to", "chunk", "conj", "detach", "diagonal",
+        "dsplit", "expand", "expand_as", "flatten", "hsplit", "imag", "moveaxis", "movedim", "narrow", "permute",
+        "ravel", "real", "reshape", "reshape_as", "select", "split", "split_with_sizes", "squeeze", "swapaxes",
+        "swapdims", "t", "tensor_split", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as",
+        "vsplit",
+    ),
 }  # fmt: skip
 _AVERAGING_MODULES = (
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
@@ -46,13 +59,15 @@ _AVERAGING = {
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
     torch.mean, "mean",
 }  # fmt: skip
+_WRITING = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 _KIND = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "size", "dim", "numel", "is_floating_point"}
+_VIEWING_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag", "data"}
 _ADDING = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
 @dataclass
 class FunctionalReLU:
-    """A ReLU that owner's forward calls as a function: the ``index``-th of ``of`` there, from 0.
+    """A ReLU that owner's forward calls as a function: the ``index``-th there, from 0.
 
     ``given`` are the arguments of that forward that its graph has; None where the ReLU is the ``activation`` of a
     torch.nn transformer layer, which is an attribute.
@@ -238,6 +253,8 @@ class _Reader:
                     self._changes(owner, each, tracing.first(each), {_functional(name, index)}, helped=True)
             elif each.op in ("call_function", "call_method"):
                 states[each] = _called(each, states)
+                if _writes(each):
+                    states.update(dict.fromkeys(self._views(owner, tracing.first(each)), states[each]))
             elif each.op == "get_attr" and not each.target.startswith("_tensor_constant"):
                 if not all(map(_asks_for_its_kind, each.users)):
                     self.reading.weights.setdefault(id(operator.attrgetter(each.target)(owner)), name)
@@ -272,8 +289,12 @@ class _Reader:
         return found
 
     def _is_view(self, owner: nn.Module, node: Node) -> bool:
+        if not isinstance(tracing.first(node), Node):
+            return False
+        if node.target is getattr:
+            return node.args[1] in _VIEWING_ATTRIBUTES
         kind = type(owner.get_submodule(node.target)) if node.op == "call_module" else node.target
-        return kind in _VIEWS and isinstance(tracing.first(node), Node)
+        return kind in _VIEWS
 
     def _function(self, name: str, owner: nn.Module, given: tuple[str, ...], index: int, clip: float | None) -> int:
         full = _functional(name, index)
@@ -323,6 +344,14 @@ def _functional(name: str, index: int) -> str:
 def _asks_for_its_kind(user: Node) -> bool:
     """Whether a node asks a tensor for its dtype, shape and the like only, and not for its values."""
     return (user.target is getattr and user.args[1] in _KIND) or (user.op == "call_method" and user.target in _KIND)
+
+
+def _writes(node: Node) -> bool:
+    """Whether a function or method changes its first argument in place."""
+    if not isinstance(tracing.first(node), Node):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or node.target in _WRITING
 
 
 def _source(call: Node) -> tuple:

@@ -49,7 +49,8 @@ class LSQQuantizer(nn.Module):
     Attributes:
         alpha: Parameter [1] or [C], float32 whatever dtype the model is cast to. Positive: see qbr/step_guard.py.
         init_state: buffer [1], float32: 0 before alpha was set from data, then 1.
-        collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``.
+        collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``; None until
+            prepare() or an AlphaControl decides, and then no.
         br_to_alpha: how much of that loss's gradient reaches alpha: False, True, a fraction from 0 to 1, "scaled" or
             (fraction, "scaled"), as in functional.bin_loss. A frozen alpha has none.
         regularizer: which loss that is: "br" or "dampening".
@@ -78,7 +79,7 @@ class LSQQuantizer(nn.Module):
         self.spec = spec
         self.kind = kind
         self.initial_alpha = float(initial_alpha)
-        self.collecting = False
+        self.collecting: bool | None = None
         self.br_to_alpha: ToAlpha = False
         self.regularizer = "br"
         self.frozen = False

@@ -54,12 +54,16 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False) -> ModelBinLoss:
             share of it: one all-reduce, which every rank has to take part in (qbr/distributed.py).
 
     Raises:
-        ValueError: for a model without quantizers; with global_bins also where activation checkpointing or offloading
+        ValueError: for a model without quantizers, or with layers of the drop-in alone, which nobody has told to
+            collect; with global_bins also where activation checkpointing or offloading
             keeps the global bins from backward, and for BR's gradient of alphas per channel.
 
     Source: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021.
     """
     found = require_quantizers(model)
+    if all(quantizer.collecting is None for quantizer in found.values()):
+        raise ValueError(f"model ({type(model).__name__}) has quantizers that collect no bin loss: attach a control "
+                         "before its forward, qbr.AlphaControl().attach(model), or use BinRegularizer")  # fmt: skip
     layers: dict[str, BinLoss] = {}
     losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
     taken = {name: quantizer.take_retained() for name, quantizer in found.items()}

@@ -335,6 +335,17 @@ def test_bad_alpha(alpha):
         BinRegularizer().compute_bin_loss(_x(3), alpha)
 
 
+def test_layers_that_nobody_told_to_collect():
+    """The drop-in's, beside qbr.bin_loss: a loss of 0 would look like one."""
+    model = torch.nn.Sequential(qbr.QuantizedLinear(4, 4), qbr.QuantizedClippedReLU())
+    model(_x(2, 4))
+    with pytest.raises(ValueError, match=r"collect no bin loss.*qbr.AlphaControl\(\).attach\(model\)"):
+        qbr.bin_loss(model)
+    qbr.AlphaControl(warmup_epochs=1).attach(model)
+    model(_x(2, 4))
+    assert qbr.bin_loss(model).layers == {}
+
+
 def test_bad_tensors():
     with pytest.raises(TypeError, match="int64"):
         BinRegularizer().compute_bin_loss(torch.arange(3), 1.0)

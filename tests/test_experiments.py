@@ -409,6 +409,17 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
     assert "not a checkpoint" in _refused(qat, flags, tmp_path / "run", capsys)
 
 
+class _Memory:
+    def __reduce__(self):
+        return bytearray, (1 << 40,)
+
+
+def test_a_checkpoint_takes_no_memory_out_of_a_number(tmp_path, capsys):
+    torch.save({"model_state_dict": {}, "args": _Memory()}, tmp_path / "attack.pth")
+    flags = [*QAT, "--pretrained-baseline", str(tmp_path / "attack.pth")]
+    assert "not a checkpoint" in _refused(qat, flags, tmp_path / "run", capsys)
+
+
 def test_checkpoints_of_every_known_form_load(tmp_path):
     state = models.resnet20().state_dict()
     forms = {
@@ -416,6 +427,7 @@ def test_checkpoints_of_every_known_form_load(tmp_path):
         "state_dict": {"state_dict": state},
         "bare": state,
         "data parallel": {f"module.{name}": value for name, value in state.items()},
+        "compiled": {"model": {f"_orig_mod.{name}": value for name, value in state.items()}},
     }
     for name, form in forms.items():
         path = tmp_path / f"{name}.pth"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import qbr
-from qbr import QATConfig
+from qbr import QATConfig, prepare
 from qbr.__main__ import main
 from qbr.export import convert_checkpoint, inspect, load_packed, read_checkpoint, save_packed
 
@@ -189,6 +189,16 @@ def test_memory_out_of_a_number(tmp_path):
     torch.save({"model_state_dict": {"w": torch.ones(1)}, "epoch": _Memory()}, path)
     with pytest.raises(ValueError, match="makes a bytearray"):
         read_checkpoint(path)
+
+
+def test_the_checkpoints_of_the_pages(tmp_path):
+    """docs/prepare.md and docs/control.md: ``model``, and the config as JSON."""
+    model = prepare(Block(), QATConfig(3, 4, first_layer=8))
+    path = tmp_path / "saved.pt"
+    torch.save({"config": model.qat_config.to_json(), "model": model.state_dict()}, path)
+    read = read_checkpoint(path)
+    assert read.config == model.qat_config
+    prepare(Block(), read.config).load_state_dict(read.state)
 
 
 @pytest.mark.parametrize("step", [0.0, -1.0, float("nan")])

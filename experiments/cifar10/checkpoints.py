@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbr.export.files import check_archive
+from qbr.export.predecessor import state_of
+
 from .files import UserError, atomic_write
 
 REMEDY = "name a checkpoint that cifar10_baseline.py or the predecessor wrote, or a state_dict saved with torch.save"
@@ -36,8 +39,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def load(path: Path, flag: str) -> dict[str, Any]:
     """The dict that ``path`` holds, on the CPU.
 
-    Loaded with weights_only=True: a checkpoint cannot run code. argparse.Namespace, which the predecessor's
-    checkpoints carry, is let through: it only holds values.
+    Loaded with weights_only=True: a checkpoint cannot run code; nor can it take more memory than its bytes account for.
+    argparse.Namespace, which the predecessor's checkpoints carry, is let through: it only holds values.
 
     Raises:
         UserError: naming ``flag``, the file, what is wrong with it and the remedy.
@@ -45,6 +48,7 @@ def load(path: Path, flag: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{flag} {path}: {'a folder' if path.is_dir() else 'no such file'}; {REMEDY}")
     try:
+        check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except _NOT_READ as error:
@@ -56,19 +60,20 @@ def load(path: Path, flag: str) -> dict[str, Any]:
 
 
 def model_state(checkpoint: dict[str, Any], path: Path, flag: str) -> dict[str, Tensor]:
-    """The model's state_dict in ``model_state_dict``, in ``state_dict``, or the checkpoint itself being one."""
-    state = checkpoint.get("model_state_dict", checkpoint.get("state_dict", checkpoint))
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{flag} {path}: holds no model_state_dict, state_dict or bare state_dict; {REMEDY}")
-    return {name.removeprefix("module."): value for name, value in state.items()}  # DataParallel's prefix
+    """The model's state_dict, wherever in the checkpoint it is."""
+    state = state_of(checkpoint)
+    if state is None:
+        raise UserError(f"{flag} {path}: holds no model_state_dict, state_dict, model or bare state_dict; {REMEDY}")
+    return state
 
 
-def load_float(model: nn.Module, model_name: str, path: Path, flag: str = "--pretrained-baseline") -> None:
-    """Load a float checkpoint into ``model``, every entry of it.
+def load_float(model: nn.Module, model_name: str, path: Path) -> None:
+    """Load a float checkpoint, named by --pretrained-baseline, into ``model``, every entry of it.
 
     Raises:
         UserError: for a file that is no checkpoint, or one of another architecture.
     """
+    flag = "--pretrained-baseline"
     checkpoint = load(path, flag)
     state = model_state(checkpoint, path, flag)
     if any(name.endswith("quantizer.alpha") for name in state):

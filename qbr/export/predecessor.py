@@ -94,7 +94,8 @@ def read_checkpoint(
     values. Its bits and clip tell how the model was quantized.
 
     Args:
-        path: a file of torch.save (PyTorch 1.6 or later); ``model_state_dict``, ``state_dict`` or a bare one.
+        path: a file of torch.save (PyTorch 1.6 or later); ``model_state_dict``, ``state_dict``, ``model`` or a bare
+            one; beside it ``config``, QATConfig's fields or to_json().
         config: how the model was prepared, instead of what the checkpoint says.
         weight_bits, act_bits, clip: the same, one by one, instead of config's, too; 32 for float.
 
@@ -163,28 +164,35 @@ def convert_checkpoint(old: str | os.PathLike, new: str | os.PathLike, **options
     return write_whole(new, lambda temporary: torch.save(content, temporary))
 
 
-def _state(content: dict, path: Path, size: int) -> dict[str, Tensor]:
-    state = content.get("model_state_dict", content.get("state_dict", content))
+def state_of(content: dict) -> dict[str, Tensor] | None:
+    """The state_dict in a checkpoint's content, without the prefixes of wrappers; None where there is none."""
+    state = next((content[name] for name in ("model_state_dict", "state_dict", "model") if name in content), content)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no model_state_dict, state_dict or bare state_dict")
+        return None
+    while wrapper := next((each for each in _WRAPPERS if all(str(name).startswith(each) for name in state)), None):
+        state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    return state
+
+
+def _state(content: dict, path: Path, size: int) -> dict[str, Tensor]:
+    state = state_of(content)
+    if state is None:
+        raise ValueError(f"{path} holds no model_state_dict, state_dict, model or bare state_dict")
     for name, tensor in state.items():
         if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise ValueError(f"{path}: {name!r} is no ordinary tensor")
         claimed = tensor.numel() * tensor.element_size()
         if claimed > size:
             raise ValueError(f"{path}: {name} claims {claimed} bytes, in a file of {size}")
-    state = {name: value.detach() for name, value in state.items()}
-    while wrapper := next((each for each in _WRAPPERS if all(name.startswith(each) for name in state)), None):
-        state = {name.removeprefix(wrapper): value for name, value in state.items()}
-    return state
+    return {name: value.detach() for name, value in state.items()}
 
 
 def _recorded(content: dict, path: Path) -> QATConfig | None:
     values = content.get("config")
-    if not isinstance(values, dict):
+    if not isinstance(values, (dict, str)):
         return None
     try:
-        return QATConfig(**values)
+        return QATConfig.from_json(values) if isinstance(values, str) else QATConfig(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its config is none of QATConfig: {error}") from error
 

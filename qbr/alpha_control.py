@@ -94,6 +94,8 @@ class AlphaControl:
         for name in ("br_to_alpha_weights", "br_to_alpha_acts"):
             check_to_alpha(settings[name], name)
         check_count(settings["warmup_epochs"], "warmup_epochs", least=0)
+        for name in ("freeze_weights", "freeze_acts"):
+            _check_release(name, settings[name], settings["warmup_epochs"] + 1)
         for name in _SETTINGS:
             setattr(self, name, settings[name])
         self._records = {kind: Record(self._plan(kind)) for kind in _SIDES}
@@ -279,6 +281,14 @@ def _events(plan: Freeze | None):
         yield False, f"from step {plan.release_step}"
     if plan.release_tolerance is not None:
         yield False, f"once the distance {settles.format(plan.release_tolerance)}"
+
+
+def _check_release(name: str, plan: bool | Freeze, begin: int) -> None:
+    """Refuse a Freeze that starts at epoch ``begin``, where warm-up has ended, and is over by then."""
+    if isinstance(plan, Freeze) and (plan.epoch, plan.step, plan.tolerance) == (None, None, None):
+        if plan.release_epoch is not None and plan.release_epoch <= begin:
+            raise ValueError(f"{name}: release_epoch={plan.release_epoch}: expected more than {begin}, the epoch after "
+                             "warm-up, with which it freezes; or name its epoch")  # fmt: skip
 
 
 def _alphas(quantizers: list[LSQQuantizer]) -> torch.Tensor:

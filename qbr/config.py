@@ -106,10 +106,13 @@ class QATConfig:
             checked[pattern] = {name: _checked(name, value, f"overrides[{pattern!r}][{name!r}]")
                                 for name, value in values.items()}  # fmt: skip
         object.__setattr__(self, "overrides", checked)
+        if self.quantize_inputs and self.act_bits is None and not self._overrides("act_bits"):
+            raise ValueError("quantize_inputs=True with act_bits=None: inputs have act_bits bits; name them")
+        if self.input_signed is not None and not self.quantize_inputs and not self._overrides("quantize_inputs"):
+            raise ValueError(f"input_signed={self.input_signed} without quantize_inputs=True: no input is quantized")
 
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        return (*self.skip, *self.overrides)
+    def _overrides(self, name: str) -> bool:
+        return any(name in values for values in self.overrides.values())
 
     def regularizer_of(self, kind: str) -> str:
         """The bin loss of "weight" or of "activation" quantizers."""

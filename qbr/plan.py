@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from qbr import discovery, running
 from qbr.calls import joined
@@ -265,21 +266,19 @@ class _Planner:
             notes.append(f"called {calls} times, {planned.steps} {'steps' if planned.steps > 1 else 'step'}")
         if module in self.reading.uneven:
             notes.append("one step for calls that differ between training and eval")
-        elif not callers and self._may_be_repeated(name):
+        elif not callers and name.rpartition(".")[0] in self.reading.untraced:
             notes.append("one step for all calls: its parent's forward does not trace")
         self.plan.relus.append(planned)
         self._row(name, kind, "", f"{bits} bits" + ("" if clip is None else f", clip {clip:g}"), "; ".join(notes))
 
-    def _may_be_repeated(self, name: str) -> bool:
-        parents = [""] + [name[:i] for i, letter in enumerate(name) if letter == "."]
-        return any(parent in self.reading.untraced for parent in parents[-1:])
-
     def _row_of_a_kind(self, name: str, module: nn.Module) -> None:
-        """The row of a module that is of none of the exact types, and stays in float."""
+        """The row of a module that is of none of the exact types, and stays in float, if there is something to it."""
         kind = next((kind for kind in (*WEIGHT_LAYERS, *ATTENTION, *RELUS) if isinstance(module, kind)), None)
-        if kind is None or type(module) is NonDynamicallyQuantizableLinear:  # an out_proj is part of its attention
+        if isinstance(module, (NonDynamicallyQuantizableLinear, ParametrizationList)):  # parts of what has a row
             return
-        reason = f"subclass of {kind.__name__}"
+        if kind is None and not any(not is_lazy(p) and p.dim() > 1 for p in module.parameters(recurse=False)):
+            return
+        reason = f"subclass of {kind.__name__}" if kind is not None else "no quantized form"
         if is_parametrized(module):
             reason = "parametrized"
         elif isinstance(module, LazyModuleMixin):

@@ -147,6 +147,8 @@ def test_an_override_of_what_nothing_of_that_name_has_is_refused():
         ({"last_layer": "8"}, TypeError, "last_layer='8'"),
         ({"quantize_inputs": "yes"}, TypeError, "quantize_inputs='yes'"),
         ({"input_signed": 0}, TypeError, "input_signed=0"),
+        ({"input_signed": False}, ValueError, "input_signed=False without quantize_inputs=True"),
+        ({"act_bits": None, "quantize_inputs": True}, ValueError, "quantize_inputs=True with act_bits=None"),
         ({"weight_per_channel": None}, TypeError, "weight_per_channel=None"),
     ],
 )

@@ -228,6 +228,8 @@ def test_bad_plans(arguments, error, message):
 def test_bad_use():
     with pytest.raises(TypeError, match="freeze_weights=3"):
         AlphaControl(freeze_weights=3)
+    with pytest.raises(ValueError, match="freeze_acts: release_epoch=4: expected more than 4, the epoch after warm-up"):
+        AlphaControl(freeze_acts=Freeze(release_epoch=4), warmup_epochs=3)
     with pytest.raises(RuntimeError, match="begin_step.*attach"):
         AlphaControl().begin_step()
     with pytest.raises(ValueError, match="step=0"):

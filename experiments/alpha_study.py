@@ -64,7 +64,7 @@ class _Study:
             raise UserError(f"--jobs {options.jobs}: expected 1 or more")
         if options.data is not None and not options.data.is_dir():
             raise UserError(f"--data {options.data}: no such folder; name CIFAR-10's, or leave it out")
-        check_writable(self.folder)
+        check_writable(self.folder, flag="--output")
         self.about = study.manifest(options.scale, options.data, options.extra)
         self.running: dict[Path, subprocess.Popen] = {}
 

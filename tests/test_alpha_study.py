@@ -102,6 +102,9 @@ def test_what_is_no_study_is_refused(tmp_path, capsys):
     assert alpha_study(["--jobs", "0", "--output", str(tmp_path / "x")]) == 2
     assert alpha_study(["--data", str(tmp_path / "absent"), "--output", str(tmp_path / "x")]) == 2
     assert not (tmp_path / "x").exists()
+    capsys.readouterr()
+    assert alpha_study(["--output", str(tmp_path / "results.json" / "x")]) == 2
+    assert "error: --output " in capsys.readouterr().err
     (tmp_path / "study.json").write_text('{"scale": "gpu"}')
     assert alpha_study(["--scale", "smoke", "--output", str(tmp_path)]) == 2
     assert "holds another study" in capsys.readouterr().err

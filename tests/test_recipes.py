@@ -239,6 +239,12 @@ def test_flags_that_cannot_be_are_refused(flags, expected, tmp_path, capsys):
     assert expected in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_quick_trains_no_baseline_for_flags_that_cannot_be(tmp_path, capsys):
+    flags = ["--quick", "--limit", "5", "--drop-last", "--batch-size", "5000", "--output-dir", str(tmp_path / "run")]
+    assert qat(flags) == 2
+    assert "no whole batch" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_several_processes_are_not_compiled(monkeypatch):
     monkeypatch.setattr(optim.processes, "world", lambda: 2)
     with pytest.raises(optim.UserError, match="--compile default: works in a single process"):

@@ -29,6 +29,24 @@ class TrainingDiverged(RuntimeError):
     """A loss or gradient was NaN or infinite; the message names the layer."""
 
 
+def check_batches(images: int, options: Any) -> None:
+    """Raise UserError unless ``images`` training images make batches that every process has a share of."""
+    if images == 0:
+        raise UserError("--val-fraction and --limit leave no training images; lower the first or raise the second")
+    batch, of = options.batch_size, processes.world()
+    if options.drop_last and images < batch:
+        raise UserError(
+            f"--batch-size {batch} --drop-last: the training set has {images} images, no whole batch; lower the first "
+            "or give --no-drop-last"
+        )
+    smallest = batch if options.drop_last else images % batch or batch
+    if smallest < of:
+        raise UserError(
+            f"--batch-size {batch}: the last batch of an epoch has {smallest} images, fewer than the {of} processes "
+            "that share it; choose another"
+        )
+
+
 class Trainer:
     """Model, optimizer, schedule and data of one run, and everything that a resumption must restore.
 
@@ -71,19 +89,6 @@ class Trainer:
         self.batches = Batches(
             splits.train.to(device), options.batch_size, self.generator, self.channels_last, options.drop_last
         )
-        if len(splits.train) == 0:
-            raise UserError("--val-fraction and --limit leave no training images; lower the first or raise the second")
-        if len(self.batches) == 0:
-            raise UserError(
-                f"--batch-size {options.batch_size} --drop-last: the training set has {len(splits.train)} images, "
-                "no whole batch; lower the first or give --no-drop-last"
-            )
-        smallest, of = self.batches.size(len(self.batches) - 1), processes.world()
-        if smallest < of:
-            raise UserError(
-                f"--batch-size {options.batch_size}: the last batch of an epoch has {smallest} images, fewer "
-                f"than the {of} processes that share it; choose another"
-            )
         self.validation = splits.val.to(device)
         self.net = processes.parallel(model, device)  # what training calls
         self.optimizer = optim.sgd(model, options, quantized=control is not None)

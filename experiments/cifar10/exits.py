@@ -21,12 +21,14 @@ def exit_code(work: Callable[[], int | None], again: str = "the same command") -
     try:
         with signals.stopping():
             return work() or 0
+    except files.CannotWrite as error:
+        message, code = _cannot_write(error, again), 3
     except UserError as error:
-        message, code = f"error: {error}", 3 if isinstance(error, files.CannotWrite) else 2
+        message, code = f"error: {error}", 2
     except OSError as error:  # of logs, plots, the terminal
         if error.errno not in files.NOT_WRITABLE:
             raise
-        message, code = f"error: {files.cannot_write(error)}", 3
+        message, code = _cannot_write(files.cannot_write(error), again), 3
     except TrainingDiverged as error:
         message, code = f"error: {error}", 1
     except KeyboardInterrupt as stop:
@@ -34,3 +36,7 @@ def exit_code(work: Callable[[], int | None], again: str = "the same command") -
         print(file=sys.stderr)  # below what the terminal shows of Ctrl-C, or a progress bar
     print(f"{processes.label()}{message}", file=sys.stderr)
     return code
+
+
+def _cannot_write(error: files.CannotWrite, again: str) -> str:
+    return f"error: {error}, then {again} goes on after the last whole epoch"

@@ -33,8 +33,7 @@ def cannot_write(error: OSError, path: Path | str | None = None) -> CannotWrite:
     what = path or error.filename or "output"
     remedy = NOT_WRITABLE.get(error.errno, "make its folder writable")
     return CannotWrite(
-        f"cannot write {what}: {error.strerror or error}; what was there before is kept: {remedy}, then the same "
-        "command with --resume goes on after the last whole epoch"
+        f"cannot write {what}: {error.strerror or error}; what was there before is kept: {remedy}"
     )
 
 
@@ -84,12 +83,15 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def check_writable(folder: Path, *inside: str) -> None:
-    """Raise UserError unless ``folder`` and the folders ``inside`` it can be made and written; touches nothing."""
+def check_writable(folder: Path, *inside: str, flag: str = "--output-dir") -> None:
+    """Raise UserError, naming ``flag``, unless ``folder`` and those ``inside`` it can be made and written.
+
+    Touches nothing.
+    """
     for there in (folder.absolute(), *(folder.absolute() / name for name in inside)):
         while not there.exists():
             there = there.parent
         if not there.is_dir():
-            raise UserError(f"--output-dir {folder}: {there} is a file; name a folder")
+            raise UserError(f"{flag} {folder}: {there} is a file; name a folder")
         if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"--output-dir {folder}: {there} cannot be written; name a folder that you may write to")
+            raise UserError(f"{flag} {folder}: {there} cannot be written; name a folder that you may write to")

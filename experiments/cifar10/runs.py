@@ -22,7 +22,7 @@ from qbr import kernels
 
 from . import checkpoints, data, exits, folders, histograms, logs, oscillation, processes, report, warmup
 from .device import keep_freed_memory, pick_device
-from .engine import Trainer, TrainingDiverged
+from .engine import Trainer, TrainingDiverged, check_batches
 from .files import UserError, check_writable, write_json
 from .models import MODELS
 from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, freeze, parse, plain, qat_config, resumed
@@ -97,6 +97,7 @@ class Run:
                 )
         if self.state:
             self._check_data()
+        check_batches(len(self.splits.train), options)
         torch.manual_seed(options.seed)
         self.model = MODELS[options.model](len(self.splits.classes))
         self.epochs = options.epochs if script == BASELINE else options.qat_epochs

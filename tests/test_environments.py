@@ -89,6 +89,29 @@ print(qbr.backends()["native"]["cpu"])
     assert first == expected and second == f"BackendUnavailable: {expected}"
 
 
+def test_a_broken_triton_is_not_taken_for_none(tmp_path):
+    """The first would make "auto" take another backend without a word."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text('raise ImportError("libtriton.so: undefined symbol")')
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from qbr.kernels import BackendUnavailable, triton_backend
+try:
+    triton_backend.load("cuda")
+except ImportError as error:
+    print(error)
+sys.modules["triton"] = None
+try:
+    triton_backend.load("cuda")
+except BackendUnavailable as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    first, second = done.stdout.splitlines()
+    assert first == "libtriton.so: undefined symbol" and second.startswith("Triton is not installed")
+
+
 def test_with_everything_closed_what_was_built_is_used(closed, tmp_path):
     """A home that cannot be written to, with the library in its cache; a site-packages that cannot, either; and no
     compiler: the native backend runs, and nothing was written anywhere."""

@@ -1,7 +1,7 @@
 """The Triton backend: launchers of the kernels in triton_kernels.py, triton_bins.py and triton_finalize.py.
 
-Lists of tensors have launchers of their own, in triton_lists.py.
-Every tuning constant stands here. Nothing synchronises with the device, and how work is divided depends on sizes,
+Lists of tensors have launchers of their own, in triton_lists.py, with a constant for their length; every other tuning
+constant stands here. Nothing synchronises with the device, and how work is divided depends on sizes,
 dtype and device alone: the same input gives the same bits.
 """
 
@@ -49,7 +49,9 @@ def load(device_type: str) -> None:
     """Import the kernels; raise BackendUnavailable, with the remedy, where they cannot run."""
     try:
         importlib.import_module("triton")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "triton":  # one that is there and broken
+            raise
         raise BackendUnavailable(
             "Triton is not installed: pip install triton (Linux; PyTorch's CUDA builds bring it)"
         ) from error

@@ -38,9 +38,8 @@ QUICK = {"every": 23, "executions": 200}  # of the matrix's calls, and of the fu
 def instruction_sets() -> list[str]:
     """The ones of csrc that this machine has, the best last."""
     with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
-        needed = {"baseline": "", "avx2": " avx2", "avx512": " avx512vl"}
-        return [isa for isa in build._LOOPS if needed[isa] in flags]
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        return [isa for isa in build._LOOPS if build.needs(isa) <= flags]
     return ["baseline"]
 
 

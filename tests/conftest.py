@@ -51,15 +51,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.fixture
-def poisoned_empty(monkeypatch):
-    """Fresh floating-point memory from torch.empty is NaN, so an element that nobody wrote shows."""
-
-    def poison(make):
-        def made(*args, **kwargs):
-            t = make(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() else t
-
-        return made
-
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+def poisoned_empty():
+    """Fresh memory from torch is NaN, or the largest integer."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from qbr.kernels import build
+
 ISAS = ["baseline", "avx2", "avx512"]
-NEEDS = {"avx2": {"avx2"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
 
 
 def digest() -> str:
@@ -38,11 +39,17 @@ def digest() -> str:
     return sha.hexdigest()
 
 
-def run_with(isa: str, code: str) -> subprocess.CompletedProcess:
+def run_with(code: str, **variables: str) -> subprocess.CompletedProcess:
     here = Path(__file__).resolve().parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "QBR_CPU_ISA": isa, "PYTHONPATH": path}
+    env = {**os.environ, **variables, "PYTHONPATH": path}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def digest_with(**variables: str) -> str:
+    done = run_with("import test_instruction_sets; print(test_instruction_sets.digest())", **variables)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()[-1]
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 has several copies")
@@ -52,19 +59,26 @@ def test_same_bits():
     load("native", "cpu")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = set(next(line for line in lines if line.startswith("flags")).split())
-    present = [isa for isa in ISAS if NEEDS.get(isa, set()) <= flags]
-    code = "import test_instruction_sets; print(test_instruction_sets.digest())"
-    digests = {}
-    for isa in present:
-        done = run_with(isa, code)
-        assert done.returncode == 0, done.stderr[-2000:]
-        digests[isa] = done.stdout.split()[-1]
+    present = [isa for isa in ISAS if build.needs(isa) <= flags]
+    digests = {isa: digest_with(QBR_CPU_ISA=isa) for isa in present}
     assert len(present) > 1 and len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="fills memory by a variable of glibc")
+def test_what_fresh_memory_holds_does_not_matter():
+    """So every output is written, and nothing that was not."""
+    from test_parity import load
+
+    load("native", "cpu")
+    tunables = "glibc.malloc.tcache_count=0"  # what is taken from there is not filled
+    digests = {digest_with(GLIBC_TUNABLES=tunables, MALLOC_PERTURB_=fill) for fill in ("85", "170")}
+    assert len(digests) == 1
 
 
 def test_a_name_that_is_none():
     from test_parity import load
 
     load("native", "cpu")
-    done = run_with("sse9", "import torch, qbr; qbr.functional.fake_quantize(torch.ones(3), 1.0, qbr.QuantSpec(2))")
+    code = "import torch, qbr; qbr.functional.fake_quantize(torch.ones(3), 1.0, qbr.QuantSpec(2))"
+    done = run_with(code, QBR_CPU_ISA="sse9")
     assert done.returncode != 0 and "QBR_CPU_ISA=sse9: expected baseline, avx2 or avx512" in done.stderr

@@ -228,13 +228,17 @@ def test_a_gradient_laid_out_otherwise_than_x(backend, device):
 
 
 @pytest.mark.parametrize("backend, device", TARGETS)
-def test_every_output_is_written(backend, device, poisoned_empty):
+def test_every_output_is_written(backend, device, request):
     """With fresh memory full of NaN the results are what they are without."""
+    if (backend, device) == ("native", "cpu"):
+        pytest.skip("torch does not fill what its C interface allocates; malloc does: tests/test_instruction_sets.py")
     load(backend, device)
-    for case in SPECS:
-        x, alpha, grad = case.inputs((5, 6, 7))
-        got = run(backend, device, case, x, alpha, grad)
-        assert not any(t.isnan().any() for t in got.values()), case.name
+    inputs = [case.inputs((5, 6, 7)) for case in SPECS]
+    expected = [run(backend, device, case, *each) for case, each in zip(SPECS, inputs)]
+    request.getfixturevalue("poisoned_empty")
+    for case, each, before in zip(SPECS, inputs, expected):
+        got = run(backend, device, case, *each)
+        assert all(torch.equal(t, before[name]) for name, t in got.items()), case.name
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)], ids=str)

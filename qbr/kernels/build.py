@@ -39,6 +39,7 @@ _CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 _PREFIX_FLAG = "-ffile-prefix-map={}=csrc"  # messages name the sources as csrc/..., wherever they were compiled
 # Contraction would move codes across ties; errno and traps keep loops with divisions and comparisons scalar.
 _LOOP_FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+# csrc/cpu.cpp asks the machine for the same.
 _AVX2 = ("-mavx2", "-mfma", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 _X86 = platform.machine() in ("x86_64", "AMD64")
@@ -177,6 +178,11 @@ def sources_hash(sources: Path, cuda: bool) -> str:
     flags = (_TARGET, _CXX_FLAGS, _PREFIX_FLAG, _LOOP_FLAGS, _LOOPS, *((_ARCHS, _NVCC_FLAGS) if cuda else ()))
     digest.update(repr(flags).encode())
     return digest.hexdigest()[:16]
+
+
+def needs(isa: str) -> set[str]:
+    """What /proc/cpuinfo's flags have where a copy of the CPU's loops runs."""
+    return {flag.removeprefix("-m") for flag in _LOOPS[isa] if "=" not in flag}
 
 
 # ---- building ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,9 @@ import qbr
 from qbr.whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from experiments.cifar10 import sources  # noqa: E402
+
 BUSY_CYCLES = 4_000_000  # 2 ms at 2 GHz
 
 
@@ -85,7 +88,7 @@ def environment(device: str) -> dict:
     else:
         model = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
         hardware = model[0].split(":", 1)[1].strip() if model else platform.processor()
-    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    commit = sources.commit() or "unknown"
     return {
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "commit": commit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
-from qbr import metrics
+from qbr import grouping, metrics
 from qbr.functional import Bins
 from qbr.quantizers import LSQQuantizer
 from qbr.regularizer import by_layer, quantized_weights
@@ -142,7 +142,7 @@ class Observer:
     def see(self, x: Tensor, xhat: Tensor, bins: Bins) -> None:
         """Add one training forward: what was quantized, the result, and the sums of its pass."""
         if not torch.compiler.is_compiling():
-            if torch._C._current_graph_task_id() != -1:
+            if grouping.is_in_backward():
                 return  # a checkpointed forward that backward runs again
             if self.quantizer.kind == "weight":
                 # By a weak reference: the address of a weight that a parametrization made is free for the next.

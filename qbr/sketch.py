@@ -106,11 +106,6 @@ def mean_step(statistics: Mean, spec: QuantSpec) -> Tensor:
     return mean if spec.binary else mean * (2.0 / math.sqrt(max(spec.qp, 1)))
 
 
-def _reach(size: Tensor, spec: QuantSpec) -> Tensor:
-    """The step that puts |x| = size on the outermost level."""
-    return size / max(spec.qp, -spec.qn, 1)
-
-
 def mse_step(bins: Bins, spec: QuantSpec) -> Tensor:
     """The step with the least sum of (x - xhat)^2, [C], within 0.6 %. NaN where all is 0 or nothing was seen."""
     if not bins.count.numel():

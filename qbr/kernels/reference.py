@@ -1,4 +1,4 @@
-"""The reference backend: math.md (README.md here) in PyTorch, op by op, with closed-form backwards.
+"""The reference backend: the formulas (README.md here) in PyTorch, op by op, with closed-form backwards.
 
 It defines the truth that the tests hold the other backends to, and it runs on every device.
 Shapes: x any, dense; alpha has C elements, one for each index of ``channel_axis`` (C = 1 where that is -1).

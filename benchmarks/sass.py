@@ -143,14 +143,15 @@ def _blocks(code: list[Instruction]) -> tuple[dict[int, list[Instruction]], dict
 
 
 def hottest_cycle(code: list[Instruction]) -> Cycle | None:
-    """None for a kernel without a loop over 16-byte loads."""
+    """None for a kernel without a loop over 16-byte loads and stores."""
     blocks, edges = _blocks(code)
 
-    def wide(block: list[Instruction]) -> int:
-        return sum(i.opcode.startswith("LDG") and _width(i.opcode) == 16 for i in block)
+    def wide(block: list[Instruction], access: str = "LDG") -> int:
+        return sum(i.opcode.startswith(access) and _width(i.opcode) == 16 for i in block)
 
     most = max(wide(block) for block in blocks.values())
-    cycles = [_shortest(blocks, edges, at) for at in blocks if most and wide(blocks[at]) == most]
+    storing = {at for at, block in blocks.items() if wide(block, "STG")}  # not the way around them
+    cycles = [_shortest(blocks, edges, at, storing) for at in blocks if most and wide(blocks[at]) == most]
     cycles = [[i for at in path for i in blocks[at]] for path in cycles if path]
     if not cycles:
         return None
@@ -164,20 +165,20 @@ def hottest_cycle(code: list[Instruction]) -> Cycle | None:
     return Cycle(len(taken), *_clocks(taken), loads, stores)
 
 
-def _shortest(blocks, edges, start: int) -> tuple[int, ...] | None:
-    """The blocks of the cycle through start with the fewest instructions."""
-    queue: list[tuple[int, int, tuple[int, ...]]] = [(0, start, ())]
-    seen: dict[int, int] = {}
+def _shortest(blocks, edges, start: int, through: set[int]) -> tuple[int, ...] | None:
+    """The blocks of the cycle through start and one of ``through`` with the fewest instructions."""
+    queue: list[tuple[int, int, bool, tuple[int, ...]]] = [(0, start, False, ())]
+    seen: dict[tuple[int, bool], int] = {}
     while queue:
-        cost, at, path = heapq.heappop(queue)
-        if at == start and path:
+        cost, at, passed, path = heapq.heappop(queue)
+        if at == start and passed:
             return path
-        if path and seen.get(at, cost + 1) <= cost:
+        if path and seen.get((at, passed), cost + 1) <= cost:
             continue
         if path:
-            seen[at] = cost
+            seen[at, passed] = cost
         for following in edges[at]:
-            heapq.heappush(queue, (cost + len(blocks[at]), following, (*path, at)))
+            heapq.heappush(queue, (cost + len(blocks[at]), following, passed or at in through, (*path, at)))
     return None
 
 

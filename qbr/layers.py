@@ -247,7 +247,7 @@ class QuantizedClippedReLU(Counted, nn.Module):
         return f"clip_value={self.clip_value}"
 
     def __getstate__(self):
-        return {**self.__dict__, "_input": None, "_kept": None}
+        return {**super().__getstate__(), "_input": None, "_kept": None}
 
 
 def clipped_relu(x: Tensor, clip: float | None) -> Tensor:

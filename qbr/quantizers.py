@@ -305,7 +305,7 @@ class LSQQuantizer(nn.Module):
 
     def __getstate__(self):
         # Collected losses are part of a graph, and an observer is of one model: neither deepcopy nor pickle takes them.
-        return {**self.__dict__, "_retained": [], "_ready": None, "observer": None, "_alpha_in_graph": ()}
+        return {**super().__getstate__(), "_retained": [], "_ready": None, "observer": None, "_alpha_in_graph": ()}
 
     def __setstate__(self, state):
         defaults = {"frozen": False, "_learns": True, "_saved_elsewhere": False, "_alpha_in_graph": ()}

@@ -58,6 +58,10 @@ def test_a_relu_compiled_by_itself(model, way):
         block.relu.compile(backend="aot_eager", fullgraph=True)
     for _ in range(2):
         assert torch.equal(net(x), expected)
+    for block in copy.deepcopy(net):  # whose modules call themselves, and not those they are copies of
+        assert not any(module._compiled_call_impl for module in block.modules())
+    if way == "prepared":
+        assert torch.equal(convert(net)(x), expected)
 
 
 def test_calls_from_elsewhere(model):

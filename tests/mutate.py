@@ -33,7 +33,10 @@ import torch  # noqa: F401
 from mutants import MUTANTS, SUITES, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("qbr", "csrc", "tests", "benchmarks", "examples", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
+COPIED = (
+    *("qbr", "csrc", "tests", "benchmarks", "experiments", "examples"),
+    *("pyproject.toml", "setup.py", "MANIFEST.in", "README.md"),
+)
 WAIT = 20  # times the limit, by the clock
 # The native extension of the copy: -O1, an object once for each state of what it is made from, and of the loops, whose
 # three copies take longest, only this machine's own anew (the others are those without a fault).

@@ -181,7 +181,9 @@ def _fixed(entries) -> list[BinLoss]:
     """The entries with a copy of alpha: metrics that are read after the optimizer's step must not see its new one."""
     entries = list(entries)
     alphas = torch._foreach_mul([entry.bins.alpha for entry in entries], 1.0) if entries else []
-    return [entry._replace(bins=entry.bins._replace(alpha=alpha)) for entry, alpha in zip(entries, alphas)]
+    bins = [entry.bins for entry in entries]  # not by _replace, which dynamo of torch 2.11 cannot follow
+    copies = [Bins(each.table, alpha, each.spec, each.numel) for each, alpha in zip(bins, alphas)]
+    return [BinLoss(entry.loss, copy) for entry, copy in zip(entries, copies)]
 
 
 def forget(model: nn.Module, *_) -> None:

@@ -32,15 +32,21 @@ PY = sys.executable
 CUDA = "/usr/local/cuda"  # where a toolkit lies that is not on the PATH
 # Fails where a backend is missing: what follows would skip it, or train on the CPU.
 BUILD = """
-import sys, torch, qbr
+import importlib.util, sys, torch, qbr
 print(torch.__version__)
+wanted = ("tqdm", "PIL", "matplotlib", "hypothesis", "onnx", "onnxscript", "safetensors", "xdist")
+print("not installed, and parity or training want it:", [n for n in wanted if importlib.util.find_spec(n) is None])
 print(found := qbr.backends())
 sys.exit(any(found[name][sys.argv[1]] for name in (("native", "triton") if sys.argv[1] == "cuda" else ("native",))))
 """
 # The tests marked gpu in three commands: a part that ended well is not run again.
 BACKENDS = {"native": "native", "triton": "triton", "others": "not native and not triton"}
 # What a rehearsal on the CPU adds to the flags of each script.
+COMPILED = "resnet18-w2a2"  # the one run of a rehearsal that is compiled, too
 SMALL = {"cifar10_baseline": ["--epochs", "1"], "cifar10_qat_br": ["--warmup-epochs", "1", "--qat-epochs", "2"]}
+
+# Seconds that a command may take, but for those that train, which go on in a later call.
+LIMIT = 480
 
 
 def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str]]]:
@@ -49,7 +55,8 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
     bench = ["--device", device] + ([] if on_gpu else ["--quick"])
     # Most of the time is Triton compiling, a kernel at a time in a process: so in several, where pytest-xdist is there.
     several = ["-n", "8", "--dist", "worksteal"] if on_gpu and importlib.util.find_spec("xdist") else []
-    parity = [PY, "-m", "pytest", "-q", "-rs", *several, "tests", "--junitxml"]
+    # A file that needs a package which is not there is an error, and the other files run.
+    parity = [PY, "-m", "pytest", "-q", "-rs", *several, "--continue-on-collection-errors", "tests", "--junitxml"]
     marks = {"native": ["-k", "native-cpu and w2"]}
     if on_gpu:
         marks = {backend: ["-m", "gpu", "-k", which] for backend, which in BACKENDS.items()}
@@ -90,10 +97,12 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
 def training(out: Path, on_gpu: bool, data: Path | None) -> dict[str, list[list[str]]]:
     """The stages that train (docs/recipes.md), each ending in a table of its runs; on the CPU a small rehearsal."""
     common = ["--resume", *(["--data", str(data)] if data else [])]
-    tiny = ["--model", "resnet20", "--limit", "16", "--batch-size", "16", "--compile", "none", "--gpu", "-1"]
+    tiny = ["--model", "resnet20", "--limit", "16", "--batch-size", "16", "--gpu", "-1"]
 
     def train(script: str, name: str, *flags: str) -> list[str]:
         small = [] if on_gpu else [*tiny, *SMALL[script]]
+        if small and name != COMPILED:
+            small += ["--compile", "none"]
         return [PY, f"experiments/{script}.py", *common, "--output-dir", str(out / name), *flags, *small]
 
     def qat(name: str, float_run: str, *flags: str) -> list[str]:
@@ -138,7 +147,7 @@ def training(out: Path, on_gpu: bool, data: Path | None) -> dict[str, list[list[
 
 
 def run(command: list[str], log, deadline: float) -> int:
-    """The exit status; 124 if the deadline came first. Output goes to the log and to the terminal."""
+    """The exit status; 124 if the deadline came first. Output goes to the log."""
     log.write(f"$ {' '.join(command)}\n")
     log.flush()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -186,39 +195,67 @@ def main() -> None:
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(plan)}")
     about = {"commit": commit() or "unknown", "device": args.device}
-    record_path = out / "stages.json"
-    record = json.loads(record_path.read_text()) if record_path.exists() else {}
-    for stage in args.only or plan:
-        before = record.get(stage, {})
-        same = before if {key: before.get(key) for key in about} == about else {}
-        if same.get("status") == "ok":
-            print(f"{stage:10} done before", flush=True)
-            continue
+    if about["commit"] == "unknown":
+        print("without git no result tells its commit: set QBR_COMMIT, to another after every change", flush=True)
+    record = Record(out, about)
+    names = args.only or list(plan)
+    for again in (False, True):  # what has failed before waits for what has not been tried
+        for stage in names:
+            record.work(stage, plan[stage], again, deadline)
+            if stage == "build" and record.stages.get("build", {}).get("status") != "ok":
+                sys.exit("nothing else is run without what the build was to give")
+    sys.exit(any(record.stages.get(stage, {}).get("status") != "ok" for stage in names))
+
+
+class Record:
+    """stages.json: what has run of every stage, at which commit and on which kind of device."""
+
+    def __init__(self, out: Path, about: dict) -> None:
+        self.out, self.about, self.path = out, about, out / "stages.json"
+        self.stages = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.told: set[str] = set()
+
+    def work(self, stage: str, commands: list[list[str]], again: bool, deadline: float) -> None:
+        """Run the stage's commands that have not been tried; with ``again`` those that failed in an earlier call."""
+        before = self.stages.get(stage, {})
+        same = before if {key: before.get(key) for key in self.about} == self.about else {}
+        done, failed = same.get("done", []), same.get("failed", {})
+        tried = {**dict.fromkeys(done), **({} if stage == "build" else failed)}
+        left = [c for c in commands if (shlex.join(c) in failed if again else shlex.join(c) not in tried)]
+        if not left or stage in self.told:
+            if not again and not failed:
+                print(f"{stage:10} done before", flush=True)
+            return
         if time.time() > deadline - 5:
             print(f"{stage:10} left for the next run", flush=True)
-            continue
+            return
+        self.told.add(stage)  # what fails now is not tried again in this call
         start, spent = time.time(), same.get("seconds", 0)
-        now = record[stage] = {"status": "not ended", **about, "seconds": spent, "done": same.get("done", [])}
-        with open(out / f"{stage}.log", "a") as log:
-            codes = []
-            for command in plan[stage]:
-                if shlex.join(command) in now["done"]:
-                    continue
-                codes.append(run(command, log, deadline))
-                if codes[-1] == 0:
-                    now["done"].append(shlex.join(command))
+        now = {"status": "not ended", **self.about, "seconds": spent, "done": done, "failed": failed}
+        self.stages[stage] = now
+        codes = []
+        with open(self.out / f"{stage}.log", "a") as log:
+            for command in left:
+                trains = any(word.startswith("experiments/") for word in command)
+                until = deadline if trains else min(deadline, time.time() + LIMIT)
+                codes.append(run(command, log, until))
                 now["seconds"] = round(spent + time.time() - start, 1)
-                write_json(record_path, record)  # whoever kills this in the next command leaves what was done
-                if codes[-1] == 124:  # what follows may build on it
+                stopped = codes[-1] == 124 and until == deadline
+                failed.pop(shlex.join(command), None)
+                if codes[-1] == 0:
+                    done.append(shlex.join(command))
+                elif not stopped:
+                    failed[shlex.join(command)] = codes[-1]
+                write_json(self.path, self.stages)  # whoever kills this in the next command leaves what was done
+                if stopped:  # what follows may build on it
                     break
-        stopped = "stopped by the time limit" if 124 in codes else f"failed: exit {codes}"
-        now["status"] = stopped if any(codes) else "ok"
-        write_json(record_path, record)
-        tail = (out / f"{stage}.log").read_text().strip().splitlines()[-4:]
+        if len(done) == len(commands):
+            now["status"] = "ok"
+        else:
+            now["status"] = f"failed: exit {list(failed.values())}" if failed else "stopped by the time limit"
+        write_json(self.path, self.stages)
+        tail = (self.out / f"{stage}.log").read_text().strip().splitlines()[-4:]
         print(f"{stage:10} {now['status']}, {now['seconds']} s", *tail, sep="\n    ", flush=True)
-        if stage == "build" and any(codes):
-            sys.exit("nothing else is run without what the build was to give")
-    sys.exit(any(record.get(stage, {}).get("status") != "ok" for stage in args.only or plan))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,22 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+@pytest.fixture(autouse=True)
+def device_is_there(request):
+    """An error on a device stays with its process, and would fail every test after the one that made it."""
+    yield
+    if "gpu" not in request.keywords or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        lost = f"{request.node.nodeid} has lost the device: {error}"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(lost, returncode=1)
+        print(lost, file=sys.__stderr__, flush=True)
+        os._exit(1)  # pytest-xdist starts another
+
+
 @pytest.fixture
 def poisoned_empty():
     """Fresh memory from torch is NaN, or the largest integer."""

@@ -22,13 +22,19 @@ gpu.stages = lambda out, device, data: dict(
     build=[[gpu.PY, "-c", "import sys; open(sys.argv[1], 'a').write('first ')", str(out / "ran")],
            [gpu.PY, "-c", {second!r}, str(out / "ran")]],
     more=[[gpu.PY, "-c", "pass"]],
+    fails=[[gpu.PY, "-c", "import sys; open(sys.argv[1], 'a').write('fails '); sys.exit(3)", str(out / "ran")],
+           [gpu.PY, "-c", "import sys; open(sys.argv[1], 'a').write('next ')", str(out / "ran")]],
+    last=[[gpu.PY, "-c", "import sys; open(sys.argv[1], 'a').write('last ')", str(out / "ran")]],
 )
+if {limit}:
+    gpu.LIMIT = {limit}
 gpu.main()
 """
 
 
-def command(tmp_path: Path, second: str, *flags: str) -> list[str]:
-    code = SCRIPT.format(folder=str(ROOT / "benchmarks"), second=second)
+def command(tmp_path: Path, second: str, *flags: str, limit: float = 0) -> list[str]:
+    code = SCRIPT.format(folder=str(ROOT / "benchmarks"), second=second, limit=limit)
+    flags = flags if "--only" in flags else (*flags, "--only", "build", "more")
     return [sys.executable, "-c", code, "--output", str(tmp_path), *flags]
 
 
@@ -45,7 +51,7 @@ FAILS, WORKS = "raise SystemExit(7)", "import sys; open(sys.argv[1], 'a').write(
 
 def test_commands_that_ended_well_are_not_repeated(tmp_path):
     code, record, ran = call(tmp_path, FAILS)
-    assert (code, record["build"]["status"], ran) == (1, "failed: exit [0, 7]", "first ")
+    assert (code, record["build"]["status"], ran) == (1, "failed: exit [7]", "first ")
     assert "more" not in record  # nothing is run after a build that failed
     code, record, ran = call(tmp_path, FAILS)
     assert ran == "first " and record["build"]["status"] == "failed: exit [7]"
@@ -67,6 +73,21 @@ def test_another_device_or_commit_is_another_result(tmp_path, flags, environment
     assert (code, ran) == (0, "first second first second ")
     assert record["build"]["device"] == (flags or ["", "cuda"])[1]
     assert record["build"]["commit"] == environment.get("QBR_COMMIT", record["build"]["commit"])
+
+
+def test_what_failed_waits_for_what_was_not_tried(tmp_path):
+    code, record, ran = call(tmp_path, WORKS, "--only", "build", "fails")
+    assert (code, ran) == (1, "first second fails next ")
+    code, record, ran = call(tmp_path, WORKS, "--only", "build", "fails", "last")
+    assert (code, ran) == (1, "first second fails next last fails ")
+    assert record["fails"]["status"] == "failed: exit [3]" and record["last"]["status"] == "ok"
+
+
+def test_a_command_that_hangs_has_failed(tmp_path):
+    arguments = command(tmp_path, "import time; time.sleep(600)", limit=0.5)
+    assert subprocess.run(arguments, capture_output=True, timeout=60).returncode == 1
+    record = json.loads((tmp_path / "stages.json").read_text())["build"]
+    assert record["status"] == "failed: exit [124]" and len(record["done"]) == 1
 
 
 def test_a_machine_without_git(tmp_path):

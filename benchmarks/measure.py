@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -98,8 +100,20 @@ def environment(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **(_versions_for_cuda() if device == "cuda" else {}),
         "qbr": qbr.__version__,
     }
+
+
+def _versions_for_cuda() -> dict[str, str | None]:
+    """None for what is not there."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout if shutil.which(query[0]) else ""
+    return {"cuda": torch.version.cuda, "triton": triton, "driver": driver.strip() or None}
 
 
 def save(path: Path, device: str, rows: list[dict]) -> None:

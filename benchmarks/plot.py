@@ -89,7 +89,10 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=default)
     args = parser.parse_args()
     target = args.results.with_suffix(".png")
-    draw(json.loads(args.results.read_text()), target)
+    parts = json.loads(args.results.read_text())
+    for part in parts.values():
+        part["rows"] = [row for row in part["rows"] if "failed" not in row]
+    draw(parts, target)
     print(f"wrote {target}")
 
 

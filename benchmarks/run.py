@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,9 +30,20 @@ import qbr  # noqa: E402
 from qbr import kernels  # noqa: E402
 
 
-def kernel_rows(device: str, quick: bool, repeats: int, only: int | None = None) -> list[dict]:
+def each(part: str, device: str, cases: Iterable, measured: Callable[..., dict]) -> Iterator[dict]:
+    """A row of every case; of one that fails, why, so that the others are not lost with it."""
+    for case in cases:
+        try:
+            yield measured(*case)
+        except Exception as error:
+            traceback.print_exc()
+            name = " ".join(str(getattr(word, "name", word)) for word in case)
+            why = f"{type(error).__name__}: {error}"
+            yield {"part": part, "device": device, "case": name, "failed": why, "times": {}}
+
+
+def kernel_rows(device: str, quick: bool, repeats: int, only: int | None = None) -> Iterator[dict]:
     """Every backend's kernels in units of the limit."""
-    rows = []
     sizes = [16, 22] if quick else [16, 18, 20, 22, 24, 26]
     cases = [
         registry.Case(device, dtype, bits, size)
@@ -40,35 +54,38 @@ def kernel_rows(device: str, quick: bool, repeats: int, only: int | None = None)
     for ways in ({"per_channel": True}, {"relu": True}):
         middle = [22] if quick else [22, 24]
         cases += [registry.Case(device, dtype, 2, size, **ways) for dtype in registry.DTYPES for size in middle]
-    for backend in backends(device):
-        for case in (case for case in cases if only in (None, case.log2_size)):
-            runs = registry.kernel_runs(case, backend)
-            times = repeats if case.log2_size < 26 else max(3, repeats // 3)
-            result = measure.alternate(runs, device, times, device_only=True)
-            rows.append(kernel_row(case, backend, result))
-            print_kernel_row(rows[-1])
-    return rows
+
+    def measured(backend: str, case: registry.Case) -> dict:
+        runs = registry.kernel_runs(case, backend)
+        times = repeats if case.log2_size < 26 else max(3, repeats // 3)
+        row = kernel_row(case, backend, measure.alternate(runs, device, times, device_only=True))
+        print_kernel_row(row)
+        return row
+
+    wanted = [case for case in cases if only in (None, case.log2_size)]
+    return each("kernels", device, itertools.product(backends(device), wanted), measured)
 
 
-def compiled_rows(device: str, quick: bool, repeats: int) -> list[dict]:
+def compiled_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
     """The kernels that "auto" takes against the same formulas under torch.compile."""
-    rows = []
-    for size in [16] if quick else [16, 20, 24]:
-        for bits in (2,) if quick else (2, 4, 8):
-            case = registry.Case(device, "float32", bits, size)
-            backend = kernels.resolve("auto", device, torch.float32)
-            own = {name: run for name, run in registry.kernel_runs(case, backend).items() if "lsq_bin" in name}
-            runs = {**own, **registry.compiled_runs(case)}
-            result = measure.alternate(runs, device, max(3, repeats // 3), block=5, device_only=True)
-            s = {name: r["median_s"] for name, r in result.items()}
-            own = s["lsq_bin fwd"] + s["lsq_bin bwd"]
-            kinds = [kind for kind in ("compiled", "compiled reference") if f"{kind} fwd" in s]
-            ratios = {f"times_{kind.replace(' ', '_')}": (s[f"{kind} fwd"] + s[f"{kind} bwd"]) / own for kind in kinds}
-            taken = ", ".join(f"{kind} {ratio:.1f}x" for kind, ratio in zip(kinds, ratios.values()))
-            print(f"{case.name}: as long as qbr: {taken}", flush=True)
-            facts = {"backend": backend, "dtype": case.dtype, "bits": bits, "log2_size": size}
-            rows.append({"part": "compiled", "device": device, **facts, **ratios, "times": result})
-    return rows
+
+    def measured(size: int, bits: int) -> dict:
+        case = registry.Case(device, "float32", bits, size)
+        backend = kernels.resolve("auto", device, torch.float32)
+        own = {name: run for name, run in registry.kernel_runs(case, backend).items() if "lsq_bin" in name}
+        runs = {**own, **registry.compiled_runs(case)}
+        result = measure.alternate(runs, device, max(3, repeats // 3), block=5, device_only=True)
+        s = {name: r["median_s"] for name, r in result.items()}
+        own = s["lsq_bin fwd"] + s["lsq_bin bwd"]
+        kinds = [kind for kind in ("compiled", "compiled reference") if f"{kind} fwd" in s]
+        ratios = {f"times_{kind.replace(' ', '_')}": (s[f"{kind} fwd"] + s[f"{kind} bwd"]) / own for kind in kinds}
+        taken = ", ".join(f"{kind} {ratio:.1f}x" for kind, ratio in zip(kinds, ratios.values()))
+        print(f"{case.name}: as long as qbr: {taken}", flush=True)
+        facts = {"backend": backend, "dtype": case.dtype, "bits": bits, "log2_size": size}
+        return {"part": "compiled", "device": device, **facts, **ratios, "times": result}
+
+    cases = itertools.product([16] if quick else [16, 20, 24], (2,) if quick else (2, 4, 8))
+    return each("compiled", device, cases, measured)
 
 
 def kernel_row(case: registry.Case, backend: str, result: dict) -> dict:
@@ -96,21 +113,22 @@ def print_kernel_row(row: dict) -> None:
     )
 
 
-def peer_rows(device: str, quick: bool, repeats: int) -> list[dict]:
+def peer_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
     """Forward and backward through autograd: qbr, the predecessor's formulas, and libraries that do LSQ alone."""
-    rows = []
-    for size in [16] if quick else [16, 20, 24]:
-        for bits in (2,) if quick else (2, 4, 8):
-            case = registry.Case(device, "float32", bits, size)
-            runs, missing = registry.autograd_runs(case)
-            result = measure.alternate(runs, device, repeats if size < 24 else max(3, repeats // 2))
-            row = {"part": "peers", "device": device, "dtype": case.dtype, "bits": bits, "log2_size": size}
-            for name, r in result.items():
-                own = result["qbr lsq_bin" if name.endswith("lsq_bin") else "qbr lsq"]["median_s"]
-                row[f"times {name}"] = r["median_s"] / own
-            rows.append({**row, "missing": missing, "times": result})
-            print(f"{case.name}: " + ", ".join(f"{n} {r['median_s'] * 1e6:.0f} us" for n, r in result.items()), missing)
-    return rows
+
+    def measured(size: int, bits: int) -> dict:
+        case = registry.Case(device, "float32", bits, size)
+        runs, missing = registry.autograd_runs(case)
+        result = measure.alternate(runs, device, repeats if size < 24 else max(3, repeats // 2))
+        row = {"part": "peers", "device": device, "dtype": case.dtype, "bits": bits, "log2_size": size}
+        for name, r in result.items():
+            own = result["qbr lsq_bin" if name.endswith("lsq_bin") else "qbr lsq"]["median_s"]
+            row[f"times {name}"] = r["median_s"] / own
+        print(f"{case.name}: " + ", ".join(f"{n} {r['median_s'] * 1e6:.0f} us" for n, r in result.items()), missing)
+        return {**row, "missing": missing, "times": result}
+
+    cases = itertools.product([16] if quick else [16, 20, 24], (2,) if quick else (2, 4, 8))
+    return each("peers", device, cases, measured)
 
 
 def backends(device: str) -> list[str]:
@@ -164,10 +182,17 @@ def main() -> None:
     name = f"run-{args.device}{'-quick' if args.quick else ''}.json"
     path = args.output or measure.ROOT / "benchmarks/results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    failed = []
     for part in args.part:
         print(f"# {part}", flush=True)
         only = (args.log2_size,) if part == "kernels" else ()
-        save(path, args.device, part, PARTS[part](args.device, args.quick, 5 if args.quick else args.repeats, *only))
+        rows = []
+        for row in PARTS[part](args.device, args.quick, 5 if args.quick else args.repeats, *only):
+            rows.append(row)
+            save(path, args.device, part, rows)  # whatever ends this, what was measured stays
+        failed += [f"{part} {row['case']}: {row['failed']}" for row in rows if "failed" in row]
+    if failed:
+        sys.exit("these cases failed:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ sys.exit(any(found[name][sys.argv[1]] for name in (("native", "triton") if sys.a
 """
 # The tests marked gpu in three commands: a part that ended well is not run again.
 BACKENDS = {"native": "native", "triton": "triton", "others": "not native and not triton"}
-# What a rehearsal on the CPU adds to the flags of each script.
-COMPILED = "resnet18-w2a2"  # the one run of a rehearsal that is compiled, too
+COMPILED = "resnet18-w2a2"  # the one run of a rehearsal on the CPU that is compiled, too
+# What such a rehearsal adds to the flags of each script.
 SMALL = {"cifar10_baseline": ["--epochs", "1"], "cifar10_qat_br": ["--warmup-epochs", "1", "--qat-epochs", "2"]}
 
 # Seconds that a command may take, but for those that train, which go on in a later call.
@@ -233,19 +233,18 @@ class Record:
         start, spent = time.time(), same.get("seconds", 0)
         now = {"status": "not ended", **self.about, "seconds": spent, "done": done, "failed": failed}
         self.stages[stage] = now
-        codes = []
         with open(self.out / f"{stage}.log", "a") as log:
             for command in left:
                 trains = any(word.startswith("experiments/") for word in command)
                 until = deadline if trains else min(deadline, time.time() + LIMIT)
-                codes.append(run(command, log, until))
+                code = run(command, log, until)
                 now["seconds"] = round(spent + time.time() - start, 1)
-                stopped = codes[-1] == 124 and until == deadline
+                stopped = code == 124 and until == deadline
                 failed.pop(shlex.join(command), None)
-                if codes[-1] == 0:
+                if code == 0:
                     done.append(shlex.join(command))
                 elif not stopped:
-                    failed[shlex.join(command)] = codes[-1]
+                    failed[shlex.join(command)] = code
                 write_json(self.path, self.stages)  # whoever kills this in the next command leaves what was done
                 if stopped:  # what follows may build on it
                     break

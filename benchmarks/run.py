@@ -66,6 +66,10 @@ def kernel_rows(device: str, quick: bool, repeats: int, only: int | None = None)
     return each("kernels", device, itertools.product(backends(device), wanted), measured)
 
 
+def sizes_and_bits(quick: bool) -> Iterable[tuple[int, int]]:
+    return itertools.product([16] if quick else [16, 20, 24], (2,) if quick else (2, 4, 8))
+
+
 def compiled_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
     """The kernels that "auto" takes against the same formulas under torch.compile."""
 
@@ -84,8 +88,7 @@ def compiled_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
         facts = {"backend": backend, "dtype": case.dtype, "bits": bits, "log2_size": size}
         return {"part": "compiled", "device": device, **facts, **ratios, "times": result}
 
-    cases = itertools.product([16] if quick else [16, 20, 24], (2,) if quick else (2, 4, 8))
-    return each("compiled", device, cases, measured)
+    return each("compiled", device, sizes_and_bits(quick), measured)
 
 
 def kernel_row(case: registry.Case, backend: str, result: dict) -> dict:
@@ -127,8 +130,7 @@ def peer_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
         print(f"{case.name}: " + ", ".join(f"{n} {r['median_s'] * 1e6:.0f} us" for n, r in result.items()), missing)
         return {**row, "missing": missing, "times": result}
 
-    cases = itertools.product([16] if quick else [16, 20, 24], (2,) if quick else (2, 4, 8))
-    return each("peers", device, cases, measured)
+    return each("peers", device, sizes_and_bits(quick), measured)
 
 
 def backends(device: str) -> list[str]:

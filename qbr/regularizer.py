@@ -55,8 +55,8 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False) -> ModelBinLoss:
 
     Raises:
         ValueError: for a model without quantizers, or with layers of the drop-in alone, which nobody has told to
-            collect; with global_bins also where activation checkpointing or offloading
-            keeps the global bins from backward, and for BR's gradient of alphas per channel.
+            collect; with global_bins also where activation checkpointing or offloading keeps the global bins from
+            backward, and for BR's gradient of alphas per channel.
 
     Source: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021.
     """

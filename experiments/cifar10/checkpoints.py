@@ -53,7 +53,8 @@ def load(path: Path, flag: str) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except _NOT_READ as error:
         # torch's own words tell how to load it unsafely: not what anyone should do with a file that is not theirs.
-        raise UserError(f"{flag} {path}: truncated, or not a checkpoint ({type(error).__name__}); {REMEDY}") from error
+        why = type(error.__cause__ or error).__name__
+        raise UserError(f"{flag} {path}: truncated, or not a checkpoint ({why}); {REMEDY}") from error
     if not isinstance(state, dict):
         raise UserError(f"{flag} {path}: holds a {type(state).__name__}, not a checkpoint; {REMEDY}")
     return state

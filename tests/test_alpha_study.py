@@ -135,6 +135,8 @@ def test_a_shared_warm_up_changes_nothing(tmp_path, monkeypatch, capsys):
     for change, expected in (
         (["--lr", "0.5"], "--lr 0.5 (there 0.01)"),
         (["--warmup-epochs", "2"], "has 1 epochs, this run's 2"),
+        (["--qat-epochs", "1"], "--qat-epochs 1 (there 2)"),
+        (["--qat-epochs", "1", "--keep-warmup"], "no run could begin after such a warm-up"),
         (["--warmup-from", str(alone)], "holds no warm-up"),
     ):
         refused = [*flags, "--warmup-from", str(first), *change, "--output-dir", str(tmp_path / "refused")]

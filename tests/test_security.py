@@ -1,7 +1,7 @@
 """What the code here may not do with files and strings from outside, read from its sources; and what builds run.
 
-SECURITY.md says what is promised. Files that attack: test_experiments.py (checkpoints), test_data.py (pickles, images),
-test_export_predecessor.py, test_export_packed.py and test_export_onnx.py.
+SECURITY.md says what is promised. Files that attack: test_experiment_refusals.py (checkpoints), test_data.py (pickles,
+images), test_export_predecessor.py, test_export_packed.py and test_export_onnx.py.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ CHECKPOINTS, PLOTS = "checkpoints", "plots"
 _RESUMABLE = {"epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "rng", "history", "args"}
 # What a run from the beginning removes; last.pth before best.pth: left alone, it would be resumed, and lack its best.
 _REPLACED = ("report.html", "results.json", "histograms.json", *(
-    f"{CHECKPOINTS}/{name}.pth" for name in ("last", "best", "warmup-last", "warmup-best")
+    f"{CHECKPOINTS}/{name}.pth" for name in ("last", "best", "warmup")
 ))  # fmt: skip
 
 

@@ -279,6 +279,11 @@ def check(options: argparse.Namespace) -> None:
                 f"--warmup-epochs {o.warmup_epochs} is beyond --qat-epochs {o.qat_epochs}, the total with warm-up: "
                 "lower the first or raise the second"
             )
+        if o.keep_warmup and o.warmup_epochs in (0, o.qat_epochs):
+            raise UserError(
+                f"--keep-warmup --warmup-epochs {o.warmup_epochs} --qat-epochs {o.qat_epochs}: no run could begin "
+                "after such a warm-up; expected 1 epoch of it or more, and more of all than of it"
+            )
         if o.num_bits_weight == o.num_bits_act == FLOAT_BITS:
             raise UserError("--num-bits-weight 32 --num-bits-act 32 quantize nothing: use cifar10_baseline.py")
     if o.nesterov and o.momentum == 0:

@@ -156,7 +156,7 @@ class Run:
                 return done
         elif self.warm:
             trainer.load_state_dict(warmup.with_control(self.warm, trainer.control))
-            history, best = self.warm["history"], self.warm["best"]
+            history = self.warm["history"]
             print(f"warm-up (epochs 1 to {len(history)}) from {self.options.warmup_from}")
         elif self.script == QAT and self.options.alpha_init != "lsq":  # LSQ's are set in the first step
             trainer.calibrate(self.options.alpha_init)
@@ -168,7 +168,7 @@ class Run:
             for epoch in range(len(history) + 1, self.epochs + 1):
                 figures = self._epoch(trainer, epoch)
                 history.append(figures)
-                if not best or figures["val_acc"] is None or figures["val_acc"] > best["val_acc"]:
+                if self._begins_anew(epoch) or figures["val_acc"] is None or figures["val_acc"] > best["val_acc"]:
                     best = {"epoch": epoch, "val_acc": figures["val_acc"]}
                 self._save(trainer, history, best)
                 self._keep_warmup(epoch)
@@ -186,6 +186,10 @@ class Run:
             board.close()
         self._finish(trainer, results)
         return results
+
+    def _begins_anew(self, epoch: int) -> bool:
+        """Whether no earlier epoch can be the best one: an epoch of the warm-up lacks what the run is about."""
+        return epoch in (1, getattr(self.options, "warmup_epochs", 0) + 1)
 
     def _write_results(self, results: dict[str, Any]) -> None:
         if processes.rank() == 0:
@@ -324,11 +328,8 @@ class Run:
         }
         if processes.rank():
             return
-        is_best = best["epoch"] == len(history)
-        if not is_best and self.warm and not self.best_path.exists():
-            warmup.take(self.options.warmup_from, self.folder)
         checkpoints.save(self.last_path, state)
-        if is_best:
+        if best["epoch"] == len(history):
             checkpoints.save(self.best_path, state)
 
     def _keep_warmup(self, epoch: int) -> None:

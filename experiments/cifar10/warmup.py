@@ -22,23 +22,18 @@ AFTERWARDS = {
 }  # fmt: skip
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    return {name: folder / CHECKPOINTS / f"warmup-{name}.pth" for name in ("best", "last")}
+def _file(folder: Path) -> Path:
+    return folder / CHECKPOINTS / "warmup.pth"
 
 
 def keep(folder: Path) -> None:
-    """Keep the checkpoints of the run in ``folder`` as those of its warm-up, which has just ended."""
-    for name, kept in _files(folder).items():
-        _copy(folder / CHECKPOINTS / f"{name}.pth", kept)
+    """Keep the last checkpoint of the run in ``folder`` as that of its warm-up, which has just ended."""
+    with (folder / CHECKPOINTS / "last.pth").open("rb") as last, atomic_write(_file(folder)) as file:
+        shutil.copyfileobj(last, file)
 
 
 def is_kept(folder: Path) -> bool:
-    return all(path.is_file() for path in _files(folder).values())
-
-
-def take(folder: Path, into: Path) -> None:
-    """The best checkpoint of the warm-up kept in ``folder``, as that of the run in ``into``."""
-    _copy(_files(folder)["best"], into / CHECKPOINTS / "best.pth")
+    return _file(folder).is_file()
 
 
 def state(options: Any) -> dict[str, Any]:
@@ -50,7 +45,7 @@ def state(options: Any) -> dict[str, Any]:
     folder = options.warmup_from
     if not is_kept(folder):
         raise UserError(f"--warmup-from {folder}: holds no warm-up; name a run that was trained with --keep-warmup")
-    found = checkpoints.load(_files(folder)["last"], "--warmup-from")
+    found = checkpoints.load(_file(folder), "--warmup-from")
     if found.get("epoch") != options.warmup_epochs:
         raise UserError(
             f"--warmup-from {folder}: its warm-up has {found.get('epoch')} epochs, this run's {options.warmup_epochs}: "
@@ -69,8 +64,3 @@ def with_control(found: dict[str, Any], control: Any) -> dict[str, Any]:
     """That state under this run's control of alpha: its settings, at the epoch and step of the warm-up's end."""
     there = found["control_state_dict"]
     return {**found, "control_state_dict": {**control.state_dict(), "epoch": there["epoch"], "step": there["step"]}}
-
-
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as original, atomic_write(target) as file:
-        shutil.copyfileobj(original, file)

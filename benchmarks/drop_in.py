@@ -55,11 +55,12 @@ def tensor_rows(device: str, log2_sizes: list[int], repeats: int) -> list[dict]:
                 torch.add(x.detach(), grad)
 
             check([eager, drop_in, fused], step, x, alpha)
-            peers = {"predecessor": eager, "drop-in": drop_in, "fused": fused}
-            runs = {name: lambda f=f: step(f) for name, f in peers.items()}
-            result = measure.alternate({"limit": limit, **runs}, device, repeats, device_only=True)
-            rows.append({"what": "tensor", "log2_size": log2_size, "bits": bits, "device": device, **result})
-            print_row(f"2^{log2_size} float32, {bits} bits", result)
+            peers = {"fused": fused, "drop-in": drop_in, "predecessor": eager}
+            runs = {"limit": limit, **{name: lambda f=f: step(f) for name, f in peers.items()}}
+            result = measure.alternate_apart(runs, "predecessor", device, repeats, device_only=True)
+            rows.append({"part": "tensor", "log2_size": log2_size, "bits": bits, "device": device, "times": result})
+            times = (f"{name} {r['median_s'] * 1e3:.1f} ms ({r['ratio']:.2f}x)" for name, r in result.items())
+            print(f"2^{log2_size} float32, {bits} bits: {', '.join(times)}", flush=True)
     return rows
 
 
@@ -79,25 +80,6 @@ def check(forwards, step, x, alpha) -> None:
         assert wrong < 1e-5, f"{wrong:.2%} of the gradient differs"
 
 
-def step_rows(device: str, batch: int, repeats: int) -> list[dict]:
-    """One ResNet-18 training step at W2A2: float, the predecessor's formulas, qbr as drop-in, qbr prepared (fused)."""
-    base, images, labels = steps.inputs(device, batch)
-    runs = {kind: steps.step_of(kind, base, images, labels) for kind in ("float", "predecessor", "drop-in", "fused")}
-    losses = {name: [step().item() for _ in range(2)] for name, step in runs.items() if name != "float"}
-    print("losses of the first steps:", losses)
-    for name in ("drop-in", "fused"):
-        torch.testing.assert_close(losses[name][0], losses["predecessor"][0], rtol=0.02, atol=0.02)
-    result = measure.alternate(runs, device, repeats)
-    print_row(f"ResNet-18 step, batch {batch}", result, limit="float")
-    return [{"what": "step", "model": "resnet18", "batch": batch, "device": device, "first_losses": losses, **result}]
-
-
-def print_row(title: str, result: dict, limit: str = "limit") -> None:
-    unit = result[limit]["median_s"]
-    figures = (f"{name} {r['median_s'] * 1e3:.1f} ms ({r['median_s'] / unit:.2f}x)" for name, r in result.items())
-    print(f"{title}: " + ", ".join(figures), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -112,7 +94,7 @@ def main() -> None:
     if args.part in ("tensor", "all"):
         rows += tensor_rows(args.device, [20] if args.quick else [24], repeats)
     if args.part in ("step", "all"):
-        rows += step_rows(args.device, args.batch, repeats)
+        rows.append(steps.row(args.device, args.batch, repeats, ("float", "drop-in", "fused", "predecessor")))
     measure.save(args.output or measure.ROOT / f"benchmarks/results/drop_in-{args.device}.json", args.device, rows)
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("benchmarks", "experiments")]
@@ -78,26 +79,26 @@ def inputs(device: str, batch: int):
 
 
 def rows(device: str, quick: bool, repeats: int) -> list[dict]:
-    found = []
-    for batch in ([4] if quick else [32]) if device == "cpu" else ([128] if quick else [128, 512]):
-        base, images, labels = inputs(device, batch)
-        steps = {kind: step_of(kind, base, images, labels) for kind in ("float", "lsq", "fused", "predecessor")}
-        if device == "cuda":  # beside "auto", which takes Triton: whose launches cost the host less?
-            steps["fused, native"] = _under("native", step_of("fused", base, images, labels))
-        losses = {kind: [step().item() for _ in range(2)] for kind, step in steps.items()}
-        torch.testing.assert_close(losses["fused"][0], losses["predecessor"][0], rtol=0.02, atol=0.02)
-        eager = {kind: steps.pop(kind) if kind == "predecessor" else steps[kind] for kind in ("float", "predecessor")}
-        result = measure.alternate(steps, device, repeats, warm_up=1)
-        # Apart: it takes so long, and frees so much, that what comes after it would be another measurement.
-        result["predecessor"] = measure.alternate(eager, device, max(3, repeats // 5), warm_up=1)["predecessor"]
-        ratio = {kind: r["ratio"] for kind, r in result.items()}
-        times = ", ".join(f"{kind} {ratio[kind]:.3f}x" for kind in ratio)
-        print(f"ResNet-18 step, batch {batch}: float {result['float']['median_s']:.3f} s; {times}", flush=True)
-        found.append({
-            "part": "step", "device": device, "batch": batch, **{f"ratio {k}": v for k, v in ratio.items()},
-            "first_losses": losses, "times": result,
-        })  # fmt: skip
-    return found
+    batches = ([4] if quick else [32]) if device == "cpu" else ([128] if quick else [128, 512])
+    return [row(device, batch, repeats, ("float", "lsq", "fused", "predecessor")) for batch in batches]
+
+
+def row(device: str, batch: int, repeats: int, kinds: Sequence[str]) -> dict:
+    """The steps of step_of's ``kinds``, float the first, in units of the float step; their first losses agree."""
+    base, images, labels = inputs(device, batch)
+    steps = {kind: step_of(kind, base, images, labels) for kind in kinds}
+    if device == "cuda" and "fused" in kinds:  # beside "auto", which takes Triton: whose launches cost the host less?
+        steps["fused, native"] = _under("native", step_of("fused", base, images, labels))
+    losses = {kind: [step().item() for _ in range(2)] for kind, step in steps.items()}
+    for kind in steps.keys() - {"float", "lsq"}:
+        torch.testing.assert_close(losses[kind][0], losses["predecessor"][0], rtol=0.02, atol=0.02)
+    result = measure.alternate_apart(steps, "predecessor", device, repeats, warm_up=1)
+    times = ", ".join(f"{kind} {r['ratio']:.3f}x" for kind, r in result.items())
+    print(f"ResNet-18 step, batch {batch}: float {result['float']['median_s']:.3f} s; {times}", flush=True)
+    return {
+        "part": "step", "device": device, "batch": batch, **{f"ratio {k}": r["ratio"] for k, r in result.items()},
+        "first_losses": losses, "times": result,
+    }  # fmt: skip
 
 
 def memory_rows(device: str, quick: bool, repeats: int) -> list[dict]:

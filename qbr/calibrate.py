@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qbr import distributed, grouping, running
+from qbr.observed import WeightReads, read_elsewhere
 from qbr.quantizers import LSQQuantizer, require_quantizers
 from qbr.sketch import Bins, Mean, Sketch, elements, mean_step, mse_step, quantile_step
 
@@ -58,7 +59,8 @@ def calibrate(
 
     Warns:
         UserWarning: of activations that no batch reached (the first training forward sets those) or whose data had no
-            usable step (all 0, or not finite: their alpha stays as it was).
+            usable step (all 0, or not finite: their alpha stays as it was); of weights that the forward of another
+            module than their layer reads, in float.
     """
     found = require_quantizers(model)
     if method not in METHODS:
@@ -92,7 +94,7 @@ def _set_all(model: nn.Module, batches, calibrator: _Calibrator, names, forward)
     return waiting
 
 
-@contextmanager
+@contextlib.contextmanager
 def _all_or_none(quantizers: Iterable[LSQQuantizer]):
     """Put the step sizes back as they were if calibration fails."""
     before = [(q, q.alpha.detach().clone(), q.init_state.clone(), q.initialised) for q in quantizers]
@@ -111,14 +113,17 @@ def _run(model: nn.Module, batches, forward, calibrator: _Calibrator, waiting: l
     """Run the batches with a hook on every quantizer that waits for data; how many there were."""
     count = 0
     hooks = [q.register_forward_pre_hook(calibrator.see, with_kwargs=True) for q in waiting]
+    reads = WeightReads(model, [(layer, name) for _, layer, name in grouping.weights(model)])
     try:
         with running.undisturbed(model):
             for batch in _with_progress(() if batches is None else batches):
-                forward(model, batch)
+                with reads if count == 0 else contextlib.nullcontext():
+                    forward(model, batch)
                 count += 1
     finally:
         for hook in hooks:
             hook.remove()
+    calibrator.read_elsewhere = reads.found
     return count
 
 
@@ -137,6 +142,8 @@ def _report(names: dict[LSQQuantizer, str], waiting: list[LSQQuantizer], calibra
     if unseen:
         message = f"no batch reached {unseen}: their first training forward sets them"
         warnings.warn(message, stacklevel=3)
+    if calibrator.read_elsewhere:
+        warnings.warn(read_elsewhere(calibrator.read_elsewhere), stacklevel=3)
     bad = [names[q] for q, usable in calibrator.done.items() if not usable.any()]
     if bad:
         message = f"the data of {bad} is all 0 or not finite: their step sizes stay as they were"
@@ -148,12 +155,14 @@ class _Calibrator:
 
     Attributes:
         done: {quantizer: which of its steps could be set}, tensors of bool on the device.
+        read_elsewhere: {weight: name of the module that has read it past its layer in the first batch}.
     """
 
     def __init__(self, method: str, quantile: float) -> None:
         self.method = method
         self.quantile = quantile
         self.done: dict[LSQQuantizer, Tensor] = {}
+        self.read_elsewhere: dict[str, str] = {}
         self._statistics: dict[LSQQuantizer, Mean | Sketch] = {}
 
     def set_weight(self, quantizer: LSQQuantizer, weight: Tensor) -> None:

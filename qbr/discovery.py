@@ -10,14 +10,16 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qbr import tracing
 from qbr.calls import joined
 from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
+from qbr.stand_ins import IN_PLACE
 from qbr.tracing import Untraceable
 
 # What is known of a tensor's values, from good to bad; a join is the maximum.
-QUANTIZED, NON_NEGATIVE, SIGNED = 0, 1, 2
+QUANTIZED, NON_NEGATIVE, SIGNED, UNKNOWN = 0, 1, 2, 3
 
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # Modules and calls whose results are values of their (first) input, moved: what was on a grid stays there.
@@ -59,10 +61,10 @@ _AVERAGING = {
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
     torch.mean, "mean",
 }  # fmt: skip
-_WRITING = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
-_KIND = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "size", "dim", "numel", "is_floating_point"}
-_VIEWING_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag", "data"}
-_ADDING = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_WRITING = {*IN_PLACE, operator.setitem}
+KIND = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "size", "dim", "numel", "is_floating_point"}
+VIEWING_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag", "data"}
+_ADDING = {operator.add, torch.add, "add", "add_", *(made for made, of in IN_PLACE.items() if of is operator.iadd)}
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Reading:
             training and in eval mode, which makes the ReLU ``uneven`` if one of the modes has several.
         functional: the ReLUs called as functions, by name (owner.functional_relu_1 ...; owner.activation).
         inputs: {layer with a weight: the worst of what flows into it, over all calls}, in the order of first calls.
-        order: those of them that the model's forward reaches, as far as is known.
+        order: those of them, and of subclasses of them, that the model's forward reaches, as far as is known.
         memory: {attention layer: the worst of the keys that are not the query and the values that are not the key}.
         given: {owner: the ways in which its forward is called: (arguments that its graph has, others given)}.
         in_place: {owner: the ReLU modules it calls, to be quantized, whose input in place is read afterwards}.
@@ -122,7 +124,6 @@ def read(model: nn.Module, quantized: Callable[[str, nn.Module | None], bool]) -
     """
     reader = _Reader(model, quantized)
     reader.visit("", model, None, {})
-    reader.reading.order = list(reader.reading.inputs)
     reader.reached = False
     for name, module in model.named_modules():  # what nothing calls, as far as is known
         if module not in reader.visited:
@@ -145,7 +146,9 @@ class _Reader:
         self.visited.add(module)
         kind = type(module)
         inputs = [_state(value, states) for value in (*node.args, *node.kwargs.values())] if node is not None else []
-        first = inputs[0] if inputs else SIGNED
+        first = UNKNOWN if node is None else inputs[0] if inputs else SIGNED
+        if self.reached and is_layer(module) and module not in self.reading.order:
+            self.reading.order.append(module)
         if kind in WEIGHT_LAYERS or kind in ATTENTION:
             if kind in ATTENTION:
                 self._attention(module, node, states)
@@ -173,7 +176,7 @@ class _Reader:
     def _attention(self, module: nn.Module, node: Node | None, states: dict[Node, int]) -> None:
         self.visited.update(module.children())
         if node is None:
-            self._enter(module, SIGNED)
+            self._enter(module, UNKNOWN)
             return
         given = {**dict(zip(("query", "key", "value"), node.args)), **node.kwargs}
         query, key, value = (given.get(each) for each in ("query", "key", "value"))
@@ -190,11 +193,12 @@ class _Reader:
     def _follow(self, name: str, owner: nn.Module, node: Node | None, outside: dict[Node, int]) -> int:
         try:
             given = tracing.arguments(owner, node)
-            inputs = {each: SIGNED if value is None else _state(value, outside) for each, value in given.items()}
-            key = owner, tuple(inputs.items())
+            unknown = UNKNOWN if node is None and not (self.reached and name == "") else SIGNED
+            inputs = {each: unknown if value is None else _state(value, outside) for each, value in given.items()}
+            containers = tuple(each for each, value in given.items() if isinstance(value, (list, tuple, dict)))
+            key = owner, tuple(inputs.items()), containers
             if key not in self.followed:
-                graph = tracing.trace(owner, tuple(given))
-                self.followed[key] = self._both(name, owner, graph, inputs)
+                self.followed[key] = self._both(name, owner, inputs, containers)
             ways = self.reading.given.setdefault(owner, set())
             ways.add((tuple(given), tuple(tracing.others(owner, node))))
             return self.followed[key]
@@ -203,17 +207,18 @@ class _Reader:
                 self.reading.untraced[name] = str(error)
                 self._hide(name, owner, error)
             self._children(owner)
-            return SIGNED
+            return UNKNOWN
 
     def _hide(self, name: str, owner: nn.Module, error: Untraceable) -> None:
         if tracing.may_call_relu(owner):
             self.reading.hidden[name] = str(error)
 
-    def _both(self, name: str, owner: nn.Module, graph: Graph, inputs: dict[str, int]) -> int:
-        """What owner puts out, in training (graph) and in eval mode."""
+    def _both(self, name: str, owner: nn.Module, inputs: dict[str, int], containers: tuple[str, ...]) -> int:
+        """What owner puts out, in training and in eval mode."""
+        graph = tracing.trace(owner, tuple(inputs), containers=containers)
         state, calls = self._walk(name, owner, graph, inputs)
         try:
-            graph_of_eval = tracing.trace(owner, tuple(inputs), training=False)
+            graph_of_eval = tracing.trace(owner, tuple(inputs), training=False, containers=containers)
         except Untraceable as error:
             calls_of_eval = None
             self._hide(name, owner, error)
@@ -292,7 +297,7 @@ class _Reader:
         if not isinstance(tracing.first(node), Node):
             return False
         if node.target is getattr:
-            return node.args[1] in _VIEWING_ATTRIBUTES
+            return node.args[1] in VIEWING_ATTRIBUTES
         kind = type(owner.get_submodule(node.target)) if node.op == "call_module" else node.target
         return kind in _VIEWS
 
@@ -317,6 +322,8 @@ class _Reader:
             state = QUANTIZED if self.quantized(full, None) else NON_NEGATIVE
         for child in layer.children():
             self.visited.add(child)
+            if self.reached and is_layer(child) and child not in self.reading.order:
+                self.reading.order.append(child)
             if type(child) in WEIGHT_LAYERS:
                 self._enter(child, state if child is layer.linear2 else SIGNED)
             elif type(child) in ATTENTION:
@@ -325,6 +332,12 @@ class _Reader:
                 if child is getattr(layer, "multihead_attn", None):
                     self.reading.memory[child] = SIGNED
         return SIGNED
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer with a weight, or of a subclass of one, which stays in float."""
+    part_of_attention = isinstance(module, NonDynamicallyQuantizableLinear)
+    return isinstance(module, (*WEIGHT_LAYERS, *ATTENTION)) and not part_of_attention
 
 
 def _has_forward(owner: nn.Module) -> bool:
@@ -343,7 +356,7 @@ def _functional(name: str, index: int) -> str:
 
 def _asks_for_its_kind(user: Node) -> bool:
     """Whether a node asks a tensor for its dtype, shape and the like only, and not for its values."""
-    return (user.target is getattr and user.args[1] in _KIND) or (user.op == "call_method" and user.target in _KIND)
+    return (user.target is getattr and user.args[1] in KIND) or (user.op == "call_method" and user.target in KIND)
 
 
 def _writes(node: Node) -> bool:

@@ -11,10 +11,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from qbr import discovery, running
+from qbr import discovery, observed, plan_warnings
 from qbr.calls import joined
 from qbr.config import LayerConfig, QATConfig, matches
-from qbr.discovery import QUANTIZED, SIGNED, FunctionalReLU, Reading
+from qbr.discovery import QUANTIZED, SIGNED, UNKNOWN, FunctionalReLU, Reading
 from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
 from qbr.quantizers import quantizers
 from qbr.spec import QuantSpec
@@ -82,7 +82,8 @@ class Plan:
         forwards: {module: the forward that takes the place of its own, with its functional ReLUs as modules, and with
             the results of ReLU modules where these worked in place}.
         rows: the table: name, type, weight, activation, note.
-        warnings: ReLUs that stay in float because a forward could not be read, and weights that are read in float.
+        warnings: what may not be what was asked for: ReLUs and layers that stay in float, weights that are read in
+            float, a first or last layer that is not known, most inputs in float.
     """
 
     weights: list[PlannedWeight] = field(default_factory=list)
@@ -106,8 +107,8 @@ def plan(model: nn.Module, config: QATConfig | None = None, *, example: Any = No
         model: any module that is not prepared yet.
         config: QATConfig() if not given.
         example: one batch, as in ``calibrate``. It is run once where a forward does not trace, to count how often it
-            calls a ReLU module; without it such a module has one step for all calls. Buffers and random number
-            generators are as before afterwards.
+            calls a ReLU module (without it such a module has one step for all calls), and to learn which layers come
+            first and last. Buffers and random number generators are as before afterwards.
 
     Raises:
         ValueError: if the model was prepared before, has nothing to quantize on a side that config quantizes, if a
@@ -125,16 +126,20 @@ def plan(model: nn.Module, config: QATConfig | None = None, *, example: Any = No
 
 class _Planner:
     def __init__(self, model: nn.Module, config: QATConfig, example) -> None:
+        self.model = model
         self.config = config
         self.plan = Plan()
         self.names = {module: name for name, module in model.named_modules()}
         self.given_up: dict[str, str] = {}  # ReLUs that need a rewritten forward which cannot be had, and why
         self.spoiled: set[str] = set()  # those of them that work in place for the reader of another forward
         self.reading = self._read(model)
-        if example is not None and self.reading.untraced:
-            _count_by_running(model, example, self.reading)
+        self.ran = example is not None and bool(self.reading.untraced)
+        if self.ran:
+            observed.add_calls(model, example, self.reading)
         self.layers = list(self.reading.inputs)
         self.order = self.reading.order or self.layers
+        self.left_out = {name: reason for name, module in model.named_modules() if (reason := _left_out(module))}
+        self.float_inputs: list[nn.Module] = []  # layers, embeddings aside, that nothing quantized is known to reach
         self._check_patterns()
         functions: dict[nn.Module, dict[str, FunctionalReLU]] = {}
         for name, function in self.reading.functional.items():
@@ -148,7 +153,7 @@ class _Planner:
                 self._row_of_a_kind(name, module)
             for function_name, function in functions.get(module, {}).items():
                 self._relu(function_name, None, function)
-        self._warn()
+        self.plan.warnings += plan_warnings.all_of(self)
         self._check_ties()
         self._check_found()
 
@@ -213,7 +218,7 @@ class _Planner:
         else:
             parameters = [(name, module, "weight")]
         inputs, note = self._inputs(name, module, config), ""
-        if attention and inputs:
+        if attention and config.quantize_inputs and inputs:
             note = "the input of out_proj stays in float"
         for owner_name, owner, parameter in parameters:
             own = config if owner is module else self.config.layer(owner_name, self._policy(module))
@@ -228,16 +233,21 @@ class _Planner:
             inputs, note = [], ""
 
     def _inputs(self, name: str, module: nn.Module, config: LayerConfig) -> list[str]:
-        if not config.quantize_inputs or config.act_bits is None or type(module) is nn.Embedding:
+        if config.act_bits is None or type(module) is nn.Embedding:
             return []
         states = {"input_quantizer": self.reading.inputs[module]}
         if module in self.reading.memory:
             states["memory_quantizer"] = self.reading.memory[module]
+        if not config.quantize_inputs:
+            worst = max(states.values())
+            if worst not in (QUANTIZED, UNKNOWN):
+                self.float_inputs.append(module)
+            return [] if worst == QUANTIZED else ["input unknown" if worst == UNKNOWN else "input float"]
         if states["input_quantizer"] == QUANTIZED:  # else memory needs its own, or would get the input's
             states = {name: state for name, state in states.items() if state != QUANTIZED}
         kinds = []
         for attribute, state in states.items():
-            signed = state == SIGNED if config.input_signed is None else config.input_signed
+            signed = state >= SIGNED if config.input_signed is None else config.input_signed
             self.plan.inputs.append(PlannedInput(name, module, attribute, config.act_bits, signed))
             kind = "signed" if signed else "unsigned"
             kinds.append(f"{attribute.partition('_')[0]} {config.act_bits} bits {kind}")
@@ -260,10 +270,13 @@ class _Planner:
         rewritten = any(module in relus for relus in self.reading.in_place.values())
         if function is not None:
             rewritten = function.given is not None
-        notes = ["part of a rewritten forward"] if rewritten else []
+        notes = [self._rewritten(function.owner if function else None)] if rewritten else []
+        unread = self._unread(module, callers)
         if calls > 1:
-            planned.places = callers if self.config.step_per_call else {}
+            planned.places = callers if self.config.step_per_call and not unread else {}
             notes.append(f"called {calls} times, {planned.steps} {'steps' if planned.steps > 1 else 'step'}")
+        if unread and callers:
+            notes.append(f"one step for all calls: {unread}'s forward, which may call it too, does not trace")
         if module in self.reading.uneven:
             notes.append("one step for calls that differ between training and eval")
         elif not callers and name.rpartition(".")[0] in self.reading.untraced:
@@ -271,20 +284,21 @@ class _Planner:
         self.plan.relus.append(planned)
         self._row(name, kind, "", f"{bits} bits" + ("" if clip is None else f", clip {clip:g}"), "; ".join(notes))
 
+    def _unread(self, relu: nn.Module | None, callers: dict) -> str:
+        """The name of a module that holds relu and whose forward, of which no calls are known, may call it."""
+        holders = (m for m in self.names if relu is not None and relu in m._modules.values() and m not in callers)
+        return next((self.names[m] for m in holders if self.names[m] in self.reading.untraced), "")
+
+    def _rewritten(self, owner: nn.Module | None) -> str:
+        forward = self.plan.forwards.get(owner)
+        left = [name for name in forward.defaults if name not in forward.given] if forward else []
+        return "part of a rewritten forward" + (f", with {', '.join(left)} at the default" if left else "")
+
     def _row_of_a_kind(self, name: str, module: nn.Module) -> None:
         """The row of a module that is of none of the exact types, and stays in float, if there is something to it."""
-        kind = next((kind for kind in (*WEIGHT_LAYERS, *ATTENTION, *RELUS) if isinstance(module, kind)), None)
-        if isinstance(module, (NonDynamicallyQuantizableLinear, ParametrizationList)):  # parts of what has a row
-            return
-        if kind is None and not any(not is_lazy(p) and p.dim() > 1 for p in module.parameters(recurse=False)):
-            return
-        reason = f"subclass of {kind.__name__}" if kind is not None else "no quantized form"
-        if is_parametrized(module):
-            reason = "parametrized"
-        elif isinstance(module, LazyModuleMixin):
-            reason = "lazy: run the model once before"
-        cells = ("", f"float ({reason})") if kind in RELUS else (f"float ({reason})", "")
-        self._row(name, module, *cells, "")
+        if name in self.left_out:
+            reason = f"float ({self.left_out[name]})"
+            self._row(name, module, *(("", reason) if isinstance(module, tuple(RELUS)) else (reason, "")), "")
 
     def _row(self, name: str, kind, weight: str, activation: str, note: str) -> None:
         kind = kind if isinstance(kind, str) else type(kind).__name__
@@ -298,7 +312,8 @@ class _Planner:
         layers |= {joined(n, "out_proj"): False for n, kind in kinds.items() if kind in ATTENTION}
         relus = {*(n for n, kind in kinds.items() if kind in RELUS), *self.reading.functional}
         for argument in ("skip", "overrides"):
-            lost = [p for p in getattr(self.config, argument) if not any(matches(n, p) for n in (*layers, *relus))]
+            known = [*layers, *relus, *(self.left_out if argument == "skip" else ())]  # float already: said on purpose
+            lost = [p for p in getattr(self.config, argument) if not any(matches(n, p) for n in known)]
             if lost:
                 raise ValueError(f"{argument}={sorted(lost)}: nothing that can be quantized has such a name; see "
                                  "model.named_modules(), or print(qbr.plan(model))")  # fmt: skip
@@ -351,27 +366,22 @@ class _Planner:
         names = [self.names[module] for module in self.names if type(module) in RELUS]
         return [self.config.layer(name) for name in [*names, *self.reading.functional]]
 
-    def _warn(self) -> None:
-        warnings = self.plan.warnings
-        functions = [name for name in self.given_up if name in self.reading.functional and name not in self.spoiled]
-        owners = {**self.reading.hidden, **{name.rpartition(".")[0]: self.given_up[name] for name in functions}}
-        for name, why in owners.items():
-            if self.config.layer(joined(name, "functional_relu_1")).act_bits is not None:
-                text = f"{name or 'the model'} calls a ReLU as a function, and its forward cannot be read ({why}): "
-                warnings.append(text + "that ReLU stays in float; use an nn.ReLU module there")
-        for name in [name for name in self.given_up if name not in functions]:
-            why = self.given_up[name]
-            if name not in self.spoiled:
-                why = f"what it changes is read afterwards, by a forward that cannot be read ({why})"
-            warnings.append(f"{name} is a ReLU in place: {why}; it stays in float, use one that is not in place")
-        read = {joined(each.name, each.parameter): self.reading.weights[id(getattr(each.module, each.parameter))]
-                for each in self.plan.weights
-                if id(getattr(each.module, each.parameter)) in self.reading.weights}  # fmt: skip
-        if read:
-            readers = sorted({name or "the model" for name in read.values()})
-            warnings.append(f"{list(read)}: read by forwards that are not their layers' (of {readers}), which get the "
-                            "float values until convert(): call the layers there, or leave these weights in float with "
-                            "QATConfig(skip=...)")  # fmt: skip
+
+def _left_out(module: nn.Module) -> str | None:
+    """Why a module stays in float that is of none of the exact types, if there is something in it to quantize."""
+    kind = next((kind for kind in (*WEIGHT_LAYERS, *ATTENTION, *RELUS) if isinstance(module, kind)), None)
+    if isinstance(module, (NonDynamicallyQuantizableLinear, ParametrizationList)):  # parts of what has a row
+        return None
+    if type(module) is kind:
+        return None
+    if is_parametrized(module):
+        return "parametrized"
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: run the model once before"
+    if kind is not None:
+        return f"subclass of {kind.__name__}"
+    has_matrix = any(not is_lazy(p) and p.dim() > 1 for p in module.parameters(recurse=False))
+    return "no quantized form" if has_matrix else None
 
 
 def _weight_spec(name: str, module: nn.Module, parameter: str, config: LayerConfig) -> QuantSpec:
@@ -386,31 +396,3 @@ def _weight_spec(name: str, module: nn.Module, parameter: str, config: LayerConf
     if config.weight_per_channel:
         axis = 1 if isinstance(module, nn.ConvTranspose2d) else 0
     return QuantSpec(config.weight_bits, signed=True, channel_axis=axis)
-
-
-def _count_by_running(model: nn.Module, example, reading: Reading) -> None:
-    """Add to reading.calls what forwards that do not trace call, from one run on example."""
-    untraced = {model.get_submodule(name) for name in reading.untraced}
-    running_now: list[tuple[nn.Module, dict[nn.Module, int]]] = []
-
-    def enter(module, *_):
-        if type(module) in RELUS and running_now and running_now[-1][0] in untraced:
-            counts = running_now[-1][1]
-            counts[module] = counts.get(module, 0) + 1
-        running_now.append((module, {}))
-
-    def leave(module, *_):
-        for relu, count in running_now.pop()[1].items():
-            callers = reading.calls.setdefault(relu, {})
-            callers[module] = max(count, callers.get(module, 0))
-
-    hooks = []
-    try:
-        for module in model.modules():
-            hooks.append(module.register_forward_pre_hook(enter))
-            hooks.append(module.register_forward_hook(leave, always_call=True))
-        with running.undisturbed(model):
-            running.run(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()

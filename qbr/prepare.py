@@ -32,7 +32,7 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any =
     Args:
         model: any module; may itself be such a layer.
         config: what to quantize; QATConfig() if not given.
-        example: one batch, to count the calls in forwards that do not trace (see ``plan``).
+        example: one batch, for what forwards that do not trace call, and in which order (see ``plan``).
 
     Returns:
         The same model.
@@ -41,8 +41,10 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any =
         ValueError, TypeError: as ``plan``; the model is unchanged then.
 
     Warns:
-        UserWarning: of ReLUs that stay in float because they are called as functions, or work in place, in a forward
-            that does not trace; of weights that another forward than their layer's reads, in float.
+        UserWarning: each of ``plan(...).warnings``: of ReLUs that stay in float because they are called as functions,
+            or work in place, in a forward that does not trace; of layers of types without a quantized form; of weights
+            that another forward than their layer's reads, in float; of a first or last layer that is not known; where
+            most inputs are in float.
     """
     planned = plan(model, config, example=example)
     config = QATConfig() if config is None else config

@@ -10,7 +10,8 @@ import functools
 import importlib
 import inspect
 import types
-from collections.abc import Container
+from collections import OrderedDict
+from collections.abc import Container, Iterator
 
 import torch
 import torch.fx
@@ -20,10 +21,12 @@ from torch.nn import functional as F
 
 from qbr.grouping import are_saves_hooked
 from qbr.side_effects import Undone
+from qbr.stand_ins import StandIn
 
 RELU_FUNCTIONS = {F.relu: None, F.relu_: None, torch.relu: None, torch.relu_: None, F.relu6: 6.0}  # and their bounds
 _RELU_METHODS = ("relu", "relu_")
 _RELU_NAMES = {"relu", "relu_", "relu6"}
+_MODE_QUESTIONS = {"is_grad_enabled", "is_inference_mode_enabled", "is_inference", "is_autocast_enabled"}
 
 
 class Untraceable(Exception):
@@ -39,15 +42,35 @@ def _modes() -> dict[str, object]:
 class _Tracer(torch.fx.Tracer):
     """Every child is a leaf; arguments that are not named keep their default.
 
-    With ``strict``, buffers are stand-ins as well, and a call under another gradient or autocast mode or under hooks
-    for saved tensors (checkpointing, offloading) is refused: a graph would not keep them.
+    With ``strict``, buffers are stand-ins as well, and what a graph would not keep is refused: a call under another
+    gradient or autocast mode or under hooks for saved tensors (checkpointing, offloading), a question for the type of
+    an argument, a result of a class of its own that fx takes for a dict.
     """
 
-    def __init__(self, names: tuple[str, ...], strict: bool) -> None:
+    def __init__(self, names: tuple[str, ...], strict: bool, containers: Container[str]) -> None:
         super().__init__()
         self.names = names
+        self.containers = containers
+        self.strict = strict
         self.modes = _modes() if strict else None
         self.proxy_buffer_attributes = strict
+
+    def proxy(self, node: Node) -> StandIn:
+        return StandIn(node, self)
+
+    def kind_of(self, node: Node) -> type:
+        """What a value is to isinstance: a tensor, but for containers; which are the arguments asked for, is noted."""
+        if node.op == "placeholder":
+            node.meta["asked"] = True
+            return object if node.target in self.containers else torch.Tensor
+        if self.strict:
+            raise Untraceable("it asks for the type of what it has computed, which a graph does not")
+        return torch.Tensor
+
+    def create_arg(self, value):
+        if self.strict and issubclass(type(value), dict) and type(value) not in (dict, OrderedDict):
+            raise Untraceable(f"it makes a {type(value).__name__}, of which a graph would make a dict")
+        return super().create_arg(value)
 
     def create_node(self, *args, **kwargs):
         for what, value in (self.modes or {}).items():
@@ -114,7 +137,13 @@ def _has_nodes(value) -> bool:
     return bool(found)
 
 
-def trace(owner: nn.Module, names: tuple[str, ...], training: bool = True, strict: bool = False) -> Graph:
+def trace(
+    owner: nn.Module,
+    names: tuple[str, ...],
+    training: bool = True,
+    strict: bool = False,
+    containers: Container[str] = (),
+) -> Graph:
     """The graph of owner's forward in training or in eval mode, with all its children as leaves.
 
     Nothing is left behind: attributes, tensors, owner's mode and the random number generators are as before.
@@ -122,16 +151,19 @@ def trace(owner: nn.Module, names: tuple[str, ...], training: bool = True, stric
     Args:
         names: the arguments that are given; all others keep their defaults.
         strict: refuse what a graph cannot repeat; in the graph, buffers are read anew, as parameters always are.
+        containers: the arguments that are lists, tuples or dicts and not tensors.
 
     Raises:
         Untraceable: with torch.fx's reason; or that random numbers were drawn, so that it may call other things the
             next time.
     """
+    if strict and any(names & _MODE_QUESTIONS for _, names in _functions(owner)):
+        raise Untraceable("it asks whether gradients or autocast are on, which a graph does not")
     undone = Undone(owner)
     try:
         with undone, torch.enable_grad():
             owner.__dict__["training"] = training
-            graph = _Tracer(names, strict).trace(owner)
+            graph = _Tracer(names, strict, containers).trace(owner)
     except Untraceable:
         raise
     except Exception as error:  # the forward is anyone's code, run on stand-ins for tensors: it may raise anything
@@ -173,6 +205,15 @@ def bound(node: Node) -> float | None:
 def may_call_relu(owner: nn.Module) -> bool:
     """Whether a forward that cannot be read, or one of the methods and functions that it names (torch's functions
     excepted), names a ReLU that is no child of owner; sources are not needed."""
+    return any(
+        names & _RELU_NAMES or any(inspect.isroutine(value) and value in RELU_FUNCTIONS for value in values)
+        for values, names in _functions(owner)
+    )
+
+
+def _functions(owner: nn.Module) -> Iterator[tuple[list, set[str]]]:
+    """Of owner's forward, and of the functions and methods that it names, torch's excepted: (the values of the names in
+    it that are known, functions in lists and dicts among them, the names but for owner's children)."""
     kind, seen = type(owner), set()
     functions = [kind.forward]
     while functions:
@@ -182,20 +223,27 @@ def may_call_relu(owner: nn.Module) -> bool:
             continue
         seen.add(code)
         names = _names(code) - set(owner._modules)
-        if names & _RELU_NAMES:
-            return True
-        for name in names:
-            value = owner.__dict__.get(name, function.__globals__.get(name))
-            while isinstance(value, functools.partial):
-                value = value.func
-            if inspect.isroutine(value) and value in RELU_FUNCTIONS:
-                return True
-            if inspect.isfunction(value) and not str(value.__module__).startswith("torch."):
-                functions.append(value)
-            methods = [vars(base).get(name) for base in kind.__mro__ if base not in nn.Module.__mro__]
-            methods = [getattr(method, "__func__", method) for method in methods]
-            functions += [method for method in methods if inspect.isfunction(method)]
-    return False
+        values = [owner.__dict__.get(name, function.__globals__.get(name)) for name in names]
+        values += inspect.getclosurevars(function).nonlocals.values()
+        values += [each for value in values if type(value) in (list, tuple) for each in value]
+        values += [each for value in values if type(value) is dict for each in value.values()]
+        values = [_inner(value) for value in values]
+        yield values, names
+        methods = [vars(base).get(name) for name in names for base in kind.__mro__ if base not in nn.Module.__mro__]
+        methods = [getattr(method, "__func__", method) for method in methods]
+        functions += [method for method in methods if inspect.isfunction(method)]
+        functions += [
+            value
+            for value in values
+            if inspect.isfunction(value) and not str(value.__module__).startswith("torch.")
+        ]
+
+
+def _inner(value):
+    """What a partial function calls."""
+    while isinstance(value, functools.partial):
+        value = value.func
+    return value
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -227,7 +275,9 @@ class TracedForward:
         self.owner = owner
         self.given = given
         self.defaults = parameters(owner)
+        self._are_first = tuple(self.defaults)[: len(given)] == given
         graphs = {mode: trace(owner, given, mode, strict=True) for mode in (True, False)}
+        self._tensors = {i for graph in graphs.values() for i, node in enumerate(graph.nodes) if "asked" in node.meta}
         if len({tuple(map(bound, relu_calls(graph))) for graph in graphs.values()}) > 1:
             raise Untraceable("it calls different ReLUs in training and in eval mode")
         self._code = {mode: _rewritten(owner, graph, relus, in_place) for mode, graph in graphs.items()}
@@ -248,8 +298,13 @@ class TracedForward:
         return self._functions[self.owner.training].__code__
 
     def __call__(self, *args, **kwargs):
-        if len(args) != len(self.given) or kwargs:
+        if kwargs or len(args) != len(self.given) or not self._are_first:
             args = self._bind(args, kwargs)
+        for i in self._tensors:
+            if not isinstance(args[i], torch.Tensor):
+                call = f"{type(self.owner).__name__}.forward({self.given[i]}=<{type(args[i]).__name__}>)"
+                raise TypeError(f"{call}: this forward asks for its type, and was read by torch.fx for a tensor; use "
+                                "nn.ReLU instead of the function there, or QATConfig(skip=...)")  # fmt: skip
         return self._functions[self.owner.training](self.owner, *args)
 
     def _bind(self, args, kwargs) -> list:

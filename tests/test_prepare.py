@@ -134,9 +134,10 @@ def test_the_plan_shows_what_stays_in_float_for_its_type():
     )  # fmt: skip
     rows = {row[0]: row[2:4] for row in qbr.plan(model).rows}
     assert rows == {
-        "0": ("2 bits", ""), "1": ("", "2 bits"), "2": ("float (parametrized)", ""),
+        "0": ("2 bits", "input float"), "1": ("", "2 bits"), "2": ("float (parametrized)", ""),
         "3": ("float (subclass of Conv2d)", ""), "4": ("float (lazy: run the model once before)", ""),
-        "5": ("", "float (subclass of ReLU6)"), "6 in_proj_weight": ("2 bits", ""), "6.out_proj": ("2 bits", ""),
+        "5": ("", "float (subclass of ReLU6)"), "6 in_proj_weight": ("2 bits", "input float"),
+        "6.out_proj": ("2 bits", ""),
     }  # fmt: skip
 
 

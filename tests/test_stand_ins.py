@@ -1,0 +1,189 @@
+"""A rewritten forward gives what it gave: questions for types and modes, += on aliases, arguments in any order."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import qbr
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+
+
+class AsksForType(Layers):
+    def forward(self, x):
+        scale = 1.0 if isinstance(x, torch.Tensor) and torch.is_tensor(x) else 0.5
+        return self.act(self.b(F.relu(self.a(x)) * scale))
+
+
+class Adds(Layers):
+    """What is appended to a list is changed by += afterwards; a number is not."""
+
+    def forward(self, x):
+        h, kept = self.a(x), []
+        kept.append(h)
+        count = x.shape[0]
+        before = count
+        h += x
+        h *= 2
+        count += 1
+        return self.act(self.b(F.relu(h))) + kept[0] * (count - before)
+
+
+class Writes(Layers):
+    """Every operator that writes."""
+
+    def forward(self, x):
+        h = self.a(x)
+        alias = h.view(-1)
+        h -= 0.1
+        h /= 2
+        h //= 0.01
+        h %= 7
+        h **= 2
+        return self.act(self.b(F.relu(h - 3))) + alias.view(h.shape)
+
+
+class Masked(Layers):
+    def forward(self, x, scale=1.0, mask=None):
+        h = F.relu(self.a(x)) * scale
+        return h if mask is None else h + mask
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = Masked(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.inner(x, mask=x))
+
+
+@pytest.mark.parametrize("make", [AsksForType, Adds, Writes, Around])
+def test_a_rewritten_forward_computes_what_the_forward_did(make):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(8, 4)
+    prepared = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qbr.prepare(prepared, qbr.QATConfig(weight_bits=None, act_bits=8))
+    assert any("functional_relu" in name for name, _ in prepared.named_modules())
+    qbr.calibrate(prepared, [x], method="mse")
+    for quantizer in prepared.modules():  # in float it is the same to the bit
+        if isinstance(quantizer, qbr.QuantizedClippedReLU):
+            quantizer.forward = nn.ReLU().forward
+    for mode in (True, False):
+        assert torch.equal(prepared.train(mode)(x), model.train(mode)(x))
+
+
+def test_a_copy_and_a_pickle_keep_what_writes():
+    torch.manual_seed(0)
+    model, x = qbr.prepare(Adds(), qbr.QATConfig()), torch.randn(8, 4)
+    expected = model(x)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+def test_another_type_than_what_was_read_is_refused():
+    model = qbr.prepare(AsksForType(), qbr.QATConfig())
+    with pytest.raises(TypeError, match=r"AsksForType.forward\(x=<list>\): this forward asks for its type"):
+        model([1.0])
+
+
+def test_arguments_by_position_are_not_taken_for_others():
+    model = qbr.prepare(Around(), qbr.QATConfig())
+    x = torch.randn(2, 4)
+    with pytest.raises(TypeError, match=r"Masked.forward\(scale=<float>\)"):
+        model.inner(x, 3.0)
+    assert torch.equal(model.inner(x, mask=x), model.inner(x, 1.0, x))
+
+
+def asks_of_a_result(self, x):
+    h = F.relu(self.a(x))
+    return self.b(h) if torch.is_tensor(h) else h
+
+
+def asks_for_gradients(self, x):
+    h = F.relu(self.a(x))
+    return self.b(h if torch.is_grad_enabled() else 0 * h)
+
+
+class Output(OrderedDict):
+    pass
+
+
+def makes_a_dict_of_its_own(self, x):
+    return Output(logits=F.relu(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (asks_of_a_result, "it asks for the type of what it has computed"),
+        (asks_for_gradients, "it asks whether gradients or autocast are on"),
+        (makes_a_dict_of_its_own, "it makes a Output, of which a graph would make a dict"),
+    ],
+)
+def test_what_a_graph_would_get_wrong_is_not_rewritten(forward, why):
+    found = qbr.plan(type("Model", (Layers,), {"forward": forward})(), qbr.QATConfig(weight_bits=2, act_bits=None))
+    assert not found.forwards
+    model = nn.Sequential(type("Model", (Layers,), {"forward": forward})(), nn.ReLU())
+    (warning,) = [each for each in qbr.plan(model, qbr.QATConfig()).warnings if "calls a ReLU" in each]
+    assert why in warning
+
+
+class EitherWay(nn.Module):
+    """As DenseNet's layers: a tensor, or a list of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.act = nn.Linear(4, 4), nn.Linear(8, 4), nn.ReLU()
+
+    def forward(self, x):
+        if isinstance(x, torch.Tensor):
+            return self.act(self.act(self.one(x)))
+        return self.act(self.two(torch.cat(x, 1)))
+
+
+class Caller(nn.Module):
+    def __init__(self, listed: bool):
+        super().__init__()
+        self.inner, self.listed = EitherWay(), listed
+
+    def forward(self, x):
+        return self.inner([x, x] if self.listed else x)
+
+
+@pytest.mark.parametrize(("listed", "calls"), [(False, 2), (True, 1)])
+def test_calls_are_counted_on_the_branch_that_is_taken(listed, calls):
+    model = qbr.prepare(Caller(listed), qbr.QATConfig())
+    assert model.inner.act.calls == calls
+    model(torch.randn(2, 4))
+
+
+RELUS_BY_NAME = {"relu": F.relu}
+
+
+def by_a_table(self, x, **_):
+    return RELUS_BY_NAME["relu"](self.a(x))
+
+
+def by_a_closure(function):
+    return lambda self, x, **_: function(self.a(x))
+
+
+@pytest.mark.parametrize("forward", [by_a_table, by_a_closure(F.relu)])
+def test_a_relu_in_a_table_or_closure_is_warned_of(forward):
+    model = nn.Sequential(type("Model", (Layers,), {"forward": forward})(), nn.ReLU())
+    assert any("0 calls a ReLU as a function" in each for each in qbr.plan(model, qbr.QATConfig()).warnings)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qbr.freezing import Freeze, Record, check_count, mean_distance
-from qbr.quantizers import LSQQuantizer, require_quantizers
+from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
 from qbr.regularizer import quantized_weights, watch
 from qbr.spec import ToAlpha, check_to_alpha
 
@@ -140,11 +140,19 @@ class AlphaControl:
             raise RuntimeError(f"begin_epoch({epoch}): a Freeze counts steps, and no step has begun: call "
                                "control.begin_step() before every training step")  # fmt: skip
         self._epoch, self._begun = epoch, True
+        self._look_for_new_ones()
         for kind, record in self._records.items():
             members = [q for q in self._quantizers if q.kind == kind]
             if members:
                 record.look(epoch, self._step, self.br_active, lambda: _alphas(members), self._mean_distance)
         self._apply()
+
+    def _look_for_new_ones(self) -> None:
+        """Take over quantizers that came into the model after attach, a new head's."""
+        found = list(quantizers(self._model).values())
+        if found and {*found} != {*self._quantizers}:
+            watch(self._model)
+            self._quantizers = found
 
     def begin_step(self, step: int | None = None) -> None:
         """Say that a training step begins; needed where a Freeze counts steps. Host arithmetic only.

@@ -30,6 +30,10 @@ _REENTRANT = (
     "the bin loss of layers inside torch.utils.checkpoint(use_reentrant=True) is not part of qbr.bin_loss(model), "
     "since their first forward has no graph: use use_reentrant=False"
 )
+_NEVER_SET = (
+    "a quantizer whose step size nothing has set was run in eval mode, with a placeholder for it: call "
+    "qbr.calibrate(model, batches) first, also for a frozen part that stays in eval mode while others train"
+)
 
 
 class LSQQuantizer(nn.Module):
@@ -84,6 +88,7 @@ class LSQQuantizer(nn.Module):
         self.regularizer = "br"
         self.frozen = False
         self._learns = True  # alpha's requires_grad when it is not frozen
+        self._set_requires_grad = True  # what freeze() has made of it
         self.alpha = nn.Parameter(torch.full((channels,), self.initial_alpha, dtype=torch.float32, device=device))
         self.register_buffer("init_state", torch.zeros(1, dtype=torch.float32, device=device))
         # init_state's value on the host: reading the buffer in forward would wait for the device.
@@ -122,8 +127,11 @@ class LSQQuantizer(nn.Module):
 
     def forward(self, x: Tensor, *, relu: bool = False, clip: float | None = None) -> Tensor:
         """xhat, in x's shape and dtype; of min(max(x, 0), clip) with ``relu``. Never waits for the device."""
-        if self.training and not self._initialised:
-            self.initialise(x, relu=relu, clip=clip, force=False)
+        if not self._initialised:
+            if self.training:
+                self.initialise(x, relu=relu, clip=clip, force=False)
+            elif not torch.compiler.is_compiling():
+                warnings.warn(_NEVER_SET, stacklevel=2)
         ready = grouping.take(self, x) if self._ready is not None else None
         if ready is not None:
             xhat, entry = ready.xhat, ready.entry
@@ -134,7 +142,7 @@ class LSQQuantizer(nn.Module):
             )  # fmt: skip
             entry = BinLoss(loss, bins)
         else:
-            alpha_grad = self.alpha_grad()
+            alpha_grad = self.alpha_grad() if torch.is_grad_enabled() else 1.0  # as in makes_bins
             xhat = functional.fake_quantize(x, self.alpha, self.spec, relu=relu, clip=clip, alpha_grad=alpha_grad)
             entry = None
         if entry is not None:
@@ -166,12 +174,17 @@ class LSQQuantizer(nn.Module):
         Under torch.distributed alpha keeps requires_grad, and its gradient is 0: DistributedDataParallel waits in
         every step for the gradient of each parameter that it was made with.
         """
-        if not self.frozen:
+        if not self.frozen or self.alpha.requires_grad != self._set_requires_grad:  # else it is what was set here
             self._learns = self.alpha.requires_grad
-            if not frozen:
-                return
+        if not self.frozen and not frozen:
+            return
+        if self._learns and not frozen and not self.alpha.requires_grad and distributed.ranks() > 1:
+            raise RuntimeError("an alpha that was frozen before torch.distributed was initialised is released: "
+                               "DistributedDataParallel would not see its gradient, and ranks would differ; attach "
+                               "the AlphaControl after init_process_group")  # fmt: skip
         self.frozen = frozen
         self.alpha.requires_grad_(self._learns and (not frozen or distributed.is_initialised()))
+        self._set_requires_grad = self.alpha.requires_grad
         if frozen:
             self.alpha.grad = None
         else:
@@ -179,7 +192,8 @@ class LSQQuantizer(nn.Module):
 
     def makes_bins(self) -> bool:
         """Whether a forward here and now has bin sums, for its loss or for an observer."""
-        return (self.collecting or self.observer is not None) and self.training and torch.is_grad_enabled()
+        # In this order: compiled code guards what it has read, and evaluation need not know of the rest.
+        return self.training and torch.is_grad_enabled() and (self.collecting or self.observer is not None)
 
     def _retain(self, entry: BinLoss) -> None:
         if not torch.compiler.is_compiling():
@@ -267,11 +281,6 @@ class LSQQuantizer(nn.Module):
         """What training forwards have collected since the last call, in order; nothing is kept."""
         entries, self._retained = self._retained, []
         return entries
-
-    def train(self, mode: bool = True) -> LSQQuantizer:
-        if not mode:
-            self._retained = []
-        return super().train(mode)
 
     def extra_repr(self) -> str:
         axis = "" if self.spec.channel_axis is None else f", channel_axis={self.spec.channel_axis}"

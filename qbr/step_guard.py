@@ -81,32 +81,43 @@ def _check_optimizer(optimizer: Optimizer, owned: set[int]) -> None:
 
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, args, kwargs) -> None:
-    """Note the least value that each of this optimizer's alphas may have after the step."""
+    """Note the values of this optimizer's frozen alphas, and the least that each of the others may have afterwards."""
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if optimizer not in _checked:
         _check_optimizer(optimizer, owned)
     mine = [q for q in _live if id(q._parameters.get("alpha")) in owned]
-    for q in mine:
-        if q.frozen:
-            q.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, momentum and decay included
-    alphas = [distributed.local(q.alpha) for q in mine if q.alpha.requires_grad and not q.frozen]
+    frozen = [q for q in mine if q.frozen]
+    if optimizer.state:  # else it may be a checkpoint's loader, which makes the state of what has a gradient
+        for q in frozen:
+            q.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, its momentum included
+    # A closure makes gradients anew, inside of the step.
+    held = [distributed.local(q.alpha) for q in frozen if q.alpha.requires_grad]
+    values = torch._foreach_mul(held, 1.0) if held else []
+    moving = [q for q in mine if q.alpha.requires_grad and not q.frozen]
+    alphas = [distributed.local(q.alpha) for q in moving]
     floors = torch._foreach_div(alphas, LARGEST_SHRINK) if alphas else []
+    for q, floor in zip(moving, floors):
+        if not q.initialised:  # its first forward, in a closure, sets it from data: there is no value before
+            floor.zero_()
     if floors:
         torch._foreach_clamp_min_(floors, SMALLEST_ALPHA)
-    _before[optimizer] = (weakref.WeakSet(mine), alphas, floors)
+    _before[optimizer] = (weakref.WeakSet(mine), alphas, floors, held, values)
 
 
 @torch.no_grad()
 def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
-    """Keep alpha positive after any torch.optim step: alpha = max(alpha, alpha before the step / 10, 1e-8).
+    """Keep alpha positive after any torch.optim step: alpha = max(alpha, alpha before the step / 10, 1e-8); and a
+    frozen one as it was.
 
-    Runs by itself after every ``optimizer.step()`` once a quantizer exists; two fused operations for all alphas of
+    Runs by itself after every ``optimizer.step()`` once a quantizer exists; a few fused operations for all alphas of
     the optimizer, no synchronisation, no state. A NaN stays a NaN. Bin losses that nobody asked for go here too:
     after the step their graph is stale.
     """
-    mine, alphas, floors = _before.pop(optimizer, ((), [], []))
+    mine, alphas, floors, held, values = _before.pop(optimizer, ((), [], [], [], []))
     if alphas:
         torch._foreach_maximum_(alphas, floors)
+    if held:
+        torch._foreach_copy_(held, values)
     for quantizer in mine:
         if quantizer._retained:
             quantizer._retained = []

@@ -123,6 +123,22 @@ def test_each_phase_of_alpha_control_is_compiled_once():
     _same(compiled, run(False))
 
 
+def test_evaluation_is_compiled_for_free_and_for_frozen_alphas():
+    """Twice, since torch.compile tells parameters with and without requires_grad apart; BR plays no part."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = _model()
+    qbr.calibrate(model, [_images()])
+    freeze = qbr.Freeze(epoch=3)
+    control = qbr.AlphaControl(freeze_weights=freeze, freeze_acts=freeze, warmup_epochs=1).attach(model)
+    call = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for epoch in (1, 2, 3, 4):
+            control.begin_epoch(epoch)
+            call(_images())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 @pytest.mark.slow
 def test_inductor_equals_eager():
     torch._dynamo.reset()
@@ -407,6 +423,7 @@ def test_batch_norm_is_re_estimated_before_evaluation():
     """torch.optim.swa_utils.update_bn: statistics of the quantized network; alphas, weights and losses untouched."""
     model = _model()
     _train(model)
+    qbr.bin_loss(model)  # of the last forward there
     before = {n: p.clone() for n, p in model.named_parameters()}
     batches = [_images(seed, 16) for seed in (1, 2, 3)]
     with warnings.catch_warnings():

@@ -1,0 +1,164 @@
+"""Around an optimizer's step: frozen alphas stay, first steps from data stay, whatever runs inside of the step."""
+
+from __future__ import annotations
+
+import pytest
+import ranks
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import qbr
+from qbr.quantizers import quantizers
+
+
+def made(bits: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    return qbr.prepare(model, qbr.QATConfig(weight_bits=bits, act_bits=bits))
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+def alphas(model: nn.Module) -> list[float]:
+    return [quantizer.alpha.item() for quantizer in quantizers(model).values()]
+
+
+def optimizer_of(model, kind=torch.optim.SGD, **options):
+    return kind(qbr.parameter_groups(model, lr=0.05, weight_decay=0.1), **options)
+
+
+def closure_of(model, optimizer):
+    x, y = batch()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+OPTIMIZERS = [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"betas": (0.9, 0.9)}), (torch.optim.LBFGS, {})]
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS[:2])
+def test_frozen_alphas_stay_where_a_closure_makes_their_gradients(kind, options, monkeypatch):
+    """As torch.distributed has it, where frozen alphas have gradients; and in one process, for who asks for them."""
+    monkeypatch.setattr(qbr.distributed, "is_initialised", lambda: True)
+    monkeypatch.setattr(qbr.distributed, "ranks", lambda: 1)
+    model = made()
+    qbr.calibrate(model, [batch()])
+    control = qbr.AlphaControl(qbr.Freeze(epoch=2, release_epoch=3), qbr.Freeze(epoch=2, release_epoch=3),
+                               warmup_epochs=0).attach(model)  # fmt: skip
+    optimizer = optimizer_of(model, kind, **options)
+    closure, moved = closure_of(model, optimizer), []
+    for epoch in (1, 2, 3):
+        control.begin_epoch(epoch)
+        before = alphas(model)
+        for _ in range(3):
+            optimizer.step(closure)
+        moved.append([a != b for a, b in zip(alphas(model), before)])
+    assert [any(each) for each in moved] == [True, False, True] and all(moved[0]) and all(moved[2])
+
+
+def test_frozen_alphas_stay_where_all_gradients_are_asked_for():
+    model = made()
+    qbr.calibrate(model, [batch()])
+    qbr.AlphaControl(True, True, warmup_epochs=0).attach(model)
+    model.requires_grad_(True)
+    optimizer, before = optimizer_of(model, momentum=0.9), alphas(model)
+    closure = closure_of(model, optimizer)
+    for _ in range(3):
+        optimizer.step(closure)
+    assert alphas(model) == before
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_first_steps_from_data_stay_where_a_closure_sets_them(bits):
+    model, expected = made(bits), made(bits)
+    expected(batch()[0])
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.0, weight_decay=0.0))
+    optimizer.step(closure_of(model, optimizer))
+    assert alphas(model) == alphas(expected)
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("first", [True, False])
+def test_distributed_checkpoints_resume_a_frozen_run(warmup, first, tmp_path):
+    """get_state_dict and set_state_dict make the optimizer's state by a step of their own."""
+    (resumed,) = ranks.run(_resume, tmp_path / "ranks", warmup, first, str(tmp_path / "saved"), world=1)
+    assert resumed
+
+
+def _resume(warmup: int, control_first: bool, folder: str) -> bool:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def start():
+        model = made()
+        qbr.calibrate(model, [batch()])
+        control = qbr.AlphaControl(True, True, warmup_epochs=warmup).attach(model)
+        optimizer = optimizer_of(model, torch.optim.AdamW)
+        return model, control, optimizer
+
+    def train(model, optimizer):
+        closure_of(model, optimizer)()
+        optimizer.step()
+
+    model, control, optimizer = start()
+    for epoch in (1, 2):
+        control.begin_epoch(epoch)
+        train(model, optimizer)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    resumed, other, its_optimizer = start()
+    if control_first:
+        other.load_state_dict(control.state_dict())
+    weights, state = get_state_dict(resumed, its_optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    set_state_dict(resumed, its_optimizer, model_state_dict=weights, optim_state_dict=state)
+    other.load_state_dict(control.state_dict())
+    for each, its in ((model, optimizer), (resumed, its_optimizer)):
+        train(each, its)
+    pairs = zip(model.state_dict().values(), resumed.state_dict().values())
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_alphas_that_were_frozen_before_there_were_ranks_are_not_released(monkeypatch):
+    model = made()
+    control = qbr.AlphaControl(qbr.Freeze(epoch=1, release_epoch=2), warmup_epochs=0).attach(model)
+    monkeypatch.setattr(qbr.distributed, "is_initialised", lambda: True)
+    monkeypatch.setattr(qbr.distributed, "ranks", lambda: 2)
+    with pytest.raises(RuntimeError, match="attach the AlphaControl after init_process_group"):
+        control.begin_epoch(2)
+
+
+def test_quantizers_that_come_after_attach_are_controlled_too():
+    model = made()
+    control = qbr.AlphaControl(True, True, warmup_epochs=1).attach(model)
+    model[4] = qbr.prepare(nn.Linear(6, 2), qbr.QATConfig(act_bits=None))
+    model.append(qbr.QuantizedLinear(2, 2, num_bits=2))
+    control.begin_epoch(1)
+    model(batch()[0])
+    assert not qbr.bin_loss(model).layers
+    control.begin_epoch(2)
+    model(batch()[0])
+    assert {"4", "5"} <= set(qbr.bin_loss(model).layers)
+    assert all(quantizer.frozen for quantizer in quantizers(model).values())
+
+
+def test_alphas_that_the_user_asks_for_while_they_are_frozen_learn_when_released():
+    model = made()
+    model[0].requires_grad_(False)
+    control = qbr.AlphaControl(qbr.Freeze(epoch=2, release_epoch=3), warmup_epochs=0).attach(model)
+    control.begin_epoch(2)
+    model[0].requires_grad_(True)
+    control.begin_epoch(2)
+    assert not model[0].weight_quantizer.alpha.requires_grad
+    control.begin_epoch(3)
+    assert model[0].weight_quantizer.alpha.requires_grad

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qbr import kernels
 from qbr.arguments import check
+from qbr.first_order import first_order
 from qbr.kernels import foreach, reference
 from qbr.saved import save, saved
 from qbr.spec import check_regularizer, check_to_alpha, lsq_grad_scale
@@ -106,7 +106,7 @@ class _LSQ(torch.autograd.Function):
         return _ops[backend, "lsq_fwd"](x, alpha, *plain)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_xhat):
         x, alpha = saved(ctx)
         backend, plain, alpha_grad = ctx.call
@@ -127,7 +127,7 @@ class _BinLoss(torch.autograd.Function):
         return loss, bins
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_loss, _):
         x, alpha, weights, dloss_dalpha = saved(ctx)
         backend, plain, br_to_alpha = ctx.call
@@ -150,7 +150,7 @@ class _LSQBin(torch.autograd.Function):
         return xhat, loss, bins
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_xhat, grad_loss, _):
         x, alpha, weights, dloss_dalpha = saved(ctx)
         backend, plain, alpha_grad, br_to_alpha = ctx.call
@@ -206,7 +206,7 @@ class _ForeachLSQ(torch.autograd.Function):
         return tuple(_ops[backend, "foreach_lsq_fwd"](xs, alphas, *quant))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grad_xhats):
         backend, (ranges, *relu), grad_scales = ctx.call
         used = [i for i, grad in enumerate(grad_xhats) if grad is not None]
@@ -230,7 +230,7 @@ class _ForeachBinLoss(torch.autograd.Function):
         return *losses, *bins
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         backend, (ranges, *relu), br_to_alphas = ctx.call
         count = len(grads) // 2
@@ -255,7 +255,7 @@ class _ForeachLSQBin(torch.autograd.Function):
         return *xhats, *losses, *bins
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         backend, (ranges, *relu), grad_scales, br_to_alphas = ctx.call
         count = len(grads) // 3

@@ -90,21 +90,6 @@ def test_the_largest_codes(backend, device):
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
-def test_a_gradient_of_a_gradient_is_refused(backend, device):
-    load(backend, device)
-    x = X.to(device).requires_grad_()
-    alpha = torch.tensor([0.3], device=device, requires_grad=True)
-    both = F.fake_quantize_with_bin_loss(x, alpha, W4, backend=backend)
-    (listed,) = F.foreach_fake_quantize_with_bin_loss([x], [alpha], W4, backend=backend)
-    losses = [F.fake_quantize(x, alpha, W4, backend=backend).pow(3).sum(), both.xhat.pow(3).sum() + both.loss ** 2]
-    losses += [listed.xhat.pow(3).sum(), F.bin_loss(x, alpha, W4, backend=backend).loss ** 2]
-    for loss in losses:
-        (dx,) = torch.autograd.grad(loss, x, create_graph=True)
-        with pytest.raises(RuntimeError, match="twice"):
-            dx.sum().backward()
-
-
-@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_in_a_list_an_unused_loss_is_no_loss(backend, device):
     """Its gradient of 0 would meet the infinite distance of an infinity."""
     load(backend, device)

@@ -114,15 +114,16 @@ def take(quantizer, weight: Tensor) -> Ready | None:
     return ready
 
 
-def drop(model: nn.Module, *_) -> None:
-    """Forget what the forward has not used; a layer that did not use it quantizes alone from now on. A forward hook."""
+def drop(model: nn.Module, args=(), output=None) -> None:
+    """Forget what the forward has not used; a layer that did not use it quantizes alone from now on, unless the
+    forward was broken off (output is None). A forward hook."""
     if is_inside(model):
         return
     mark_roots(model, False)
     if torch.compiler.is_compiling():
         return
     for quantizer in model.__dict__.pop("_qbr_grouped", ()):
-        if not quantizer._ready_used:
+        if not quantizer._ready_used and output is not None:
             quantizer.alone = True
         assign(quantizer, "_ready", None)
 

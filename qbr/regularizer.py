@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,6 +23,10 @@ _OWNED = re.compile(r"(?:weight_)?quantizer(?:_(?P<call>\d+))?|(?P<tensor>input|
 _LAYER_KEYS = (
     "loss", "mse", "var", "quantization_mse", "bins_used", "mean_distance", "effectiveness", "pct_near_levels",
 )  # fmt: skip
+_NOTHING_COLLECTED = (
+    "bin_loss(model): nothing was collected, and both losses are 0: call it after each training forward, with "
+    "gradients, and before the optimizer's step"
+)
 
 
 class ModelBinLoss(NamedTuple):
@@ -75,6 +80,9 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False) -> ModelBinLoss:
         for call, entry in enumerate(taken[name]):
             layers[_call_name(layer, first + call * steps[layer])] = entry
             losses[quantizer.kind].append(entry.loss)
+    if not layers and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if any(quantizer.collecting and quantizer.training for quantizer in found.values()):
+            warnings.warn(_NOTHING_COLLECTED, stacklevel=2)
     device = next(iter(found.values())).alpha.device
     return ModelBinLoss(
         _sum(losses["weight"], device), _sum(losses["activation"], device), dict(zip(layers, _fixed(layers.values())))
@@ -187,18 +195,20 @@ def _fixed(entries) -> list[BinLoss]:
 
 
 def forget(model: nn.Module, *_) -> None:
-    """Drop what earlier forwards of model have collected; as a forward pre-hook, at the start of each new one."""
+    """Drop what earlier forwards of model have collected; as a forward pre-hook, at the start of each new one that
+    collects something itself: not of one without gradients, or in eval mode, between a training forward and its loss.
+    """
     if grouping.is_inside(model):
         return
     grouping.mark_roots(model, True)
     modules = grouping.walk(model)
     fresh = False
     for module in modules:
-        if isinstance(module, LSQQuantizer):
+        if isinstance(module, LSQQuantizer) and module.training:
             # Unseen in compiled code: to look at it would compile a graph for each of its lengths.
-            if torch.compiler.is_compiling() or module._retained:
+            if torch.is_grad_enabled() and (torch.compiler.is_compiling() or module._retained):
                 module._retained = []
-            fresh = fresh or (module.training and not module.initialised)
+            fresh = fresh or not module.initialised
     if fresh and distributed.is_sharded(modules):
         raise ValueError("alphas are not set yet and FSDP has sharded them, so that what this forward would set is "
                          "lost: run one training forward before fully_shard, or load a state_dict")

@@ -277,3 +277,19 @@ def test_a_model_made_under_inference_mode():
         (each,) = functional.foreach_bin_loss([model[0].weight], [quantizer.alpha], quantizer.spec)
         assert each.bins.table.sum() > 0
 
+
+
+def test_layers_behind_an_exception_are_quantized_together_again():
+    class Fails(nn.Module):
+        fails = True
+
+        def forward(self, x):
+            if self.fails:
+                raise ValueError("once")
+            return x
+
+    model = qbr.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Fails(), nn.Linear(4, 4)), qbr.QATConfig())
+    qbr.calibrate(model, [torch.randn(2, 4)], forward=lambda model, x: model[3](model[1](model[0](x))))
+    with pytest.raises(ValueError, match="once"):
+        model(torch.randn(2, 4))
+    assert not any(q.alone for q in model.modules() if hasattr(q, "alone"))

@@ -75,9 +75,7 @@ def test_nothing_survives():
     with torch.no_grad():
         model(x)
     assert not collected()
-    model(x)
     model.eval()
-    assert not collected()
     model(x)
     assert not collected()
     model.train()
@@ -384,3 +382,20 @@ def test_metrics_of_odd_tensors():
     channels = QuantSpec(bits=2, channel_axis=0)
     bins = functional.bin_loss(_x(3, 50), torch.tensor([0.2, 0.4, 0.6]), channels).bins
     assert metrics.read([bins])[0].loss == pytest.approx(sum(t.item() for t in metrics.mse_and_var(bins)))
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "eval"])
+def test_another_forward_leaves_the_losses_of_a_training_forward(mode):
+    """Targets of a second view, a look at validation data, between the forward and its loss."""
+    model = qbr.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), qbr.QATConfig())
+    x = torch.randn(8, 4)
+    model(x)
+    expected = [loss.item() for loss in qbr.bin_loss(model)[:2]]
+    model(x)
+    with torch.set_grad_enabled(mode != "no_grad"):
+        model.train(mode != "eval")(2 * x)
+    model.train()
+    found = qbr.bin_loss(model)
+    assert [loss.item() for loss in found[:2]] == expected and found.weights.requires_grad
+    with pytest.warns(UserWarning, match="nothing was collected"):
+        assert qbr.bin_loss(model).weights == 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import torch
 from torch import Tensor, nn
 
-from qbr import functional
+from qbr import functional, running
 from qbr.calls import Counted
 from qbr.layers import WEIGHT_LAYERS, QuantizedClippedReLU, call_names, renormalised
 from qbr.quantizers import LSQQuantizer, keeping_dtype, quantizers
@@ -92,7 +91,7 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise ValueError(f"model ({type(model).__name__}) has no quantizers: nothing to convert")
     warn_unset(model)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = running.copied(model)
     unwatch(model)
     folded: dict[tuple[int, int], tuple] = {}
     for module in list(model.modules()):

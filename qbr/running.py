@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
 
@@ -39,6 +41,20 @@ def undisturbed(model: nn.Module):
                 owner._buffers[name] = buffer if buffer is None else buffer.copy_(values)
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A deepcopy, also of a model with tensors of a graph as attributes, which the hook of the older weight_norm leaves
+    there: their values."""
+    in_graph = [(module.__dict__, name, value) for module in model.modules() for name, value in module.__dict__.items()
+                if isinstance(value, Tensor) and value.grad_fn is not None]  # fmt: skip
+    try:
+        for attributes, name, value in in_graph:
+            attributes[name] = value.detach()
+        return copy.deepcopy(model)
+    finally:
+        for attributes, name, value in in_graph:
+            attributes[name] = value
+
+
 def device_of(model: nn.Module) -> torch.device:
     """That of the first parameter or buffer."""
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
@@ -65,15 +81,25 @@ def run(model: nn.Module, batch) -> None:
     """model(batch) for a tensor, model(batch[0]) for a tuple or list, model(**batch) for a dict; on model's device.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: for anything else, and for what model's forward does not take.
     """
     device = device_of(model)
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
     if isinstance(batch, Tensor):
-        model(batch.to(device))
+        args, kwargs = (batch.to(device),), {}
     elif isinstance(batch, Mapping):
-        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+        args = ()
+        kwargs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     else:
         raise TypeError(f"a batch is a {type(batch).__name__}: expected a tensor, a tuple or list that starts with the "
                         "model's input, or a dict of the model's arguments; or name forward=")  # fmt: skip
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except ValueError:
+        pass  # no Python function
+    except TypeError as error:
+        raise TypeError(f"{type(model).__name__}.forward cannot be called with the batch ({error}): a tensor, or the "
+                        "first item of a tuple, is its only argument, a dict names all; for what is called otherwise, "
+                        "calibrate takes forward=") from error  # fmt: skip
+    model(*args, **kwargs)

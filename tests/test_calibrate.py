@@ -341,3 +341,18 @@ def test_copies_are_calibrated_alike():
     for each in (model, other):
         calibrate(each, [x_(2, 3, 8, 8)], method="mse")
     assert all(torch.equal(a, b) for a, b in zip(alphas(model).values(), alphas(other).values()))
+
+
+def test_a_batch_that_the_forward_does_not_take_is_named():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.act = nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x, y):
+            return self.act(self.fc(x)) + y
+
+    model, x = qbr.prepare(Two(), qbr.QATConfig()), torch.randn(2, 4)
+    with pytest.raises(TypeError, match=r"Two.forward cannot be called with the batch \(missing .* 'y'\).*forward="):
+        qbr.calibrate(model, [(x, x)])
+    qbr.calibrate(model, [{"x": x, "y": x}])

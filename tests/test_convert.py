@@ -217,3 +217,16 @@ def test_other_models_of_torchvision(name):
     assert len(br.layers) == sum(isinstance(m, qbr.LSQQuantizer) for m in model.modules())
     with torch.no_grad():
         assert torch.equal(convert(model.eval())(x_(2, 3, 32, 32)), model(x_(2, 3, 32, 32)))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_model_whose_hooks_keep_tensors_of_a_graph():
+    """The older weight_norm leaves the last forward's weight as an attribute, which deepcopy refuses."""
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    qbr.calibrate(qbr.prepare(model, qbr.QATConfig()), [x])
+    model(x).sum().backward()
+    kept = model[0].__dict__["weight"]
+    converted = qbr.convert(model)
+    assert model[0].__dict__["weight"] is kept and kept.grad_fn is not None
+    assert torch.equal(converted.eval()(x), model.eval()(x))

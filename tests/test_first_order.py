@@ -17,6 +17,7 @@ ASKED = {
 }
 W2 = QuantSpec(2)
 OPS = {
+    "bin_loss alone": lambda x, alpha: functional.bin_loss(x, alpha, W2).loss,
     "fake_quantize": lambda x, alpha: functional.fake_quantize(x, alpha, W2).pow(3).sum(),
     "bin_loss": lambda x, alpha: functional.bin_loss(x, alpha, W2, backprop_to_alpha=True).loss.pow(2),
     "both": lambda x, alpha: functional.fake_quantize_with_bin_loss(x, alpha, W2).loss.pow(2),

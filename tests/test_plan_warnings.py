@@ -89,7 +89,7 @@ class ReadsWeights(nn.Module):
         self.qkv, self.out, self.act = nn.Linear(4, 12), nn.Linear(4, 4), nn.ReLU()
 
     def forward(self, x, **_):
-        x = x.to(self.out.weight.dtype).reshape(-1, self.out.weight.shape[1])
+        x = x.to(self.out.weight.dtype).reshape(-1, self.out.weight.size(1))
         q, k, v = F.linear(x, self.qkv.weight.data, self.qkv.bias).chunk(3, -1)
         return self.out(self.act(q * k + v))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import mmap
 import os
 import warnings
@@ -21,7 +20,7 @@ from qbr.export.lowering import IR_VERSIONS, Lowering, opset, storage, translati
 from qbr.export.optional import need
 from qbr.layers import renormalised
 from qbr.quantizers import quantizers
-from qbr.running import unwrapped
+from qbr.running import copied, unwrapped
 from qbr.whole import write_whole
 
 LARGEST_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GB
@@ -114,7 +113,7 @@ def to_onnx(
 
 
 def _for_export(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model).cpu().eval()
+    model = copied(model).cpu().eval()
     for each in quantized_weights(model):
         if getattr(each.module, "max_norm", None) is not None:  # for good: forward would do it in place
             each.weight.data = renormalised(each.module, each.weight.detach())
@@ -153,7 +152,7 @@ def _torch_export(model: nn.Module, args: tuple, kwargs: dict, shapes) -> torch.
 
     with kernels.use_backend("reference"), torch.no_grad():
         try:
-            copy.deepcopy(model)(*args, **kwargs)
+            copied(model)(*args, **kwargs)
         except Exception as error:  # whatever forward raises
             sizes = [tuple(each.shape) for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
             raise ValueError(f"example, of the shapes {sizes}, does not go through the model's forward: "

@@ -123,7 +123,8 @@ def test_two_trials_never_see_a_test_image_and_leave_a_table(tmp_path, monkeypat
     assert [trial["status"] for trial in search["trials"]] == ["finished", "finished"]
     for trial in search["trials"]:
         results = json.loads((tmp_path / "trials" / f"{trial['number']:03d}" / "results.json").read_text())
-        assert trial["val_acc"] == max(epoch["val_acc"] for epoch in results["epochs"])
+        assert trial["val_acc"] == max(e["val_acc"] for e in results["epochs"] if e["phase"] == "BR")
+        assert (trial["versions"], trial["device"]) == (results["versions"], results["device"])
         assert results["final"] == {} and results["data"]["test"] == 0
         wanted = {"lr": trial["params"]["lr"], "lambda_br": trial["params"]["lambda_br"], "qat_epochs": 4,
                   "warmup_epochs": round(4 * trial["params"]["warmup_share"])}  # fmt: skip

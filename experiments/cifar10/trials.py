@@ -204,6 +204,8 @@ class Search:
         trial["seconds"] = sum(epoch["seconds"] for epoch in results["epochs"])
         best = results.get("best", {"val_acc": None, "epoch": None})
         trial["val_acc"], trial["best_epoch"] = best["val_acc"], best["epoch"]
+        ran = json.loads((run.folder / "results.json").read_text())
+        trial["versions"], trial["device"] = ran["versions"], ran["device"]
         self._write()
         if trial["status"] != "paused":
             self._forget_weights(trial)

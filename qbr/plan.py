@@ -370,18 +370,15 @@ class _Planner:
 def _left_out(module: nn.Module) -> str | None:
     """Why a module stays in float that is of none of the exact types, if there is something in it to quantize."""
     kind = next((kind for kind in (*WEIGHT_LAYERS, *ATTENTION, *RELUS) if isinstance(module, kind)), None)
-    if isinstance(module, (NonDynamicallyQuantizableLinear, ParametrizationList)):  # parts of what has a row
-        return None
-    if type(module) is kind:
+    part = isinstance(module, (NonDynamicallyQuantizableLinear, ParametrizationList))  # of what has a row
+    has_matrix = any(not is_lazy(p) and p.dim() > 1 for p in module.parameters(recurse=False))
+    if part or type(module) is kind or (kind is None and not has_matrix):
         return None
     if is_parametrized(module):
         return "parametrized"
     if isinstance(module, LazyModuleMixin):
         return "lazy: run the model once before"
-    if kind is not None:
-        return f"subclass of {kind.__name__}"
-    has_matrix = any(not is_lazy(p) and p.dim() > 1 for p in module.parameters(recurse=False))
-    return "no quantized form" if has_matrix else None
+    return "no quantized form" if kind is None else f"subclass of {kind.__name__}"
 
 
 def _weight_spec(name: str, module: nn.Module, parameter: str, config: LayerConfig) -> QuantSpec:

@@ -58,7 +58,8 @@ def test_layers_without_a_quantized_form_are_warned_of_unless_skipped():
     (warning,) = said(model)
     assert "1 OwnConv (subclass of Conv2d), 0; 1 LSTM (no quantized form), 5" in warning
     assert not said(model, skip=["0", "5"])
-    assert not said(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 4)))
+    norms = nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 4))
+    assert not said(norms) and cells(norms).keys() == {"0", "2", "4"}
 
 
 @pytest.mark.parametrize(("argument", "at", "which"), [("first_layer", 0, "first"), ("last_layer", 3, "last")])

@@ -147,8 +147,7 @@ class _Reader:
         kind = type(module)
         inputs = [_state(value, states) for value in (*node.args, *node.kwargs.values())] if node is not None else []
         first = UNKNOWN if node is None else inputs[0] if inputs else SIGNED
-        if self.reached and is_layer(module) and module not in self.reading.order:
-            self.reading.order.append(module)
+        self._reach(module)
         if kind in WEIGHT_LAYERS or kind in ATTENTION:
             if kind in ATTENTION:
                 self._attention(module, node, states)
@@ -169,6 +168,10 @@ class _Reader:
             self._children(module)
             return SIGNED
         return self._follow(name, module, node, states)
+
+    def _reach(self, module: nn.Module) -> None:
+        if self.reached and is_layer(module) and module not in self.reading.order:
+            self.reading.order.append(module)
 
     def _enter(self, layer: nn.Module, state: int) -> None:
         self.reading.inputs[layer] = max(state, self.reading.inputs.get(layer, state))
@@ -322,8 +325,7 @@ class _Reader:
             state = QUANTIZED if self.quantized(full, None) else NON_NEGATIVE
         for child in layer.children():
             self.visited.add(child)
-            if self.reached and is_layer(child) and child not in self.reading.order:
-                self.reading.order.append(child)
+            self._reach(child)
             if type(child) in WEIGHT_LAYERS:
                 self._enter(child, state if child is layer.linear2 else SIGNED)
             elif type(child) in ATTENTION:

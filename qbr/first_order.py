@@ -34,10 +34,11 @@ def first_order(backward):
     def once(ctx, *grads):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # no create_graph=True
             return backward(ctx, *grads)
+        ctx.read = []  # by qbr/saved.py
         with torch.no_grad():
             results = backward(ctx, *grads)
-        kept = ctx.saved_tensors if getattr(ctx, "kept", None) is None else ctx.kept[0]
-        inputs = [each for each in (*kept, *grads) if isinstance(each, Tensor) and each.requires_grad]
+        inputs = [each for each in (*ctx.read, *grads) if isinstance(each, Tensor) and each.requires_grad]
+        ctx.read = None
         return tuple(_Refused.apply(each, *inputs) if isinstance(each, Tensor) else each for each in results)
 
     return once

@@ -95,11 +95,14 @@ def run(model: nn.Module, batch) -> None:
         raise TypeError(f"a batch is a {type(batch).__name__}: expected a tensor, a tuple or list that starts with the "
                         "model's input, or a dict of the model's arguments; or name forward=")  # fmt: skip
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except ValueError:
-        pass  # no Python function
-    except TypeError as error:
-        raise TypeError(f"{type(model).__name__}.forward cannot be called with the batch ({error}): a tensor, or the "
-                        "first item of a tuple, is its only argument, a dict names all; for what is called otherwise, "
-                        "calibrate takes forward=") from error  # fmt: skip
-    model(*args, **kwargs)
+        model(*args, **kwargs)
+    except TypeError:
+        try:
+            inspect.signature(model.forward).bind(*args, **kwargs)
+        except ValueError:
+            pass  # no Python function
+        except TypeError as error:
+            raise TypeError(f"{type(model).__name__}.forward cannot be called with the batch ({error}): a tensor, or "
+                            "the first item of a tuple, is its only argument, a dict names all; for what is called "
+                            "otherwise, calibrate takes forward=") from error  # fmt: skip
+        raise

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 def save(ctx, xs: Sequence[Tensor], *tensors: Tensor) -> None:
     """ctx.save_for_backward(*tensors), but for Parameters xs; of these ``tensors`` has one after the other, then as
     many alphas, and so on."""
-    ctx.kept = None
+    ctx.kept = ctx.read = None
     if torch.compiler.is_compiling() or {*map(type, xs)} != {nn.Parameter}:
         ctx.save_for_backward(*tensors)
         return
@@ -28,7 +28,7 @@ def save(ctx, xs: Sequence[Tensor], *tensors: Tensor) -> None:
 
 
 def saved(ctx, used: Sequence[int] = (0,)) -> Sequence[Tensor]:
-    """What save() was given.
+    """What save() was given; noted in ctx.read, if that is a list: checkpointing has it read once alone.
 
     Args:
         used: which of xs this backward is about.
@@ -37,8 +37,13 @@ def saved(ctx, used: Sequence[int] = (0,)) -> Sequence[Tensor]:
         RuntimeError: where one of these, or its alpha, has changed since.
     """
     if ctx.kept is None:
-        return ctx.saved_tensors
+        tensors = ctx.saved_tensors
+        if ctx.read is not None:
+            ctx.read.extend(tensors)
+        return tensors
     tensors, before, count = ctx.kept
+    if ctx.read is not None:
+        ctx.read.extend(tensors)
     now = _versions(tensors)
     if now != before:
         for i in used:

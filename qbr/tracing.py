@@ -6,6 +6,7 @@ itself is unknown. The graphs also rewrite a forward so that a ReLU called as a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -44,7 +45,7 @@ class _Tracer(torch.fx.Tracer):
 
     With ``strict``, buffers are stand-ins as well, and what a graph would not keep is refused: a call under another
     gradient or autocast mode or under hooks for saved tensors (checkpointing, offloading), a question for the type of
-    an argument, a result of a class of its own that fx takes for a dict.
+    what it has computed, a result of a class of its own that fx takes for a dict.
     """
 
     def __init__(self, names: tuple[str, ...], strict: bool, containers: Container[str]) -> None:
@@ -224,7 +225,9 @@ def _functions(owner: nn.Module) -> Iterator[tuple[list, set[str]]]:
         seen.add(code)
         names = _names(code) - set(owner._modules)
         values = [owner.__dict__.get(name, function.__globals__.get(name)) for name in names]
-        values += inspect.getclosurevars(function).nonlocals.values()
+        for cell in getattr(function, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # what is not there yet
+                values.append(cell.cell_contents)
         values += [each for value in values if type(value) in (list, tuple) for each in value]
         values += [each for value in values if type(value) is dict for each in value.values()]
         values = [_inner(value) for value in values]

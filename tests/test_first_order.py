@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import qbr
 from qbr import QuantSpec, functional
@@ -56,3 +57,13 @@ def test_gradients_made_with_create_graph_are_those_without():
     own = torch.ones((), requires_grad=True)  # beside them, something twice differentiable
     slope = torch.autograd.grad(own**3 + grads[1][0].sum(), own, create_graph=True)[0]
     assert torch.autograd.grad(slope, own)[0] == 6
+
+
+def test_create_graph_under_checkpointing():
+    """Whose saved tensors may be read once in a backward."""
+    model = model_of()
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    qbr.calibrate(model, [x.detach()])
+    loss = checkpoint(model, x, use_reentrant=False).square().sum()
+    first = torch.autograd.grad(loss, x, create_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(model(x).square().sum(), x)[0])

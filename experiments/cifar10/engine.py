@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import qbr
 
-from . import optim, processes
+from . import distillation, optim, processes
 from .data import Batches, ImageSet, Splits
 from .files import UserError
 
@@ -62,6 +62,7 @@ class Trainer:
         epochs: length of the schedule.
         control: attached to ``model``; None trains in float.
         lambda_weights, lambda_acts: strength of BR.
+        teacher: what --distill's share of the loss compares with, on ``device``; None to train on labels alone.
         global_bins: under torchrun, BR of activations over the whole batch instead of over each process's share.
         quiet: no progress bar even on a terminal.
     """
@@ -77,11 +78,13 @@ class Trainer:
         control: qbr.AlphaControl | None = None,
         lambda_weights: float = 0.0,
         lambda_acts: float = 0.0,
+        teacher: nn.Module | None = None,
         global_bins: bool = True,
         quiet: bool = False,
     ) -> None:
         self.model, self.device, self.epochs, self.control, self.quiet = model, device, epochs, control, quiet
         self.lambda_weights, self.lambda_acts, self.global_bins = lambda_weights, lambda_acts, global_bins
+        self.teacher, self.distill = teacher, options.distill if teacher is not None else 0.0
         self.bf16 = options.amp == "bf16"
         self.channels_last = options.channels_last
         self.generator = torch.Generator().manual_seed(options.seed)
@@ -215,7 +218,12 @@ class Trainer:
         """
         logits = self._logits(net, x)
         ce = F.cross_entropy(logits, y, label_smoothing=self.smoothing)
-        weighed = ce if self.net is self.model else ce * (len(y) * processes.world() / images)
+        task = ce
+        if self.teacher is not None:
+            with torch.no_grad():
+                soft = self._logits(self.teacher, x)
+            task = torch.lerp(ce, distillation.loss(logits, soft), self.distill)
+        weighed = task if self.net is self.model else task * (len(y) * processes.world() / images)
         if not br:
             return logits, ce, weighed, None
         bins = qbr.bin_loss(self.model, global_bins=self.global_bins)
@@ -260,8 +268,9 @@ class Trainer:
             return found[0]
         if not ce.isfinite():
             return "the cross-entropy"
-        if bins is not None and not loss.isfinite():
-            names = [name for name, layer in bins.layers.items() if not layer.loss.isfinite()]
+        if not loss.isfinite():
+            layers = {} if bins is None else bins.layers
+            names = [name for name, layer in layers.items() if not layer.loss.isfinite()]
             return f"the bin regularization of {names[0]}" if names else "the sum of the losses"
         self.optimizer.zero_grad()
         loss.backward()

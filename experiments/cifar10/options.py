@@ -55,6 +55,13 @@ def qat_parser() -> argparse.ArgumentParser:
         description="Quantization-aware training of a CIFAR-10 ResNet: LSQ, then LSQ with bin regularization (BR)."
     )
     parser.add_argument("--pretrained-baseline", type=Path, metavar="FILE", help="float checkpoint to start from")
+    parser.add_argument(
+        "--distill",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the loss on labels, given to the distance from what the float network says; LSQ's paper: 0.5",
+    )
     parser.add_argument("--num-bits", type=int, help="bits of weights and activations; overrides the next two")
     parser.add_argument("--num-bits-weight", type=int, default=2, help="1 to 8; 32 leaves weights in float")
     parser.add_argument("--num-bits-act", type=int, default=2, help="1 to 8; 32 leaves activations in float")
@@ -272,6 +279,7 @@ def check(options: argparse.Namespace) -> None:
         require(name, not_negative, "0 or more")
     for name in ("momentum", "val_fraction", "lr_warmup", "label_smoothing"):
         require(name, lambda share: 0 <= share < 1, "0 or more, below 1")
+    require("distill", lambda share: 0 <= share <= 1, "0 to 1")
     require("gpu", lambda index: index >= -1, "the index of a CUDA device, or -1 for the CPU")
     if hasattr(o, "qat_epochs"):
         if o.warmup_epochs > o.qat_epochs:
@@ -284,6 +292,8 @@ def check(options: argparse.Namespace) -> None:
                 f"--keep-warmup --warmup-epochs {o.warmup_epochs} --qat-epochs {o.qat_epochs}: no run could begin "
                 "after such a warm-up; expected 1 epoch of it or more, and more of all than of it"
             )
+        if o.distill and o.pretrained_baseline is None and not (o.quick or o.resume):
+            raise UserError(f"--distill {o.distill:g}: name the float network to learn from, --pretrained-baseline")
         if o.num_bits_weight == o.num_bits_act == FLOAT_BITS:
             raise UserError("--num-bits-weight 32 --num-bits-act 32 quantize nothing: use cifar10_baseline.py")
     if o.nesterov and o.momentum == 0:

@@ -115,11 +115,14 @@ def each(value: Any) -> list:
     return values
 
 
-def as_on_main(model: nn.Module) -> None:
-    """Give every rank rank 0's buffers (BatchNorm's statistics), as DistributedDataParallel does before a step."""
+def as_on_main(model: nn.Module, weights: bool = False) -> None:
+    """Give every rank rank 0's buffers (BatchNorm's statistics), as DistributedDataParallel does before a step.
+
+    weights: its parameters, too.
+    """
     if world() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        for tensor in (*model.buffers(), *(model.parameters() if weights else ())):
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import nn
 import qbr
 from qbr import kernels
 
-from . import checkpoints, data, exits, folders, histograms, logs, oscillation, processes, report, warmup
+from . import checkpoints, data, distillation, exits, folders, histograms, logs, oscillation, processes, report, warmup
 from .device import keep_freed_memory, pick_device
 from .engine import Trainer, TrainingDiverged, check_batches
 from .files import UserError, check_writable, write_json
@@ -107,6 +107,7 @@ class Run:
                 self._load_float(options.pretrained_baseline)
             elif options.quick:
                 self.first_run = self._quick_baseline()
+        self.teacher, self.teacher_digest = self._teacher() if self.first_run is None else (None, None)
 
     def _check_data(self) -> None:
         """A run goes on with the images that it began with, wherever they are by now."""
@@ -128,6 +129,13 @@ class Run:
         values.update({"lr": baseline_parser().get_default("lr"), "output_dir": self.folder / "baseline"})
         return Run(BASELINE, argparse.Namespace(**values), set(), self.command, self)
 
+    def _teacher(self) -> tuple[nn.Module | None, str | None]:
+        if not getattr(self.options, "distill", 0):
+            return None, None
+        path = self.options.pretrained_baseline or self.folder / "baseline" / folders.CHECKPOINTS / self.best_path.name
+        teacher = distillation.teacher(self.model, self.options.model, path, self.state or self.warm)
+        return teacher, distillation.digest(teacher)
+
     def go(self) -> dict[str, Any]:
         """Train, test, report; return what results.json holds."""
         with contextlib.ExitStack() as lock:
@@ -138,6 +146,7 @@ class Run:
             print("--quick without --pretrained-baseline: a short float baseline comes first")
             self.first_run.go()
             self._load_float(self.first_run.best_path)
+            self.teacher, self.teacher_digest = self._teacher()
             print()
         trainer = self._trainer()
         processes.on_main(folders.take, self.folder, self.state is None, lock)
@@ -215,10 +224,13 @@ class Run:
             )
             strength = {"lambda_weights": options.lambda_br, "lambda_acts": options.lambda_br_act}
             strength["global_bins"] = options.br_bins == "global"
+            strength["teacher"] = self.teacher
         if options.sync_bn:
             self._synchronise_batch_norm()
         memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         self.model.to(self.device, memory_format=memory_format)
+        if self.teacher is not None:
+            processes.as_on_main(self.teacher.to(self.device, memory_format=memory_format), weights=True)
         if control:
             control.attach(self.model)
         quiet = processes.rank() > 0
@@ -281,6 +293,8 @@ class Run:
         if trainer.control:
             print(f"lambda: {options.lambda_br:g} (weights), {options.lambda_br_act:g} (activations)")
             print(trainer.control.describe())
+            if self.teacher is not None:
+                print(f"distillation: {options.distill:g} of the loss on labels is the distance from the float network")
         if len(self.splits.val) == 0:
             print("no validation images (--val-fraction 0): the last epoch counts as the best")
         return header
@@ -325,6 +339,7 @@ class Run:
             "args": plain(self.options),
             "classes": list(self.splits.classes),
             "images": self.splits.sizes,
+            "teacher": self.teacher_digest,
         }
         if processes.rank():
             return

@@ -67,7 +67,18 @@ def _on_rank(folder: Path) -> dict:
         "resumed": _run(folder / "resumed", stop=(2, 3)),
         "rank": _run(folder / "rank", "--br-bins", "rank"),
         "refused": _run(folder / "refused", "--batch-size", "69"),
+        "distilled": _run(folder / "distilled", "--distill", "0.5", "--pretrained-baseline", str(_float(folder))),
     }
+
+
+def _float(folder: Path) -> Path:
+    """A float network of other weights than the run's seed gives, written by rank 0 alone, which alone reads it."""
+    path = folder / "float.pth"
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            torch.save(_small(10).state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +96,20 @@ def _results(folder: Path) -> dict:
 
 
 def test_two_processes_train_as_one_with_the_same_global_batch(codes, folder, tmp_path):
-    assert [c["whole"] for c in codes] == [[0], [0]]
+    _compare(codes, folder, tmp_path, "whole")
+
+
+def test_two_processes_are_taught_as_one(codes, folder, tmp_path):
+    _compare(codes, folder, tmp_path, "distilled", "--distill", "0.5", "--pretrained-baseline", str(_float(tmp_path)))
+
+
+def _compare(codes, folder: Path, tmp_path: Path, name: str, *flags: str) -> None:
+    assert [c[name] for c in codes] == [[0], [0]]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert _run(tmp_path) == [0]
+    assert _run(tmp_path / "one", *flags) == [0]
     torch.set_num_threads(before)
-    one, two = _results(tmp_path), _results(folder / "whole")
+    one, two = _results(tmp_path / "one"), _results(folder / name)
     assert (one["processes"], two["processes"]) == (1, 2) and len(two["epochs"]) == 3
     for a, b in zip(two["epochs"], one["epochs"]):
         for key in FIGURES:
@@ -100,7 +119,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(codes, folder, tm
     for which in ("best", "last"):
         assert two["final"][which] == pytest.approx(one["final"][which], rel=1e-3)
     one, two = (torch.load(f / "checkpoints/last.pth", weights_only=True)["model_state_dict"]
-                for f in (tmp_path, folder / "whole"))  # fmt: skip
+                for f in (tmp_path / "one", folder / name))  # fmt: skip
     assert one.keys() == two.keys()  # no "module." before the names
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)

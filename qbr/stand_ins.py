@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import operator
 import sys
+import threading
+from contextlib import contextmanager
 
 import torch.fx
 
@@ -28,16 +31,37 @@ globals().update({function.__name__: function for function in IN_PLACE})
 
 class StandIn(torch.fx.Proxy):
     """A Proxy whose += and the like stay writes in place (fx makes additions of them, which an alias does not see),
-    and which is a Tensor to whoever asks by isinstance or torch.is_tensor.
+    and which inside of ``told_apart`` is a Tensor to whoever asks by isinstance or torch.is_tensor.
 
     The tracer's ``kind_of(node)`` says what type is meant, or raises.
     """
 
-    @property
-    def __class__(self):
-        """What isinstance asks for; torch's own code, of which fx is a part, and qbr's are told the truth."""
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        return StandIn if asking.startswith(("torch.", "qbr.")) else self.tracer.kind_of(self.node)
+
+_telling = threading.RLock()
+
+
+@contextmanager
+def told_apart():
+    """isinstance takes a stand-in for what it stands for, where Python code asks that is not torch's (of which fx is a
+    part) or qbr's; one thread at a time.
+
+    Not by a ``__class__`` of its own: torch's C++ asks for that as well, and would read the tensor that is not there.
+    """
+
+    def told(value, kinds) -> bool:
+        if type(value) is StandIn:
+            asking = sys._getframe(1).f_globals.get("__name__", "")
+            if not asking.startswith(("torch.", "qbr.")):
+                return issubclass(value.tracer.kind_of(value.node), kinds)
+        return true(value, kinds)
+
+    with _telling:
+        true = builtins.isinstance
+        builtins.isinstance = told
+        try:
+            yield
+        finally:
+            builtins.isinstance = true
 
 
 def _operator(function):

@@ -7,6 +7,7 @@ itself is unknown. The graphs also rewrite a forward so that a ReLU called as a 
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import importlib
 import inspect
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from qbr.grouping import are_saves_hooked
 from qbr.side_effects import Undone
-from qbr.stand_ins import StandIn
+from qbr.stand_ins import StandIn, told_apart
 
 RELU_FUNCTIONS = {F.relu: None, F.relu_: None, torch.relu: None, torch.relu_: None, F.relu6: 6.0}  # and their bounds
 _RELU_METHODS = ("relu", "relu_")
@@ -158,11 +159,14 @@ def trace(
         Untraceable: with torch.fx's reason; or that random numbers were drawn, so that it may call other things the
             next time.
     """
-    if strict and any(names & _MODE_QUESTIONS for _, names in _functions(owner)):
+    functions = list(_functions(owner))
+    if strict and any(names & _MODE_QUESTIONS for _, _, names in functions):
         raise Untraceable("it asks whether gradients or autocast are on, which a graph does not")
+    if any(each.opname == "MATCH_CLASS" for code, *_ in functions for each in dis.get_instructions(code)):
+        raise Untraceable("it matches its values with classes, which are not those of stand-ins")
     undone = Undone(owner)
     try:
-        with undone, torch.enable_grad():
+        with undone, torch.enable_grad(), told_apart():
             owner.__dict__["training"] = training
             graph = _Tracer(names, strict, containers).trace(owner)
     except Untraceable:
@@ -208,13 +212,13 @@ def may_call_relu(owner: nn.Module) -> bool:
     excepted), names a ReLU that is no child of owner; sources are not needed."""
     return any(
         names & _RELU_NAMES or any(inspect.isroutine(value) and value in RELU_FUNCTIONS for value in values)
-        for values, names in _functions(owner)
+        for _, values, names in _functions(owner)
     )
 
 
-def _functions(owner: nn.Module) -> Iterator[tuple[list, set[str]]]:
-    """Of owner's forward, and of the functions and methods that it names, torch's excepted: (the values of the names in
-    it that are known, functions in lists and dicts among them, the names but for owner's children)."""
+def _functions(owner: nn.Module) -> Iterator[tuple[types.CodeType, list, set[str]]]:
+    """Of owner's forward, and of the functions and methods that it names, torch's excepted: (its code, the values of
+    the names in it that are known, functions in lists and dicts among them, the names but for owner's children)."""
     kind, seen = type(owner), set()
     functions = [kind.forward]
     while functions:
@@ -231,7 +235,7 @@ def _functions(owner: nn.Module) -> Iterator[tuple[list, set[str]]]:
         values += [each for value in values if type(value) in (list, tuple) for each in value]
         values += [each for value in values if type(value) is dict for each in value.values()]
         values = [_inner(value) for value in values]
-        yield values, names
+        yield code, values, names
         methods = [vars(base).get(name) for name in names for base in kind.__mro__ if base not in nn.Module.__mro__]
         methods = [getattr(method, "__func__", method) for method in methods]
         functions += [method for method in methods if inspect.isfunction(method)]

@@ -143,6 +143,7 @@ def build(cache: Path, nvcc: str, arch: str) -> tuple[Path, Path]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "runtime.cpp").write_text(RUNTIME)
         command = [nvcc, "-shared", "-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-cudart", "none", "--keep"]
+        command += ["-Xlinker", "-Bsymbolic"]  # not the runtime that torch may have loaded
         command += ["--keep-dir", str(folder), f"-gencode=arch=compute_{arch},code=compute_{arch}", "-I", str(CSRC)]
         command += [str(CSRC / "cuda.cu"), str(folder / "runtime.cpp"), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -76,7 +76,7 @@ def test_its_share_is_of_the_training_loss_alone(flags, tmp_path, monkeypatch):
     assert qat([*flags, "--label-smoothing", "0.1", "--output-dir", str(tmp_path / "run")]) == 0
     trainer, x, (logits, ce, loss, _) = seen[0]
     teacher = tiny.model(10)
-    teacher.load_state_dict(torch.load(tmp_path / "float.pth"))
+    teacher.load_state_dict(torch.load(tmp_path / "float.pth", weights_only=True))
     with torch.no_grad():
         far = distillation.loss(logits, teacher.eval()(x))
     assert far > 0.001 and loss.item() == pytest.approx(0.5 * ce.item() + 0.5 * far.item(), rel=1e-5)
@@ -155,10 +155,10 @@ def test_a_share_without_a_network_or_beyond_the_whole_is_refused(tmp_path, caps
 
 
 def test_a_teacher_that_is_not_finite_stops_the_run(flags, tmp_path, capsys):
-    state = torch.load(tmp_path / "float.pth")
+    state = torch.load(tmp_path / "float.pth", weights_only=True)
     state["7.bias"][0] = float("nan")
     torch.save(state, tmp_path / "float.pth")
-    whole = torch.load(_float(tmp_path / "start.pth"))
+    whole = torch.load(_float(tmp_path / "start.pth"), weights_only=True)
     assert torch.isfinite(whole["7.bias"]).all()
     assert qat([*flags, "--output-dir", str(tmp_path / "run")]) == 1
     assert "NaN or infinity in epoch 1, step 1" in capsys.readouterr().err

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import pickle
+import subprocess
+import sys
+import threading
 import warnings
 from collections import OrderedDict
 
@@ -187,3 +191,81 @@ def by_a_closure(function):
 def test_a_relu_in_a_table_or_closure_is_warned_of(forward):
     model = nn.Sequential(type("Model", (Layers,), {"forward": forward})(), nn.ReLU())
     assert any("0 calls a ReLU as a function" in each for each in qbr.plan(model, qbr.QATConfig()).warnings)
+
+
+# What torch's C++ argument parser gets to see of a stand-in, in the order in which such forwards are common.
+EXPRESSIONS = [
+    "x + torch.zeros(x.shape[0], 4)", "x + torch.full((x.size(0), 4), 1.0)", "x + torch.rand(x.shape[0], 1)",
+    "x + torch.empty(x.shape[0], 1).fill_(0)", "x + torch.eye(x.shape[1])[:1]", "x * torch.ones(x.size())",
+    "x + torch.arange(x.shape[1])", "x + torch.linspace(0, 1, x.shape[1])", "x + torch.randn(x.shape)",
+    "x + torch.full((1, 4), x.mean())", "torch.tensor(x.shape[0]) * x", "x + torch.as_tensor(x)",
+    "x + float(x.shape[0])", "torch.cat([x, x], x.dim() - 1)", "torch.stack([x, x]).sum(0)", "torch.isin(x, 2)",
+    "self.b[: x.shape[1]] + x", "self.b.view(x.shape[1]) + x", "self.b.expand(x.shape[0], -1) + x",
+    "self.b.repeat(x.shape[0], 1) + x", "self.b.new_zeros(x.shape[0], 4) + x", "x + self.b.roll(x.shape[0])",
+    "x + self.b.sum(x.dim() - 2)", "x + self.b.unsqueeze(x.dim() - 2)", "x + self.b.clone().fill_(x.sum())",
+    "self.b.masked_fill(self.b > x.mean(), 1) + x", "self.b[x.long().clamp(0, 3)]", "self.b.pow(x)",
+    "torch.mul(self.b, x)", "self.b.lerp(x, 0.5)", "torch.pow(x, 3)", "torch.pow(2, x)", "torch.float_power(x, 2)",
+    "torch.remainder(x, 2)", "torch.xlogy(x, 2)", "torch.copysign(x, 1)", "torch.lerp(x, x, 0.5)",
+    "torch.where(x > 0, x, 0.0)", "torch.where(x > 0, 0.0, x)", "x.masked_fill(x > 0, 0)", "torch.rsub(x, 1)",
+    "torch.addmm(x, x @ self.w, self.w)", "x + torch.ones(x.size(1), x.size(1)).tril()[:1]", "F.threshold(x, 0, 0)",
+    "F.hardtanh(x)", "F.layer_norm(x, x.shape[-1:])", "F.interpolate(x[None], scale_factor=2)[0, :, ::2]",
+    "F.dropout(x, 0.1)", "x + torch.max(x)", "x if isinstance(x, torch.FloatTensor) else 0 * x",
+]  # fmt: skip
+PLANS = '''
+import sys, warnings
+import torch, qbr
+from torch import nn
+from torch.nn import functional as F
+warnings.simplefilter("ignore")
+for expression in sys.argv[1:]:
+    print(expression, flush=True)
+    scope = {"torch": torch, "nn": nn, "F": F, "__name__": "model"}
+    exec("""
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l, self.w = nn.Linear(4, 4), nn.Parameter(torch.ones(4, 4))
+        self.register_buffer("b", torch.ones(4))
+    def forward(self, x):
+        x = F.relu(self.l(x))
+        return """ + expression, scope)
+    model = scope["Model"]()
+    qbr.plan(model)
+    try:
+        qbr.prepare(model, qbr.QATConfig(weight_bits=2))
+    except ValueError as error:  # a forward that fx cannot read keeps its ReLU, and then there is none to quantize
+        assert "that ReLU stays in float" in str(error), error
+print("planned")
+'''
+
+
+def test_torch_s_own_code_is_not_told_that_a_stand_in_is_a_tensor():
+    """It would read the tensor that is not there, and the process would end."""
+    done = subprocess.run([sys.executable, "-c", PLANS, *EXPRESSIONS], capture_output=True, text=True)
+    printed = done.stdout.splitlines()
+    assert done.returncode == 0 and printed[-1] == "planned", (printed[-1:], done.returncode, done.stderr[-500:])
+
+
+def test_isinstance_is_python_s_own_again():
+    before = isinstance
+    qbr.plan(AsksForType())
+    assert builtins.isinstance is before
+    threads = [threading.Thread(target=lambda: [qbr.plan(AsksForType()) for _ in range(5)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert builtins.isinstance is before
+
+
+class Matches(Layers):
+    def forward(self, x):
+        match x:
+            case torch.Tensor():
+                return self.act(self.b(F.relu(self.a(x))))
+        return x
+
+
+def test_a_forward_that_matches_classes_is_not_read():
+    with pytest.warns(UserWarning, match="it matches its values with classes"):
+        qbr.prepare(Matches(), qbr.QATConfig(weight_bits=None, act_bits=8))

@@ -230,8 +230,8 @@ class Model(nn.Module):
         x = F.relu(self.l(x))
         return """ + expression, scope)
     model = scope["Model"]()
-    qbr.plan(model)
     try:
+        qbr.plan(model)
         qbr.prepare(model, qbr.QATConfig(weight_bits=2))
     except ValueError as error:  # a forward that fx cannot read keeps its ReLU, and then there is none to quantize
         assert "that ReLU stays in float" in str(error), error

@@ -21,47 +21,40 @@ import steps  # noqa: E402
 import qbr  # noqa: E402
 
 
-def tensor_rows(device: str, log2_sizes: list[int], repeats: int) -> list[dict]:
+def tensor_row(device: str, log2_size: int, bits: int, repeats: int) -> dict:
     """LSQ + BR forward and backward of one float32 tensor, and the bytes-moved limit: one copy and one add."""
-    rows = []
-    for log2_size in log2_sizes:
-        for bits in (2, 4):
-            spec = qbr.QuantSpec(bits=bits)
-            x = torch.randn(1 << log2_size, device=device, requires_grad=True)
-            grad = torch.randn_like(x)
-            alpha = torch.tensor([2 * 0.8 / spec.qp**0.5], device=device, requires_grad=True)
+    spec = qbr.QuantSpec(bits=bits)
+    x = torch.randn(1 << log2_size, device=device, requires_grad=True)
+    grad = torch.randn_like(x)
+    alpha = torch.tensor([2 * 0.8 / spec.qp**0.5], device=device, requires_grad=True)
 
-            def step(forward):
-                x.grad = alpha.grad = None
-                xhat, loss = forward()
-                torch.autograd.backward([xhat, loss], [grad, torch.ones_like(loss)])
+    def step(forward):
+        x.grad = alpha.grad = None
+        xhat, loss = forward()
+        torch.autograd.backward([xhat, loss], [grad, torch.ones_like(loss)])
 
-            def eager():
-                return predecessor.fake_quantize(x, alpha, spec.qn, spec.qp), predecessor.bin_loss(
-                    x, alpha, spec.qn, spec.qp
-                )[0]
+    def eager():
+        xhat = predecessor.fake_quantize(x, alpha, spec.qn, spec.qp)
+        return xhat, predecessor.bin_loss(x, alpha, spec.qn, spec.qp)[0]
 
-            def drop_in():
-                return (
-                    qbr.functional.fake_quantize(x, alpha, spec),
-                    qbr.BinRegularizer(num_bits=bits).compute_bin_loss(x, alpha)[0],
-                )
+    def drop_in():
+        xhat = qbr.functional.fake_quantize(x, alpha, spec)
+        return xhat, qbr.BinRegularizer(num_bits=bits).compute_bin_loss(x, alpha)[0]
 
-            def fused():
-                return qbr.functional.fake_quantize_with_bin_loss(x, alpha, spec)[:2]
+    def fused():
+        return qbr.functional.fake_quantize_with_bin_loss(x, alpha, spec)[:2]
 
-            def limit():
-                torch.clone(x.detach())
-                torch.add(x.detach(), grad)
+    def limit():
+        torch.clone(x.detach())
+        torch.add(x.detach(), grad)
 
-            check([eager, drop_in, fused], step, x, alpha)
-            peers = {"fused": fused, "drop-in": drop_in, "predecessor": eager}
-            runs = {"limit": limit, **{name: lambda f=f: step(f) for name, f in peers.items()}}
-            result = measure.alternate_apart(runs, "predecessor", device, repeats, device_only=True)
-            rows.append({"part": "tensor", "log2_size": log2_size, "bits": bits, "device": device, "times": result})
-            times = (f"{name} {r['median_s'] * 1e3:.1f} ms ({r['ratio']:.2f}x)" for name, r in result.items())
-            print(f"2^{log2_size} float32, {bits} bits: {', '.join(times)}", flush=True)
-    return rows
+    check([eager, drop_in, fused], step, x, alpha)
+    peers = {"fused": fused, "drop-in": drop_in, "predecessor": eager}
+    runs = {"limit": limit, **{name: lambda f=f: step(f) for name, f in peers.items()}}
+    result = measure.alternate_apart(runs, "predecessor", device, repeats, device_only=True)
+    times = (f"{name} {r['median_s'] * 1e3:.1f} ms ({r['ratio']:.2f}x)" for name, r in result.items())
+    print(f"2^{log2_size} float32, {bits} bits: {', '.join(times)}", flush=True)
+    return {"part": "tensor", "log2_size": log2_size, "bits": bits, "device": device, "times": result}
 
 
 def check(forwards, step, x, alpha) -> None:
@@ -90,12 +83,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/results/drop_in-DEVICE.json")
     args = parser.parse_args()
     repeats = 3 if args.quick else args.repeats
+    path = args.output or measure.ROOT / f"benchmarks/results/drop_in-{args.device}.json"
+    sizes = [(20 if args.quick else 24, bits) for bits in (2, 4)]
+    kinds = "float", "drop-in", "fused", "predecessor"
+    parts = {
+        "tensor": (sizes, lambda size, bits: tensor_row(args.device, size, bits, repeats)),
+        "step": ([(args.batch,)], lambda batch: steps.row(args.device, batch, repeats, kinds)),
+    }
     rows = []
-    if args.part in ("tensor", "all"):
-        rows += tensor_rows(args.device, [20] if args.quick else [24], repeats)
-    if args.part in ("step", "all"):
-        rows.append(steps.row(args.device, args.batch, repeats, ("float", "drop-in", "fused", "predecessor")))
-    measure.save(args.output or measure.ROOT / f"benchmarks/results/drop_in-{args.device}.json", args.device, rows)
+    for part in parts if args.part == "all" else [args.part]:
+        for row in measure.each(part, args.device, *parts[part]):
+            rows.append(row)  # whatever ends this, what was measured stays
+            measure.save(path, args.device, rows)
+    measure.exit_if(measure.failures(rows))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -11,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.cifar10 import sources  # noqa: E402
 
 BUSY_CYCLES = 4_000_000  # 2 ms at 2 GHz
+COLD_BYTES = 256 << 20  # written before each timed call: more than the level-2 cache of any GPU
 
 
 def time_once(run: Callable[[], object], device: str, device_only: bool = False) -> float:
@@ -31,11 +34,13 @@ def time_once(run: Callable[[], object], device: str, device_only: bool = False)
 
     Args:
         device_only: keep the device busy until the host has launched the call, so that its own time does not count;
-            unless it takes longer than BUSY_CYCLES. Otherwise the device is idle at first, and waits for its host.
+            unless it takes longer than BUSY_CYCLES. Its level-2 cache holds none of the call's data then, as in a
+            training step. Otherwise the device is idle at first, and waits for its host.
     """
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if device_only:
+            _cold().zero_()
             torch.cuda._sleep(BUSY_CYCLES)
         start.record()
         run()
@@ -45,6 +50,11 @@ def time_once(run: Callable[[], object], device: str, device_only: bool = False)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+@functools.cache
+def _cold() -> torch.Tensor:
+    return torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda")
 
 
 def alternate(
@@ -94,6 +104,28 @@ def alternate_apart(
     result = alternate({name: run for name, run in runs.items() if name != slow}, device, repeats, **options)
     pair = {first: runs[first], slow: runs[slow]}
     return {**result, slow: alternate(pair, device, max(3, repeats // 5), **options)[slow]}
+
+
+def each(part: str, device: str, cases: Iterable, measured: Callable[..., dict]) -> Iterator[dict]:
+    """A row of every case; of one that fails, why, so that the others are not lost with it."""
+    for case in cases:
+        try:
+            yield measured(*case)
+        except Exception as error:
+            traceback.print_exc()
+            name = " ".join(str(getattr(word, "name", word)) for word in case)
+            why = f"{type(error).__name__}: {error}"
+            yield {"part": part, "device": device, "case": name, "failed": why, "times": {}}
+
+
+def failures(rows: list[dict]) -> list[str]:
+    return [f"{row['part']} {row['case']}: {row['failed']}" for row in rows if "failed" in row]
+
+
+def exit_if(failed: list[str]) -> None:
+    """End the script with what failed, if anything did."""
+    if failed:
+        sys.exit("these cases failed:\n" + "\n".join(failed))
 
 
 def environment(device: str) -> dict:

@@ -92,7 +92,7 @@ def main() -> None:
     parts = json.loads(args.results.read_text())
     for part in parts.values():
         part["rows"] = [row for row in part["rows"] if "failed" not in row]
-    draw(parts, target)
+    draw({name: part for name, part in parts.items() if part["rows"]}, target)
     print(f"wrote {target}")
 
 

@@ -97,7 +97,7 @@ class ReLU(nn.Module):
 
 
 def prepare(model: nn.Module, weight_bits: int, act_bits: int) -> nn.Module:
-    """Replace convolutions, linear layers and ReLUs in place."""
+    """Replace convolutions, linear layers and ReLUs in place; steps are made where the weights are."""
     half = 1 << (weight_bits - 1)
     for module in model.modules():
         for name, child in list(module.named_children()):
@@ -106,7 +106,7 @@ def prepare(model: nn.Module, weight_bits: int, act_bits: int) -> nn.Module:
                 child.weight_quantizer = Quantizer(-half, half - 1, 0.1 / half)
             elif isinstance(child, nn.ReLU):
                 setattr(module, name, ReLU((1 << act_bits) - 1))
-    return model
+    return model.to(next(model.parameters()).device)
 
 
 def model_bin_loss(model: nn.Module) -> tuple[Tensor, Tensor]:

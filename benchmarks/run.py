@@ -14,8 +14,7 @@ import csv
 import itertools
 import json
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,18 +27,6 @@ import steps  # noqa: E402
 
 import qbr  # noqa: E402
 from qbr import kernels  # noqa: E402
-
-
-def each(part: str, device: str, cases: Iterable, measured: Callable[..., dict]) -> Iterator[dict]:
-    """A row of every case; of one that fails, why, so that the others are not lost with it."""
-    for case in cases:
-        try:
-            yield measured(*case)
-        except Exception as error:
-            traceback.print_exc()
-            name = " ".join(str(getattr(word, "name", word)) for word in case)
-            why = f"{type(error).__name__}: {error}"
-            yield {"part": part, "device": device, "case": name, "failed": why, "times": {}}
 
 
 def kernel_rows(device: str, quick: bool, repeats: int, only: int | None = None) -> Iterator[dict]:
@@ -63,7 +50,7 @@ def kernel_rows(device: str, quick: bool, repeats: int, only: int | None = None)
         return row
 
     wanted = [case for case in cases if only in (None, case.log2_size)]
-    return each("kernels", device, itertools.product(backends(device), wanted), measured)
+    return measure.each("kernels", device, itertools.product(backends(device), wanted), measured)
 
 
 def sizes_and_bits(quick: bool) -> Iterable[tuple[int, int]]:
@@ -88,7 +75,7 @@ def compiled_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
         facts = {"backend": backend, "dtype": case.dtype, "bits": bits, "log2_size": size}
         return {"part": "compiled", "device": device, **facts, **ratios, "times": result}
 
-    return each("compiled", device, sizes_and_bits(quick), measured)
+    return measure.each("compiled", device, sizes_and_bits(quick), measured)
 
 
 def kernel_row(case: registry.Case, backend: str, result: dict) -> dict:
@@ -130,7 +117,7 @@ def peer_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
         print(f"{case.name}: " + ", ".join(f"{n} {r['median_s'] * 1e6:.0f} us" for n, r in result.items()), missing)
         return {**row, "missing": missing, "times": result}
 
-    return each("peers", device, sizes_and_bits(quick), measured)
+    return measure.each("peers", device, sizes_and_bits(quick), measured)
 
 
 def backends(device: str) -> list[str]:
@@ -184,7 +171,7 @@ def main() -> None:
     name = f"run-{args.device}{'-quick' if args.quick else ''}.json"
     path = args.output or measure.ROOT / "benchmarks/results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    failed = []
+    failures = []
     for part in args.part:
         print(f"# {part}", flush=True)
         only = (args.log2_size,) if part == "kernels" else ()
@@ -192,9 +179,8 @@ def main() -> None:
         for row in PARTS[part](args.device, args.quick, 5 if args.quick else args.repeats, *only):
             rows.append(row)
             save(path, args.device, part, rows)  # whatever ends this, what was measured stays
-        failed += [f"{part} {row['case']}: {row['failed']}" for row in rows if "failed" in row]
-    if failed:
-        sys.exit("these cases failed:\n" + "\n".join(failed))
+        failures += measure.failures(rows)
+    measure.exit_if(failures)
 
 
 if __name__ == "__main__":

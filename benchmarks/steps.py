@@ -6,7 +6,7 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("benchmarks", "experiments")]
@@ -78,9 +78,10 @@ def inputs(device: str, batch: int):
     return base, images, torch.randint(10, (batch,), device=device)
 
 
-def rows(device: str, quick: bool, repeats: int) -> list[dict]:
+def rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
     batches = ([4] if quick else [32]) if device == "cpu" else ([128] if quick else [128, 512])
-    return [row(device, batch, repeats, ("float", "lsq", "fused", "predecessor")) for batch in batches]
+    kinds = "float", "lsq", "fused", "predecessor"
+    return measure.each("step", device, [(b,) for b in batches], lambda batch: row(device, batch, repeats, kinds))
 
 
 def row(device: str, batch: int, repeats: int, kinds: Sequence[str]) -> dict:
@@ -101,9 +102,14 @@ def row(device: str, batch: int, repeats: int, kinds: Sequence[str]) -> dict:
     }  # fmt: skip
 
 
-def memory_rows(device: str, quick: bool, repeats: int) -> list[dict]:
-    """Peak memory of three steps, each kind in a process of its own: resident on the CPU, allocated on CUDA."""
+def memory_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
+    """Peak memory of a training step, each kind in a process of its own: resident after three steps on the CPU,
+    allocated in the third one on CUDA, since cuDNN tries algorithms with large workspaces in the first."""
     batch = (8 if quick else 32) if device == "cpu" else 128
+    return measure.each("memory", device, [(batch,)], lambda batch: _memory_row(device, batch))
+
+
+def _memory_row(device: str, batch: int) -> dict:
     peaks = {}
     for kind in ("float", "lsq", "fused", "predecessor"):
         command = [sys.executable, __file__, kind, device, str(batch)]
@@ -112,14 +118,19 @@ def memory_rows(device: str, quick: bool, repeats: int) -> list[dict]:
     share = beyond["fused"] / max(beyond["predecessor"], 1)
     mb = {kind: round(peak["peak_bytes"] / 1e6) for kind, peak in peaks.items()}
     print(f"peak memory, batch {batch}, MB: {mb}; beyond float {share:.2f} of the predecessor's", flush=True)
-    return [{"part": "memory", "device": device, "batch": batch, "share_of_predecessor": share, "times": peaks}]
+    return {"part": "memory", "device": device, "batch": batch, "share_of_predecessor": share, "times": peaks}
 
 
 def _peak(kind: str, device: str, batch: int) -> dict:
     step = step_of(kind, *inputs(device, batch))
-    for _ in range(3):
+    for _ in range(2):
         step()
     if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
         return {"peak_bytes": torch.cuda.max_memory_allocated()}
     # Not getrusage: its figure survives exec, so it would be the parent's.
     status = Path("/proc/self/status").read_text()

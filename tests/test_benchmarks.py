@@ -1,4 +1,4 @@
-"""benchmarks/run.py: a case that fails is told, and costs no other case."""
+"""The benchmarks: a case that fails is told, and costs no other; what they compare with runs where the model is."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 
 def test_a_case_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
+    import measure
     import run
 
     def measured(bits):
@@ -21,9 +23,34 @@ def test_a_case_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
 
     path = tmp_path / "run.json"
     cases = [(2,), (4,), (8,)]
-    monkeypatch.setitem(run.PARTS, "kernels", lambda device, *_: run.each("kernels", device, cases, measured))
+    monkeypatch.setitem(run.PARTS, "kernels", lambda device, *_: measure.each("kernels", device, cases, measured))
     monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--part", "kernels", "--output", str(path)])
     with pytest.raises(SystemExit, match="kernels 4: AssertionError: not what the reference gives"):
         run.main()
     rows = json.loads(path.read_text())["kernels"]["rows"]
     assert [row.get("bits") for row in rows] == [2, None, 8] and rows[1]["failed"].startswith("AssertionError")
+
+
+def test_a_step_that_fails_costs_the_drop_in_no_tensor(tmp_path, monkeypatch):
+    import drop_in
+    import steps
+
+    def fails(*_):
+        raise RuntimeError("two devices")
+
+    monkeypatch.setattr(steps, "row", fails)
+    monkeypatch.setattr(drop_in, "tensor_row", lambda device, size, bits, repeats: {"bits": bits, "times": {}})
+    path = tmp_path / "drop_in.json"
+    monkeypatch.setattr(sys, "argv", ["drop_in.py", "--device", "cpu", "--output", str(path)])
+    with pytest.raises(SystemExit, match="step 32: RuntimeError: two devices"):
+        drop_in.main()
+    assert [row.get("bits") for row in json.loads(path.read_text())["rows"]] == [2, 4, None]
+
+
+def test_the_predecessor_s_steps_are_where_its_model_is():
+    import predecessor
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)).to("meta")
+    predecessor.prepare(model, 2, 2)
+    placed = {name: t.device.type for name, t in (*model.named_parameters(), *model.named_buffers())}
+    assert len(placed) == 10 and set(placed.values()) == {"meta"}

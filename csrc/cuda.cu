@@ -12,7 +12,8 @@ namespace qbr {
 namespace cuda {
 namespace {
 
-constexpr int kOpenShared = 48 * 1024;  // more dynamic shared memory must be asked for
+// A block has this much shared memory, static and dynamic, without asking; bin_fwd_kernel's `reduce` is the most static.
+constexpr size_t kOpenShared = 48 * 1024, kStaticShared = kThreads * sizeof(double);
 
 // Multiprocessors of the current device; the grid, and with it the order of sums, depends on no more of it.
 int multiprocessors() {
@@ -99,7 +100,7 @@ class Batch {
           blocks += blocks_[first + i];
         }
         std::fill(jobs.first_block + count, std::end(jobs.first_block), UINT32_MAX);
-        if (shared > kOpenShared)
+        if (shared + kStaticShared > kOpenShared)
           cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
         function<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(jobs);
       };

@@ -118,6 +118,7 @@ SPECS = [
     Case("w2", QuantSpec(bits=2)),
     Case("w3", QuantSpec(bits=3)),
     Case("w4", QuantSpec(bits=4)),
+    Case("w4-symmetric", QuantSpec(bits=4, qn=-7, qp=7)),
     Case("w5", QuantSpec(bits=5)),
     Case("w8", QuantSpec(bits=8)),
     Case("ternary", QuantSpec(bits=2, qn=-1, qp=1)),

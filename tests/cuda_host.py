@@ -26,11 +26,12 @@ RUNTIME = r"""
 #include <map>
 #include <string>
 struct Dim3 { unsigned x, y, z; };
-typedef int (*OnLaunch)(const char* name, const unsigned* grid, const unsigned* block, size_t shared, void** args);
+typedef int (*OnLaunch)(const char* name, const unsigned* grid, const unsigned* block, size_t shared, size_t limit,
+                        void** args);
 static OnLaunch on_launch;
 static std::map<const void*, std::string>& names() { static std::map<const void*, std::string> n; return n; }
 static struct { Dim3 grid, block; size_t shared; void* stream; } pending;
-static int failure, shared_limit = 48 * 1024, sms = 132;
+static int failure, shared_limit, sms = 132;  // what was asked for; 0: the next launch has a block's 48 KB in all
 static void* handle;
 extern "C" {
 void** __cudaRegisterFatBinary(void*) { return &handle; }
@@ -51,9 +52,10 @@ int __cudaPopCallConfiguration(Dim3* grid, Dim3* block, size_t* shared, void* st
 }
 int __cudaLaunchKernel(const void* kernel, Dim3 grid, Dim3 block, void** args, size_t shared, void*) {
   const unsigned g[] = {grid.x, grid.y, grid.z}, b[] = {block.x, block.y, block.z};
-  if (shared > size_t(shared_limit) || !g[0] || !g[1] || !g[2]) return failure = 9;
-  shared_limit = 48 * 1024;
-  return failure = on_launch(names()[kernel].c_str(), g, b, shared, args);
+  if (!g[0] || !g[1] || !g[2]) return failure = 9;
+  const size_t limit = shared_limit;
+  shared_limit = 0;
+  return failure = on_launch(names()[kernel].c_str(), g, b, shared, limit, args);
 }
 int cudaFuncSetAttribute(const void*, int, int value) { shared_limit = value; return 0; }
 int cudaGetDevice(int* device) { *device = 0; return 0; }
@@ -128,8 +130,10 @@ ON_LAUNCH = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_uint * 3),
     ctypes.POINTER(ctypes.c_uint * 3),
     ctypes.c_size_t,
+    ctypes.c_size_t,
     ctypes.POINTER(ctypes.c_void_p),
 )
+OPEN_SHARED = 48 * 1024  # a block's shared memory, static and dynamic, for which a kernel need not ask
 
 
 def build(cache: Path, nvcc: str, arch: str) -> tuple[Path, Path]:
@@ -160,6 +164,11 @@ class Kernels:
         self._head = head
         self._texts = {re.match(r"\.visible \.entry (\w+)", e).group(1): e for e in entries}
         self._modules = {}
+
+    def static_shared(self, name: str) -> int:
+        """Bytes of shared memory that the kernel has of itself."""
+        sizes = re.findall(r"^\s*\.shared\s[^;]*?\.b8 \w+\[(\d+)\];", self._texts[name] + self._head, flags=re.M)
+        return sum(map(int, sizes))
 
     def __getitem__(self, name: str):
         import ptxrun
@@ -203,9 +212,11 @@ class Emulator:
         return out.raw[:size]
 
     # -- the device ------------------------------------------------------------------------------------
-    def _launch(self, name, grid, block, shared, args) -> int:
+    def _launch(self, name, grid, block, shared, limit, args) -> int:
         try:
             name = name.decode()
+            if shared > (limit or OPEN_SHARED - self.kernels.static_shared(name)):
+                return 1  # cudaErrorInvalidValue
             module = self.kernels[name]
             (param,) = module.kernels[name].params  # Jobs
             words = np.frombuffer(ctypes.string_at(args[0], param.size), np.uint64).copy()

@@ -18,7 +18,8 @@ from qbr.discovery import QUANTIZED, SIGNED, UNKNOWN, FunctionalReLU, Reading
 from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
 from qbr.quantizers import quantizers
 from qbr.spec import QuantSpec
-from qbr.tracing import TracedForward, Untraceable
+from qbr.traced_forward import TracedForward
+from qbr.tracing import Untraceable
 
 # What a field of an override is said of.
 _TAKES = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
-import importlib
 import inspect
 import types
 from collections import OrderedDict
@@ -124,10 +123,10 @@ def others(owner: nn.Module, node: Node | None) -> list[str]:
     names = parameters(owner)
     given = {} if node is None else {**dict(zip(names, node.args)), **node.kwargs}
     graph = arguments(owner, node)
-    return [name for name, value in given.items() if name not in graph and not _is_same(value, names.get(name))]
+    return [name for name, value in given.items() if name not in graph and not is_same(value, names.get(name))]
 
 
-def _is_same(value, default) -> bool:
+def is_same(value, default) -> bool:
     """Whether value is the default, or a number or string that is equal to it."""
     alike = type(value) is type(default) and isinstance(value, (bool, int, float, str))
     return value is default or (alike and value == default)
@@ -159,10 +158,10 @@ def trace(
         Untraceable: with torch.fx's reason; or that random numbers were drawn, so that it may call other things the
             next time.
     """
-    functions = list(_functions(owner))
-    if strict and any(names & _MODE_QUESTIONS for _, _, names in functions):
+    named = list(functions(owner))
+    if strict and any(names & _MODE_QUESTIONS for _, _, names in named):
         raise Untraceable("it asks whether gradients or autocast are on, which a graph does not")
-    if any(each.opname == "MATCH_CLASS" for code, *_ in functions for each in dis.get_instructions(code)):
+    if any(each.opname == "MATCH_CLASS" for code, *_ in named for each in dis.get_instructions(code)):
         raise Untraceable("it matches its values with classes, which are not those of stand-ins")
     undone = Undone(owner)
     try:
@@ -212,17 +211,17 @@ def may_call_relu(owner: nn.Module) -> bool:
     excepted), names a ReLU that is no child of owner; sources are not needed."""
     return any(
         names & _RELU_NAMES or any(inspect.isroutine(value) and value in RELU_FUNCTIONS for value in values)
-        for _, values, names in _functions(owner)
+        for _, values, names in functions(owner)
     )
 
 
-def _functions(owner: nn.Module) -> Iterator[tuple[types.CodeType, list, set[str]]]:
+def functions(owner: nn.Module) -> Iterator[tuple[types.CodeType, list, set[str]]]:
     """Of owner's forward, and of the functions and methods that it names, torch's excepted: (its code, the values of
     the names in it that are known, functions in lists and dicts among them, the names but for owner's children)."""
     kind, seen = type(owner), set()
-    functions = [kind.forward]
-    while functions:
-        function = inspect.unwrap(functions.pop())
+    waiting = [kind.forward]
+    while waiting:
+        function = inspect.unwrap(waiting.pop())
         code = getattr(function, "__code__", None)
         if code is None or code in seen:
             continue
@@ -238,8 +237,8 @@ def _functions(owner: nn.Module) -> Iterator[tuple[types.CodeType, list, set[str
         yield code, values, names
         methods = [vars(base).get(name) for name in names for base in kind.__mro__ if base not in nn.Module.__mro__]
         methods = [getattr(method, "__func__", method) for method in methods]
-        functions += [method for method in methods if inspect.isfunction(method)]
-        functions += [
+        waiting += [method for method in methods if inspect.isfunction(method)]
+        waiting += [
             value
             for value in values
             if inspect.isfunction(value) and not str(value.__module__).startswith("torch.")
@@ -257,127 +256,6 @@ def _names(code: types.CodeType) -> set[str]:
     """The names in a function's code and in that of the functions inside it."""
     inner = [_names(each) for each in code.co_consts if isinstance(each, types.CodeType)]
     return set(code.co_names).union(*inner)
-
-
-class TracedForward:
-    """A forward read by torch.fx in both modes, in which some ReLUs are modules; it takes forward's place on owner.
-
-    An attribute that the original forward reads, other than parameters, buffers, modules and ``training``, has the
-    value of the time of reading. What a ReLU changed in place is read from its result.
-
-    Args:
-        owner: whose forward it is.
-        given: the arguments that the graphs have; others must keep their defaults.
-        relus: the name that a ReLU module has in owner for each functional call, in order; None leaves one alone.
-        in_place: ReLU modules that owner calls, which work in place and will no longer.
-
-    Raises:
-        Untraceable: if a mode does not trace, the modes call different ReLUs, or forward does what a graph does not
-            repeat (see trace).
-    """
-
-    def __init__(
-        self, owner: nn.Module, given: tuple[str, ...], relus: list[str | None], in_place: Container[nn.Module] = ()
-    ) -> None:
-        self.owner = owner
-        self.given = given
-        self.defaults = parameters(owner)
-        self._are_first = tuple(self.defaults)[: len(given)] == given
-        graphs = {mode: trace(owner, given, mode, strict=True) for mode in (True, False)}
-        self._tensors = {i for graph in graphs.values() for i, node in enumerate(graph.nodes) if "asked" in node.meta}
-        if len({tuple(map(bound, relu_calls(graph))) for graph in graphs.values()}) > 1:
-            raise Untraceable("it calls different ReLUs in training and in eval mode")
-        self._code = {mode: _rewritten(owner, graph, relus, in_place) for mode, graph in graphs.items()}
-        self._compile()
-
-    def _compile(self) -> None:
-        self._functions = {}
-        for mode, (source, names) in self._code.items():
-            scope = dict(names)
-            exec(compile(source, f"<forward of {type(self.owner).__name__}, read by qbr>", "exec"), scope)
-            self._functions[mode] = scope["forward"]
-        original = inspect.signature(type(self.owner).forward)
-        self.__signature__ = original.replace(parameters=list(original.parameters.values())[1:])  # torch.export asks
-
-    @property
-    def __code__(self) -> types.CodeType:
-        """What torch.export names the source by."""
-        return self._functions[self.owner.training].__code__
-
-    def __call__(self, *args, **kwargs):
-        if kwargs or len(args) != len(self.given) or not self._are_first:
-            args = self._bind(args, kwargs)
-        for i in self._tensors:
-            if not isinstance(args[i], torch.Tensor):
-                call = f"{type(self.owner).__name__}.forward({self.given[i]}=<{type(args[i]).__name__}>)"
-                raise TypeError(f"{call}: this forward asks for its type, and was read by torch.fx for a tensor; use "
-                                "nn.ReLU instead of the function there, or QATConfig(skip=...)")  # fmt: skip
-        return self._functions[self.owner.training](self.owner, *args)
-
-    def _bind(self, args, kwargs) -> list:
-        values = {**dict(zip(self.defaults, args)), **kwargs}
-        if len(args) > len(self.defaults) or len(values) < len(args) + len(kwargs):
-            raise TypeError(f"{type(self.owner).__name__}.forward was called with arguments that it does not have")
-        for name, value in values.items():
-            if name not in self.given and not _is_same(value, self.defaults.get(name, self)):
-                call = f"{type(self.owner).__name__}.forward({name}=<{type(value).__name__}>)"
-                raise TypeError(f"{call}: this forward calls a ReLU as a function and was read by torch.fx with "
-                                f"{name!r} at its default; use nn.ReLU there, or QATConfig(skip=...)")  # fmt: skip
-        return [values[name] if name in values else self.defaults[name] for name in self.given]
-
-    def __getstate__(self):
-        code = {
-            mode: (source, {name: _Module(value.__name__) if inspect.ismodule(value) else value
-                            for name, value in names.items()})
-            for mode, (source, names) in self._code.items()
-        }  # fmt: skip
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("_functions", "__signature__")}
-        return {**kept, "_code": code}
-
-    def __setstate__(self, state) -> None:
-        self.__dict__.update(state)
-        self._code = {
-            mode: (source, {name: value.load() if isinstance(value, _Module) else value
-                            for name, value in names.items()})
-            for mode, (source, names) in self._code.items()
-        }  # fmt: skip
-        self._compile()
-
-
-class _Module:
-    """A Python module in a pickle."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def load(self):
-        return importlib.import_module(self.name)
-
-
-def _rewritten(owner: nn.Module, graph: Graph, relus: list[str | None], in_place: Container[nn.Module]) -> tuple:
-    """(source of a function ``forward(self, ...)``, the names it uses) of graph with modules for its ReLU calls."""
-    if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in graph.nodes):
-        raise Untraceable("its forward makes a tensor of its own, which would never change again")
-    calls = relu_calls(graph)
-    if len(calls) != len(relus):
-        raise Untraceable("it is called in several ways, which call different ReLUs")
-    names = dict(zip(calls, relus))
-    for node in list(graph.nodes):
-        name = names.get(node)
-        changes_input = node.op == "call_module" and owner.get_submodule(node.target) in in_place
-        if name is None and not changes_input:
-            continue
-        x, result = first(node), node
-        readers = readers_after(node) if changes_input or works_in_place(node) else []
-        if name is not None:
-            with graph.inserting_after(node):
-                result = graph.call_module(name, (x,))
-            node.replace_all_uses_with(result)
-            graph.erase_node(node)
-        for user in readers:  # they have read what was written to x
-            user.replace_input_with(x, result)
-    code = graph.python_code("self")
-    return code.src, dict(code.globals)
 
 
 def works_in_place(call: Node) -> bool:

@@ -233,7 +233,7 @@ MUTANTS = [
            "return operation(a, b)", "return operation(a.clone() if hasattr(a, 'clone') else a, b)", "tracing"),
     Mutant("tracing: a stand-in is no tensor", "qbr/stand_ins.py",
            "return issubclass(value.tracer.kind_of(value.node), kinds)", "return False", "tracing"),
-    Mutant("tracing: arguments by position", "qbr/tracing.py", " or not self._are_first:", ":", "tracing"),
+    Mutant("tracing: arguments by position", "qbr/traced_forward.py", " or not self._are_first:", ":", "tracing"),
     Mutant("plan: bits of the first layer fall on a neighbour", "qbr/discovery.py",
            "if self.reached and is_layer(module) and module not", "if type(module) in WEIGHT_LAYERS and module not",
            "tracing"),

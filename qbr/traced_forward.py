@@ -1,0 +1,198 @@
+"""A forward that torch.fx has read, in which ReLUs called as functions are modules: what takes forward's place."""
+
+from __future__ import annotations
+
+import dis
+import importlib
+import inspect
+import types
+from collections.abc import Container
+
+import torch
+from torch import nn
+from torch.fx import Graph
+
+from qbr.tracing import (
+    Untraceable,
+    bound,
+    first,
+    functions,
+    is_same,
+    parameters,
+    readers_after,
+    relu_calls,
+    trace,
+    works_in_place,
+)
+
+_PLAIN = (bool, int, float, str, type(None))
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class TracedForward:
+    """A forward read by torch.fx in both modes, in which some ReLUs are modules; it takes forward's place on owner.
+
+    An attribute that the original forward reads, other than parameters, buffers, modules and ``training``, has the
+    value of the time of reading; a call after a number, string or flag among them has changed, or the modules in a list
+    that was read, raises. What a ReLU changed in place is read from its result.
+
+    Args:
+        owner: whose forward it is.
+        given: the arguments that the graphs have; others must keep their defaults.
+        relus: the name that a ReLU module has in owner for each functional call, in order; None leaves one alone.
+        in_place: ReLU modules that owner calls, which work in place and will no longer.
+
+    Raises:
+        Untraceable: if a mode does not trace, the modes call different ReLUs, or forward does what a graph does not
+            repeat (see trace).
+    """
+
+    def __init__(
+        self, owner: nn.Module, given: tuple[str, ...], relus: list[str | None], in_place: Container[nn.Module] = ()
+    ) -> None:
+        self.owner = owner
+        self.given = given
+        self.defaults = parameters(owner)
+        self._are_first = tuple(self.defaults)[: len(given)] == given
+        graphs = {mode: trace(owner, given, mode, strict=True) for mode in (True, False)}
+        self._tensors = {i for graph in graphs.values() for i, node in enumerate(graph.nodes) if "asked" in node.meta}
+        if len({tuple(map(bound, relu_calls(graph))) for graph in graphs.values()}) > 1:
+            raise Untraceable("it calls different ReLUs in training and in eval mode")
+        self._names = _attributes_read(owner)
+        self._lists = sorted(_lists(owner, graphs.values()))
+        self._code = {mode: _rewritten(owner, graph, relus, in_place) for mode, graph in graphs.items()}
+        self._read = self._as_it_is()
+        self._compile()
+
+    def _compile(self) -> None:
+        self._functions = {}
+        for mode, (source, names) in self._code.items():
+            scope = dict(names)
+            exec(compile(source, f"<forward of {type(self.owner).__name__}, read by qbr>", "exec"), scope)
+            self._functions[mode] = scope["forward"]
+        original = inspect.signature(type(self.owner).forward)
+        self.__signature__ = original.replace(parameters=list(original.parameters.values())[1:])  # torch.export asks
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """What torch.export names the source by."""
+        return self._functions[self.owner.training].__code__
+
+    def __call__(self, *args, **kwargs):
+        if not torch.compiler.is_compiling():
+            self._refuse_changes()
+        if kwargs or len(args) != len(self.given) or not self._are_first:
+            args = self._bind(args, kwargs)
+        for i in self._tensors:
+            if not isinstance(args[i], torch.Tensor):
+                call = f"{type(self.owner).__name__}.forward({self.given[i]}=<{type(args[i]).__name__}>)"
+                raise TypeError(f"{call}: this forward asks for its type, and was read by torch.fx for a tensor; use "
+                                "nn.ReLU instead of the function there, or QATConfig(skip=...)")  # fmt: skip
+        return self._functions[self.owner.training](self.owner, *args)
+
+    def _as_it_is(self) -> dict[str, object]:
+        """What the graphs have of owner and what may change: plain values, whether a name is a module, lists' names."""
+        owner, found = self.owner, {}
+        for name in self._names:
+            value = "a module" if owner._modules.get(name) is not None else owner.__dict__.get(name)
+            found[name] = value if type(value) in _PLAIN else "an object"
+        for path in self._lists:
+            try:
+                found[path] = list(owner.get_submodule(path)._modules)
+            except AttributeError:
+                found[path] = None
+        return found
+
+    def _refuse_changes(self) -> None:
+        now = self._as_it_is()
+        for name, then in self._read.items():
+            if not (now[name] is then or now[name] == then):
+                raise RuntimeError(
+                    f"{type(self.owner).__name__}.{name} was {then!r} when qbr.prepare read this forward, which calls "
+                    f"a ReLU as a function, and is {now[name]!r} now: the forward would go on as it was read. Change "
+                    "it before prepare, or use nn.ReLU there, or QATConfig(skip=...)"
+                )
+
+    def _bind(self, args, kwargs) -> list:
+        values = {**dict(zip(self.defaults, args)), **kwargs}
+        if len(args) > len(self.defaults) or len(values) < len(args) + len(kwargs):
+            raise TypeError(f"{type(self.owner).__name__}.forward was called with arguments that it does not have")
+        for name, value in values.items():
+            if name not in self.given and not is_same(value, self.defaults.get(name, self)):
+                call = f"{type(self.owner).__name__}.forward({name}=<{type(value).__name__}>)"
+                raise TypeError(f"{call}: this forward calls a ReLU as a function and was read by torch.fx with "
+                                f"{name!r} at its default; use nn.ReLU there, or QATConfig(skip=...)")  # fmt: skip
+        return [values[name] if name in values else self.defaults[name] for name in self.given]
+
+    def __getstate__(self):
+        code = {
+            mode: (source, {name: _Module(value.__name__) if inspect.ismodule(value) else value
+                            for name, value in names.items()})
+            for mode, (source, names) in self._code.items()
+        }  # fmt: skip
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_functions", "__signature__")}
+        return {**kept, "_code": code}
+
+    def __setstate__(self, state) -> None:
+        self.__dict__.update(state)
+        self._code = {
+            mode: (source, {name: value.load() if isinstance(value, _Module) else value
+                            for name, value in names.items()})
+            for mode, (source, names) in self._code.items()
+        }  # fmt: skip
+        self._compile()
+
+
+def _attributes_read(owner: nn.Module) -> list[str]:
+    """The names that owner's forward, and the methods that it names, read of ``self``; but for ``training``."""
+    found = set()
+    for code, *_ in functions(owner):
+        instructions = list(dis.get_instructions(code))
+        for before, each in zip(instructions, instructions[1:]):
+            of = before.argval[-1] if isinstance(before.argval, tuple) else before.argval
+            if each.opname in ("LOAD_ATTR", "LOAD_METHOD") and before.opname.startswith("LOAD_FAST") and of == "self":
+                found.add(each.argval)
+    return sorted(found - {"training"})
+
+
+def _lists(owner: nn.Module, graphs) -> set[str]:
+    """The paths of the containers in owner whose members its graphs call one by one."""
+    targets = [node.target.split(".") for graph in graphs for node in graph.nodes if node.op == "call_module"]
+    paths = {".".join(path[:end]) for path in targets for end in range(1, len(path))}
+    return {path for path in paths if isinstance(owner.get_submodule(path), _CONTAINERS)}
+
+
+class _Module:
+    """A Python module in a pickle."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def load(self):
+        return importlib.import_module(self.name)
+
+
+def _rewritten(owner: nn.Module, graph: Graph, relus: list[str | None], in_place: Container[nn.Module]) -> tuple:
+    """(source of a function ``forward(self, ...)``, the names it uses) of graph with modules for its ReLU calls."""
+    if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in graph.nodes):
+        raise Untraceable("its forward makes a tensor of its own, which would never change again")
+    calls = relu_calls(graph)
+    if len(calls) != len(relus):
+        raise Untraceable("it is called in several ways, which call different ReLUs")
+    names = dict(zip(calls, relus))
+    for node in list(graph.nodes):
+        name = names.get(node)
+        changes_input = node.op == "call_module" and owner.get_submodule(node.target) in in_place
+        if name is None and not changes_input:
+            continue
+        x, result = first(node), node
+        readers = readers_after(node) if changes_input or works_in_place(node) else []
+        if name is not None:
+            with graph.inserting_after(node):
+                result = graph.call_module(name, (x,))
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+        for user in readers:  # they have read what was written to x
+            user.replace_input_with(x, result)
+    code = graph.python_code("self")
+    return code.src, dict(code.globals)

@@ -37,6 +37,7 @@ def remember(model: nn.Module, quantizers: dict[str, nn.Module]) -> None:
 
     For a weight that is itself; for an activation all of the smallest module around it that has any.
     """
+    check_again()  # an optimizer may have stepped before these were there
     alphas = {id(quantizer.alpha) for quantizer in quantizers.values()}
     for name, quantizer in quantizers.items():
         beside = []
@@ -47,7 +48,7 @@ def remember(model: nn.Module, quantizers: dict[str, nn.Module]) -> None:
 
 
 def check_again() -> None:
-    """Look at every optimizer once more in its next step: step sizes have been released."""
+    """Look at every optimizer once more in its next step: there are new step sizes, or some have been released."""
     _checked.clear()
 
 

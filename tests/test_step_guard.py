@@ -162,3 +162,31 @@ def test_alphas_that_the_user_asks_for_while_they_are_frozen_learn_when_released
     assert not model[0].weight_quantizer.alpha.requires_grad
     control.begin_epoch(3)
     assert model[0].weight_quantizer.alpha.requires_grad
+
+
+def test_quantizers_that_came_after_an_optimizer_s_first_step_are_missed_by_it():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    qbr.prepare(model[0], qbr.QATConfig(act_bits=None))
+    optimizer = optimizer_of(model)
+    closure_of(model, optimizer)()
+    optimizer.step()
+    qbr.prepare(model[2], qbr.QATConfig(act_bits=None))
+    closure_of(model, optimizer)()
+    with pytest.raises(RuntimeError, match="1 step sizes"):
+        optimizer.step()
+
+
+def test_a_head_that_is_added_without_its_step_sizes_is_noticed():
+    model = made()
+    optimizer = optimizer_of(model)
+    control = qbr.AlphaControl().attach(model)
+    closure_of(model, optimizer)()
+    optimizer.step()
+    model[4] = qbr.prepare(nn.Sequential(nn.Linear(6, 3)), qbr.QATConfig(act_bits=None))[0]
+    optimizer.add_param_group({"params": [model[4].weight, model[4].bias]})
+    control.begin_epoch(2)
+    closure_of(model, optimizer)()
+    with pytest.raises(RuntimeError, match="1 step sizes"):
+        optimizer.step()
+    optimizer.add_param_group({"params": [model[4].weight_quantizer.alpha], "weight_decay": 0.0})
+    optimizer.step()

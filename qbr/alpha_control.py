@@ -111,8 +111,12 @@ class AlphaControl:
 
         Raises:
             ValueError: for a model without quantizers, or without quantized weights where a release waits for them.
+            RuntimeError: for another model than the one it is attached to, or one around that.
         """
         found = require_quantizers(model)
+        if self._model not in (None, model) and not {*found.values()} >= {*self._quantizers}:
+            raise RuntimeError(f"attach: this AlphaControl has a {type(self._model).__name__} already, which would be "
+                               "left as it is: make another one for this model")  # fmt: skip
         if any(self._plan(kind) and self._plan(kind).release_tolerance is not None for kind in _SIDES):
             if not quantized_weights(model):
                 raise ValueError("release_tolerance: the model has no quantized weights whose distance could settle; "
@@ -125,7 +129,8 @@ class AlphaControl:
     def begin_epoch(self, epoch: int) -> None:
         """Set every quantizer to what holds in this epoch, counted from 1; in any order, as often as you like.
 
-        A Freeze with a tolerance looks at the model here, and reads the device once for each side.
+        A Freeze with a tolerance looks at the model here, and reads the device once for each side; so is, in the first
+        epoch after it, whether the first forward has set every step size.
 
         Raises:
             TypeError, ValueError: for an epoch that is none.
@@ -141,6 +146,7 @@ class AlphaControl:
                                "control.begin_step() before every training step")  # fmt: skip
         self._epoch, self._begun = epoch, True
         self._look_for_new_ones()
+        self._confirm()
         for kind, record in self._records.items():
             members = [q for q in self._quantizers if q.kind == kind]
             if members:
@@ -153,6 +159,17 @@ class AlphaControl:
         if found and {*found} != {*self._quantizers}:
             watch(self._model)
             self._quantizers = found
+            for record in self._records.values():
+                record.forget_alphas()
+
+    def _confirm(self) -> None:
+        """Read once whether first forwards could set the step sizes; those that met no usable data try again."""
+        unsure = [quantizer for quantizer in self._quantizers if quantizer._unconfirmed]
+        if unsure:
+            device = unsure[0].init_state.device
+            states = torch.stack([quantizer.init_state[0].to(device) for quantizer in unsure]).tolist()
+            for quantizer, state in zip(unsure, states):
+                quantizer.confirm(state)
 
     def begin_step(self, step: int | None = None) -> None:
         """Say that a training step begins; needed where a Freeze counts steps. Host arithmetic only.
@@ -263,6 +280,10 @@ class AlphaControl:
         for side, *_ in _SIDES.values():
             if set(records.get(side, ())) != set(Record(None).state_dict()):
                 raise ValueError(f"state['convergence'] has no whole record of {side}: it is not AlphaControl's")
+            try:
+                Record(None).load_state_dict(records[side])
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(f"state['convergence'] has a damaged record of {side}: {error}") from error
         settings = {name: state[name] for name in _SETTINGS}
         settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}  # JSON has no tuples
         for name in ("freeze_weights", "freeze_acts"):

@@ -123,7 +123,13 @@ class Record:
         for old in [e for e in history if e < epoch - self.plan.window]:
             del history[old]
         then, now = history.get(epoch - self.plan.window), history[epoch]
-        return then is not None and bool(((now - then.to(now.device)).abs() <= tolerance * then.to(now.device)).all())
+        if then is None or then.shape != now.shape:  # of the quantizers that there were then
+            return False
+        return bool(((now - then.to(now.device)).abs() <= tolerance * then.to(now.device)).all())
+
+    def forget_alphas(self) -> None:
+        """Begin anew to compare alphas: there are others now."""
+        self._alphas = {}
 
     def _go_back_to(self, epoch: int) -> None:
         """Forget what later epochs left: they are to come again."""

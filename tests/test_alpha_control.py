@@ -212,3 +212,23 @@ def test_going_back_to_warm_up_drops_what_was_collected():
     control.begin_epoch(2)
     model(_data())
     assert qbr.bin_loss(model).layers
+
+
+def test_a_control_has_one_model():
+    first, second = _model(), _model()
+    control = AlphaControl(freeze_weights=True, warmup_epochs=1).attach(first)
+    with pytest.raises(RuntimeError, match="has a Sequential already"):
+        control.attach(second)
+    control.begin_epoch(2)
+    assert all(q.collecting for q in quantizers(first).values())
+    assert not any(q.frozen for q in quantizers(second).values())
+    assert control.attach(first) is control.attach(nn.Sequential(first))  # the same one, or one around it
+
+
+def test_a_damaged_record_changes_nothing():
+    control = AlphaControl(warmup_epochs=3).attach(_model())
+    state = AlphaControl(warmup_epochs=9, freeze_weights=qbr.Freeze(tolerance=0.1)).state_dict()
+    state["convergence"]["weights"]["alphas"] = [1, 2]
+    with pytest.raises(ValueError, match="damaged record of weights"):
+        control.load_state_dict(state)
+    assert control.warmup_epochs == 3 and control.freeze_weights is False

@@ -354,3 +354,25 @@ def test_a_side_that_is_left_in_float_has_no_rows():
     assert "activations" not in text and text.count("weights") == 2
     text = AlphaControl(True, True, warmup_epochs=2).attach(_model(weight_bits=None)).describe()
     assert "weights" not in text and text.count("activations") == 2
+
+
+@pytest.mark.parametrize("before", [1, 3])
+def test_a_convergence_begins_anew_where_layers_join(before):
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6) for _ in range(before)]
+    model = qbr.prepare(nn.Sequential(*layers), QATConfig(weight_bits=2, act_bits=None))
+    control = AlphaControl(freeze_weights=Freeze(tolerance=1e-3)).attach(model)
+    model(_x())
+    control.begin_epoch(1)
+    head = qbr.prepare(nn.Sequential(nn.Linear(6, 3)), QATConfig(weight_bits=2, act_bits=None))[0]
+    model.append(head)
+    model(_x())
+    state = control.state_dict()
+    control.begin_epoch(2)
+    assert not any(q.frozen for q in quantizers(model).values())
+    resumed = AlphaControl(freeze_weights=Freeze(tolerance=1e-3)).attach(model)
+    resumed.load_state_dict(json.loads(json.dumps(state)))  # the history of a model with one quantizer less
+    resumed.begin_epoch(2)
+    assert not any(q.frozen for q in quantizers(model).values())
+    control.begin_epoch(3)
+    assert all(q.frozen for q in quantizers(model).values())

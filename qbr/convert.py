@@ -104,8 +104,8 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def warn_unset(model: nn.Module) -> None:
     """Warn, at the caller's caller, of step sizes that were never set from data."""
     found = quantizers(model).items()
-    # The buffer itself: AveragedModel and the like write to it, and not to what the quantizer knows of it.
-    unset = [name for name, each in found if not each.initialised and not bool(each.init_state.all())]
+    # The buffer itself: AveragedModel and the like write to it, and a forward without usable data does not.
+    unset = [name for name, each in found if not bool(each.init_state.all())]
     if unset:
         message = f"the step sizes of {unset} were never set from data: qbr.calibrate(model, batches) first, or train"
         warnings.warn(message, stacklevel=3)

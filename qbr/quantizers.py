@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qbr import distributed, functional, grouping, step_guard
+from qbr import distributed, functional, grouping, quantizer_state, step_guard
 from qbr.functional import BinLoss, Bins
 from qbr.spec import QuantSpec, ToAlpha
 
@@ -29,6 +29,10 @@ def check_bits(bits: int, argument: str) -> int:
 _REENTRANT = (
     "the bin loss of layers inside torch.utils.checkpoint(use_reentrant=True) is not part of qbr.bin_loss(model), "
     "since their first forward has no graph: use use_reentrant=False"
+)
+_SET_OUTSIDE = (
+    "a quantizer whose step size nothing has set was run with another tensor for it (torch.func.functional_call): that "
+    "tensor is set from data in every such call, the module's own never: call qbr.calibrate(model, batches) first"
 )
 _NEVER_SET = (
     "a quantizer whose step size nothing has set was run in eval mode, with a placeholder for it: call "
@@ -52,7 +56,8 @@ class LSQQuantizer(nn.Module):
 
     Attributes:
         alpha: Parameter [1] or [C], float32 whatever dtype the model is cast to. Positive: see qbr/step_guard.py.
-        init_state: buffer [1], float32: 0 before alpha was set from data, then 1.
+        init_state: buffer [1], float32: 0 before alpha was set from data, then 1; still 0 where those data were all 0
+            or not finite.
         collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``; None until
             prepare() or an AlphaControl decides, and then no.
         br_to_alpha: how much of that loss's gradient reaches alpha: False, True, a fraction from 0 to 1, "scaled" or
@@ -93,6 +98,7 @@ class LSQQuantizer(nn.Module):
         self.register_buffer("init_state", torch.zeros(1, dtype=torch.float32, device=device))
         # init_state's value on the host: reading the buffer in forward would wait for the device.
         self._initialised = False
+        self._unconfirmed = False  # whether a forward has tried to set alpha, and nobody has read whether it could
         self._retained: list[BinLoss] = []
         self.observer = None
         self.alone = False
@@ -104,7 +110,8 @@ class LSQQuantizer(nn.Module):
 
     @property
     def initialised(self) -> bool:
-        """Whether alpha has been set from data or from a state_dict that says so."""
+        """Whether alpha has been set from data or from a state_dict that says so. A forward that has met no usable
+        data counts until an AlphaControl's next epoch or a checkpoint; then a later one sets alpha."""
         return self._initialised
 
     @property
@@ -130,7 +137,9 @@ class LSQQuantizer(nn.Module):
         if not self._initialised:
             if self.training:
                 self.initialise(x, relu=relu, clip=clip, force=False)
-            elif not torch.compiler.is_compiling():
+                if not torch.compiler.is_compiling() and not isinstance(self.alpha, nn.Parameter):
+                    warnings.warn(_SET_OUTSIDE, stacklevel=2)
+            elif not torch.compiler.is_compiling() and not self._was_set_outside():
                 warnings.warn(_NEVER_SET, stacklevel=2)
         ready = grouping.take(self, x) if self._ready is not None else None
         if ready is not None:
@@ -151,6 +160,17 @@ class LSQQuantizer(nn.Module):
             if self.observer is not None:
                 self.observer.see(x, xhat, entry.bins)
         return xhat
+
+    def _was_set_outside(self) -> bool:
+        """Whether init_state has become 1 without this module's doing, as AveragedModel writes to its buffers."""
+        if type(self.init_state) is Tensor and not self.init_state.is_meta:
+            if not torch._C._are_functorch_transforms_active():
+                self._initialised = bool((self.init_state == 1).all())
+        return self._initialised
+
+    def confirm(self, init_state: float) -> None:
+        """Take over what was read of init_state: a forward that met no usable data leaves alpha to the next one."""
+        self._initialised, self._unconfirmed = init_state != 0, False
 
     def alpha_grad(self) -> float:
         """What multiplies alpha's gradient beside LSQ's scale s = 1 / sqrt(N * qp).
@@ -218,7 +238,8 @@ class LSQQuantizer(nn.Module):
         """Set alpha = 2 * mean|x| / sqrt(max(qp, 1)) (LSQ, section 2.1); binary: mean|x|, its least-squares step.
 
         The first training forward calls it. With torch.distributed the mean is over all ranks, so that all hold
-        the same alpha: every rank has to take part. A mean that is 0 or not finite leaves alpha as it was.
+        the same alpha: every rank has to take part. A mean that is 0 or not finite leaves alpha and init_state as they
+        were.
 
         Args:
             x, relu, clip: as in forward.
@@ -245,7 +266,8 @@ class LSQQuantizer(nn.Module):
         usable = torch.isfinite(step) & (step > 0)
         if not force:
             usable = usable & (self.init_state == 0)
-        self.write_alpha(torch.where(usable, step, self.alpha))
+        self.write_alpha(torch.where(usable, step, self.alpha), usable)
+        self._unconfirmed = self._initialised
 
     def set_alpha(self, alpha: Tensor | float) -> None:
         """Set the steps, positive, [1] or [C]; the first training forward then leaves them alone. Reads the device.
@@ -264,18 +286,26 @@ class LSQQuantizer(nn.Module):
         self.write_alpha(steps.reshape(-1))
 
     @torch.no_grad()
-    def write_alpha(self, alpha: Tensor) -> None:
-        """set_alpha() of what is known to be right, without a look at it: that would wait for the device."""
+    def write_alpha(self, alpha: Tensor, usable: Tensor | None = None) -> None:
+        """set_alpha() of what is known to be right, without a look at it: that would wait for the device.
+
+        usable: which of the steps are new, bool; where none is, init_state stays as it was.
+        """
         self.alpha.copy_(alpha)
-        self.init_state.fill_(1)
-        self._initialised = True
+        if not isinstance(self.alpha, nn.Parameter) or self.alpha.is_meta:
+            return  # functional_call's tensor, or nothing: the module's own alpha is as it was
+        if usable is None:
+            self.init_state.fill_(1)
+        else:
+            self.init_state.copy_(torch.maximum(self.init_state, usable.any().to(self.init_state)))
+        self._initialised, self._unconfirmed = True, False
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set alpha to what it was before data, and let the next training forward set it from data again."""
         self.alpha.fill_(self.initial_alpha)
         self.init_state.zero_()
-        self._initialised = False
+        self._initialised = self._unconfirmed = False
 
     def take_retained(self) -> list[BinLoss]:
         """What training forwards have collected since the last call, in order; nothing is kept."""
@@ -289,35 +319,26 @@ class LSQQuantizer(nn.Module):
     def _apply(self, fn, recurse=True):
         return super()._apply(keeping_dtype(fn), recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        self.check_state(state_dict, prefix)
-        alpha, init_state = state_dict.get(prefix + "alpha"), state_dict.get(prefix + "init_state")
-        if alpha is not None and alpha.dtype != torch.float32:
-            state_dict = {**state_dict, prefix + "alpha": alpha.to(torch.float32)}
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if init_state is not None and not init_state.is_meta:
-            self._initialised = bool((init_state != 0).all())
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        quantizer_state.note_codes(self.spec, destination, prefix)
 
-    def check_state(self, state_dict, prefix: str = "") -> None:
-        """Raise ValueError unless the alpha and init_state that state_dict has for this module can be used."""
-        for name, mine in (("alpha", self.alpha), ("init_state", self.init_state)):
-            key, value = prefix + name, state_dict.get(prefix + name)
-            if value is None:
-                continue
-            if not isinstance(value, Tensor) or value.shape != mine.shape or not value.is_floating_point():
-                got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{key} is {got} in the state_dict: expected float32 {tuple(mine.shape)}; "
-                                 "load it into a model that was prepared with the same configuration")
-            if name == "alpha" and not value.is_meta and not bool((torch.isfinite(value) & (value > 0)).all()):
-                raise ValueError(f"{key}={value.tolist()} in the state_dict: expected positive, finite step sizes; "
-                                 "delete the key and load with strict=False to set alpha from data again")
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        quantizer_state.check(self, state_dict, prefix)
+        state_dict = quantizer_state.for_loading(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        init_state = state_dict.get(prefix + "init_state")
+        if init_state is not None and not init_state.is_meta:
+            self.confirm(float((init_state != 0).all()))
+            quantizer_state.warn_of(self.spec, init_state, local_metadata)
 
     def __getstate__(self):
         # Collected losses are part of a graph, and an observer is of one model: neither deepcopy nor pickle takes them.
         return {**super().__getstate__(), "_retained": [], "_ready": None, "observer": None, "_alpha_in_graph": ()}
 
     def __setstate__(self, state):
-        defaults = {"frozen": False, "_learns": True, "_saved_elsewhere": False, "_alpha_in_graph": ()}
+        defaults = {"frozen": False, "_learns": True, "_saved_elsewhere": False, "_alpha_in_graph": (),
+                    "_unconfirmed": False}  # fmt: skip
         super().__setstate__({**defaults, **state})
         step_guard.register(self)
 
@@ -392,12 +413,3 @@ def require_quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
     if not found:
         raise ValueError(f"model ({type(model).__name__}) has no quantizers: call qbr.prepare(model, config) first")
     return found
-
-
-def check_state_dict(model: nn.Module, state_dict, prefix: str = "") -> None:
-    """Raise ValueError, before anything is written, for a state_dict that one of model's quantizers rejects.
-
-    prepare() and AlphaControl.attach() hook it into ``model.load_state_dict``.
-    """
-    for name, quantizer in quantizers(model).items():
-        quantizer.check_state(state_dict, f"{prefix}{name}." if name else prefix)

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbr import distributed, functional, grouping, metrics, ops, step_guard
+from qbr import distributed, functional, grouping, metrics, ops, quantizer_state, step_guard
 from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
-from qbr.quantizers import LSQQuantizer, check_bits, check_state_dict, quantizers, require_quantizers
+from qbr.quantizers import LSQQuantizer, check_bits, quantizers, require_quantizers
 from qbr.spec import QuantSpec, ToAlpha, check_regularizer
 
 # A quantizer of one of these names is reported as its layer, those of further calls and other tensors with a suffix.
@@ -130,8 +130,18 @@ def by_layer(model: nn.Module) -> dict[str, LSQQuantizer]:
 
 
 def quantized_weights(model: nn.Module) -> dict[LSQQuantizer, Tensor]:
-    """{quantizer: its weight}."""
-    return {quantizer: getattr(layer, name) for quantizer, layer, name in grouping.weights(model)}
+    """{quantizer: its weight}; of a parametrized layer what it is in eval mode, where spectral_norm learns nothing."""
+    found = {}
+    for quantizer, layer, name in grouping.weights(model):
+        training = [each for each in getattr(layer, "parametrizations", nn.Module()).modules() if each.training]
+        for each in training:
+            each.training = False
+        try:
+            found[quantizer] = getattr(layer, name)
+        finally:
+            for each in training:
+                each.training = True
+    return found
 
 
 def _with_global_bins(acts: dict[str, LSQQuantizer], taken: dict[str, list[BinLoss]]) -> dict[str, list[BinLoss]]:
@@ -215,12 +225,14 @@ def forget(model: nn.Module, *_) -> None:
 
 
 def _check_before_loading(model, state_dict, prefix, *_) -> None:
-    check_state_dict(model, state_dict, prefix)
+    """Raise ValueError, before anything is written, for a state_dict that one of model's quantizers rejects."""
+    for name, quantizer in quantizers(model).items():
+        quantizer_state.check(quantizer, state_dict, f"{prefix}{name}." if name else prefix)
 
 
 def watch(model: nn.Module) -> None:
     """Hook the root of a model, once: before each forward forget() and all weights' quantization, before each load
-    check_state_dict(); and have optimizers that lack its step sizes noticed."""
+    the check of its state_dict; and have optimizers that lack its step sizes noticed."""
     step_guard.remember(model, quantizers(model))
     roots = [each for each in model.modules() if each is not model and forget in each._forward_pre_hooks.values()]
     grouping.assign(model, "_qbr_roots", roots)

@@ -297,3 +297,20 @@ def test_a_model_that_changes_its_layout():
     for name, row in figures[0].items():
         assert figures[1][name].steps == row.steps == 5
         assert figures[1][name].changed == pytest.approx(row.changed, abs=0.02)
+
+
+def test_looking_at_weights_trains_no_parametrization():
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.spectral_norm(
+        qbr.prepare(nn.Sequential(nn.Linear(6, 6)), QATConfig(weight_bits=2, act_bits=None))[0]
+    )
+    model = nn.Sequential(layer).train()
+    qbr.AlphaControl().attach(model)
+    model(torch.rand(4, 6))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Monitor(model).close()
+    str(qbr.summary(model))
+    qbr.freezing.mean_distance(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(module.training for module in model.modules())

@@ -74,7 +74,7 @@ def test_data_without_a_usable_mean_leaves_alpha_positive(x):
     q = LSQ_ActivationQuantizer(2)
     before = q.alpha.detach().clone()
     q(x)
-    assert torch.equal(q.alpha, before) and q.init_state.item() == 1
+    assert torch.equal(q.alpha, before) and q.init_state.item() == 0
 
 
 def test_no_data_does_not_count_as_data():

@@ -1,0 +1,59 @@
+"""What a state_dict says of a quantizer: checked before anything is written, and told where it is of another kind.
+
+The keys, alpha and init_state, are the predecessor's; the range of the codes stands beside them, in the state_dict's
+metadata, which plain dicts and files of other formats do not keep.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from qbr.spec import QuantSpec
+
+_AVERAGED = (
+    "a state_dict's init_state lies between 0 and 1: an average that began before the step sizes were set, so that "
+    "they are averages with placeholders: call qbr.calibrate(model, batches), or begin averages afterwards"
+)
+
+
+def check(quantizer: nn.Module, state_dict, prefix: str = "") -> None:
+    """Raise ValueError unless the alpha and init_state that state_dict has for this quantizer can be used."""
+    for name, mine in (("alpha", quantizer.alpha), ("init_state", quantizer.init_state)):
+        key, value = prefix + name, state_dict.get(prefix + name)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape != mine.shape or not value.is_floating_point():
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{key} is {got} in the state_dict: expected float32 {tuple(mine.shape)}; "
+                             "load it into a model that was prepared with the same configuration")
+        if name == "alpha" and not value.is_meta and not bool((torch.isfinite(value) & (value > 0)).all()):
+            raise ValueError(f"{key}={value.tolist()} in the state_dict: expected positive, finite step sizes; "
+                             "delete the key and load with strict=False to set alpha from data again")
+
+
+def for_loading(state_dict, prefix: str):
+    """state_dict with alpha in float32; without the init_state of an alpha that is not in it."""
+    alpha = state_dict.get(prefix + "alpha")
+    if alpha is None:
+        return {key: value for key, value in state_dict.items() if key != prefix + "init_state"}
+    return state_dict if alpha.dtype == torch.float32 else {**state_dict, prefix + "alpha": alpha.to(torch.float32)}
+
+
+def note_codes(spec: QuantSpec, destination, prefix: str) -> None:
+    """Put bits and range of the codes into a state_dict's metadata."""
+    if hasattr(destination, "_metadata"):
+        destination._metadata.setdefault(prefix[:-1], {})["codes"] = [spec.bits, spec.qn, spec.qp]
+
+
+def warn_of(spec: QuantSpec, init_state: Tensor, metadata: dict) -> None:
+    """Warn of what was loaded and cannot be meant: step sizes of other codes, or averages with placeholders."""
+    if bool(((init_state > 0) & (init_state < 1)).any()):
+        warnings.warn(_AVERAGED, stacklevel=3)
+    bits, qn, qp = metadata.get("codes", (spec.bits, spec.qn, spec.qp))
+    if (bits, qn, qp) != (spec.bits, spec.qn, spec.qp):
+        mine = f"{spec.bits} bits (codes {spec.qn}..{spec.qp})"
+        warnings.warn(f"step sizes of {bits} bits (codes {qn}..{qp}) were loaded for {mine}: call "
+                      "qbr.calibrate(model, batches) next", stacklevel=3)  # fmt: skip

@@ -1,0 +1,167 @@
+"""Whether a step size counts as set: through unusable data, checkpoints, averages, other bits and functional_call."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel
+
+import qbr
+from qbr.quantizers import quantizers
+
+
+def _float() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def _model(bits: int = 2) -> nn.Module:
+    return qbr.prepare(_float(), qbr.QATConfig(weight_bits=bits, act_bits=bits))
+
+
+def _x() -> torch.Tensor:
+    return torch.rand(16, 6, generator=torch.Generator().manual_seed(1))
+
+
+def _alphas(model: nn.Module) -> list[float]:
+    return [quantizer.alpha.item() for quantizer in quantizers(model).values()]
+
+
+def _from_data() -> list[float]:
+    model = _model()
+    model(_x())
+    return _alphas(model)
+
+
+def _silent(model: nn.Module, *inputs) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return model(*inputs)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0], ids=["nan", "inf", "zero after ReLU"])
+def test_a_first_batch_that_sets_nothing_leaves_it_to_the_next_epoch(bad):
+    model = _model()
+    with torch.no_grad():
+        model[0].bias.fill_(-10 if bad == -1.0 else 0)
+    control = qbr.AlphaControl().attach(model)
+    control.begin_epoch(1)
+    relu = model[1].quantizer
+    model(torch.full((4, 6), bad) if bad != -1.0 else _x())
+    assert relu.init_state.item() == 0 and model[0].weight_quantizer.init_state.item() == 1
+    with pytest.warns(UserWarning, match=r"step sizes of \['1.quantizer'\] were never set"):
+        qbr.convert(model)
+    loaded = _model()
+    loaded.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for each in (model, loaded):
+            each[0].bias.copy_(_float()[0].bias)
+    control.begin_epoch(2)
+    for each in (model, loaded):
+        each(_x())
+        assert each[1].quantizer.init_state.item() == 1
+        assert _alphas(each) == pytest.approx(_from_data())
+    before = relu.alpha.item()
+    control.begin_epoch(3)
+    model(10 * _x())
+    assert relu.alpha.item() == before
+
+
+def test_calibration_without_usable_data_leaves_it_to_training():
+    model = _model()
+    with torch.no_grad():
+        model[0].bias.fill_(-10)
+    with pytest.warns(UserWarning, match=r"the data of \['1.quantizer'\] is all 0"):
+        qbr.calibrate(model, [_x()])
+    assert not model[1].quantizer.initialised and model[0].weight_quantizer.initialised
+    with torch.no_grad():
+        model[0].bias.copy_(_float()[0].bias)
+    model(_x())
+    assert _alphas(model) == pytest.approx(_from_data())
+
+
+def test_a_step_that_was_set_stays_through_a_calibration_without_usable_data():
+    model = _model()
+    model(_x())
+    before = _alphas(model)
+    with torch.no_grad():
+        model[0].bias.fill_(-10)
+    with pytest.warns(UserWarning, match="all 0"):
+        qbr.calibrate(model, [_x()])
+    assert model[1].quantizer.initialised and _alphas(model) == pytest.approx(before)
+
+
+def test_a_state_dict_without_its_alpha_leaves_that_to_data():
+    trained = _model()
+    trained(_x())
+    state = trained.state_dict()
+    state["1.quantizer.alpha"] = torch.tensor([math.nan])
+    with pytest.raises(ValueError, match="delete the key and load with strict=False to set alpha from data again"):
+        _model().load_state_dict(state)
+    del state["1.quantizer.alpha"]
+    model = _model()
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert "1.quantizer.alpha" in missing and not model[1].quantizer.initialised
+    model(_x())
+    assert _alphas(model) == pytest.approx(_from_data())
+
+
+def test_steps_of_other_bits_are_told(tmp_path):
+    wide = _model(8)
+    wide(_x())
+    torch.save(wide.state_dict(), tmp_path / "wide.pt")
+    narrow, again = _model(2), _model(8)
+    state = torch.load(tmp_path / "wide.pt", weights_only=True)
+    with pytest.warns(UserWarning, match=r"step sizes of 8 bits \(codes -128..127\) were loaded for 2 bits"):
+        narrow.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.load_state_dict(state)
+        again.load_state_dict(dict(state))  # which has no metadata
+    assert list(state) == list(copy.deepcopy(wide).state_dict())
+    qbr.calibrate(narrow, [_x()])
+    assert _alphas(narrow) == pytest.approx(_from_data(), rel=0.3)
+
+
+def test_an_average_that_was_made_before_is_no_placeholder_afterwards():
+    model = _model()
+    average = AveragedModel(model, use_buffers=True)
+    with pytest.warns(UserWarning, match="with a placeholder for it"):
+        average.eval()(_x())
+    model(_x())
+    average.update_parameters(model)
+    _silent(average.eval(), _x())
+    assert _alphas(average) == _alphas(model)
+
+
+def test_an_average_of_state_dicts_from_before_is_told():
+    model = _model()
+    before = copy.deepcopy(model.state_dict())
+    model(_x())
+    averaged = {key: 0.9 * value + 0.1 * model.state_dict()[key] for key, value in before.items()}
+    with pytest.warns(UserWarning, match="init_state lies between 0 and 1"):
+        _model().load_state_dict(averaged)
+
+
+def test_a_functional_call_sets_what_it_is_given_and_says_that_the_module_is_not():
+    model = _model()
+    given = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    with pytest.warns(UserWarning, match="that tensor is set from data in every such call, the module's own never"):
+        functional_call(model, given, (_x(),))
+    assert [value.item() for name, value in given.items() if name.endswith("alpha")] == pytest.approx(_from_data())
+    assert not any(q.initialised or q.init_state.item() for q in quantizers(model).values())
+    model(_x())
+    assert _alphas(model) == pytest.approx(_from_data())
+    _silent(lambda: functional_call(model, given, (_x(),)))
+
+
+def test_a_forward_on_meta_sets_nothing():
+    model = _model().to("meta")
+    model(torch.empty(4, 6, device="meta"))
+    assert not any(quantizer.initialised for quantizer in quantizers(model).values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -89,6 +90,8 @@ def _set_all(model: nn.Module, batches, calibrator: _Calibrator, names, forward)
         if not _sum(torch.tensor(float(count), device=waiting[0].alpha.device)).item():
             raise ValueError(f"batches has no batch, and {len(waiting)} step sizes are to be set from data: pass at "
                              "least one batch (an iterator may have been used up before)")  # fmt: skip
+    elif batches is not None:  # one is run all the same, to see who reads weights past their layers
+        _run(running.unwrapped(model), itertools.islice(batches, 1), forward, calibrator, waiting)
     for quantizer in waiting:
         calibrator.finish(quantizer)
     return waiting
@@ -97,15 +100,15 @@ def _set_all(model: nn.Module, batches, calibrator: _Calibrator, names, forward)
 @contextlib.contextmanager
 def _all_or_none(quantizers: Iterable[LSQQuantizer]):
     """Put the step sizes back as they were if calibration fails."""
-    before = [(q, q.alpha.detach().clone(), q.init_state.clone(), q.initialised) for q in quantizers]
+    before = [(q, q.alpha.detach().clone(), q.init_state.clone(), q.__dict__.copy()) for q in quantizers]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for quantizer, alpha, init_state, initialised in before:
+            for quantizer, alpha, init_state, flags in before:
                 quantizer.alpha.copy_(alpha)
                 quantizer.init_state.copy_(init_state)
-                quantizer._initialised = initialised
+                quantizer._initialised, quantizer._unconfirmed = flags["_initialised"], flags["_unconfirmed"]
         raise
 
 
@@ -139,14 +142,22 @@ def _with_progress(batches):
 def _report(names: dict[LSQQuantizer, str], waiting: list[LSQQuantizer], calibrator: _Calibrator) -> None:
     """Warn of what has no step from data."""
     unseen = [names[q] for q in waiting if q not in calibrator.done]
+    read = {name.rpartition(".")[0] for name in calibrator.read_elsewhere}
+    never = [name for name in unseen if name.rpartition(".")[0] in read]
+    unseen = [name for name in unseen if name not in never]
     if unseen:
         message = f"no batch reached {unseen}: their first training forward sets them"
         warnings.warn(message, stacklevel=3)
+    if never:
+        message = f"no batch reached {never}, whose layers are not called: other forwards read their weights"
+        warnings.warn(message, stacklevel=3)
     if calibrator.read_elsewhere:
         warnings.warn(read_elsewhere(calibrator.read_elsewhere), stacklevel=3)
-    bad = [names[q] for q, usable in calibrator.done.items() if not usable.any()]
+    bad = [q for q, usable in calibrator.done.items() if not usable.any()]
+    for quantizer in bad:
+        quantizer.confirm(quantizer.init_state.min().item())  # what nothing has set, a training forward may set
     if bad:
-        message = f"the data of {bad} is all 0 or not finite: their step sizes stay as they were"
+        message = f"the data of {[names[q] for q in bad]} is all 0 or not finite: their step sizes stay as they were"
         warnings.warn(message, stacklevel=3)
 
 
@@ -222,7 +233,7 @@ class _Calibrator:
     def _set(self, quantizer: LSQQuantizer, step: Tensor) -> None:
         step = step.to(quantizer.alpha.dtype).reshape(quantizer.alpha.shape)
         self.done[quantizer] = usable = torch.isfinite(step) & (step > 0)
-        quantizer.write_alpha(torch.where(usable, step, quantizer.alpha))
+        quantizer.write_alpha(torch.where(usable, step, quantizer.alpha), usable)
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from qbr.calls import joined
 from qbr.layers import ATTENTION, WEIGHT_LAYERS
 from qbr.observed import read_elsewhere
 
+LARGE = 0.02  # share of a model's parameters in a matrix that is worth a warning, whatever it is called
+
 
 def all_of(planner) -> list[str]:
     """The warnings of a planner (qbr/plan.py) that has planned everything."""
@@ -51,20 +53,22 @@ def _weights_read(planner):
 def _left_out(planner):
     """Modules with a weight of a type that has no quantized form, but for those that config leaves in float."""
     kinds: dict[str, list[str]] = {}
+    large = LARGE * sum(p.numel() for p in planner.model.parameters() if not is_lazy(p))
     for name, reason in planner.left_out.items():
         module, config = planner.model.get_submodule(name), planner.config.layer(name)
-        if not config.skipped and config.weight_bits is not None and _has_weight(module):
+        if not config.skipped and config.weight_bits is not None and _has_weight(module, large):
             kinds.setdefault(f"{type(module).__name__} ({reason})", []).append(name or "(root)")
     if kinds:
         listed = "; ".join(f"{len(names)} {kind}, {_some(names)}" for kind, names in kinds.items())
         yield f"layers of types without a quantized form stay in float: {listed}; name them in QATConfig(skip=[...])"
 
 
-def _has_weight(module: nn.Module) -> bool:
+def _has_weight(module: nn.Module, large: float) -> bool:
+    """Whether a module has a matrix that is called a weight, or one with as many elements as ``large`` (experts)."""
     if isinstance(module, (*WEIGHT_LAYERS, *ATTENTION)):
         return True
-    parameters = module.named_parameters(recurse=False)
-    return any(name.startswith("weight") and not is_lazy(p) and p.dim() > 1 for name, p in parameters)
+    matrices = [(name, p) for name, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.dim() > 1]
+    return any(name.startswith("weight") or p.numel() >= large for name, p in matrices)
 
 
 def _ends(planner):

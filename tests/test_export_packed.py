@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 import qbr
 from qbr import QATConfig
@@ -315,3 +316,13 @@ def test_foreign_safetensors(tmp_path):
     _refused(path, "not from qbr.export.save_packed")
     packed = read_packed(save_packed(_trained(), path))
     assert packed.config == QATConfig() and set(packed.weights) == {"0.weight", "3.weight", "6.weight", "8.weight"}
+
+
+def test_a_weight_that_is_computed_is_refused(tmp_path):
+    model = qbr.prepare(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), QATConfig(weight_bits=2, act_bits=None))
+    prune.l1_unstructured(model[1], "weight", amount=0.5)
+    model(torch.rand(4, 6))
+    with pytest.raises(ValueError, match="1.weight is computed by a hook or a parametrization: .*prune.remove"):
+        save_packed(model, tmp_path / "model.safetensors")
+    prune.remove(model[1], "weight")
+    assert read_packed(save_packed(model, tmp_path / "model.safetensors")).weights.keys() == {"0.weight", "1.weight"}

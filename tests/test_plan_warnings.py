@@ -155,3 +155,65 @@ def test_a_relu_that_an_unread_forward_may_call_has_one_step():
     assert model.act.calls == 1
     counted = qbr.prepare(Sharing(), qbr.QATConfig(), example=torch.randn(2, 4))
     assert counted.act.calls == 4
+
+
+class ReadsOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, **_):
+        return self.b(torch.relu(self.a(x))) + F.linear(x, self.a.weight)
+
+
+def test_weights_alone_are_looked_at_where_there_is_a_batch():
+    model = qbr.prepare(ReadsOne(), qbr.QATConfig(act_bits=None))
+    with pytest.warns(UserWarning, match=r"\['a.weight'\]: read by forwards that are not their layers'"):
+        qbr.calibrate(model, iter([torch.rand(2, 4)]))
+
+
+class NeverCalled(nn.Module):
+    """As timm's BEiT: the forward does what the layer would do."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.act, self.out = nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)
+
+    def forward(self, x, **_):
+        return self.out(self.act(F.linear(x, self.qkv.weight, self.qkv.bias)))
+
+
+def test_an_input_quantizer_of_a_layer_that_nothing_calls_is_not_promised_data():
+    model = qbr.prepare(NeverCalled(), qbr.QATConfig(act_bits=8, quantize_inputs=True))
+    with pytest.warns(UserWarning) as seen:
+        qbr.calibrate(model, [torch.rand(2, 4)])
+    texts = [str(each.message) for each in seen]
+    assert any(t.startswith("no batch reached ['qkv.input_quantizer'], whose layers are not called") for t in texts)
+    assert not any("first training forward sets them" in t for t in texts)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj, self.scale = nn.Parameter(torch.rand(8, 16, 32)), nn.Parameter(torch.rand(1, 16))
+
+    def forward(self, x):
+        return (x * self.scale) @ self.gate_up_proj.mean(0)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.position = nn.Linear(64, 64), nn.Parameter(torch.rand(1, 64))
+
+    def forward(self, x):
+        return self.linear(x + self.position)
+
+
+def test_matrices_of_any_name_are_missed_where_they_are_large():
+    config = qbr.QATConfig(act_bits=None)
+    with pytest.warns(UserWarning, match=r"1 Experts \(no quantized form\), 1"):
+        qbr.prepare(nn.Sequential(nn.Linear(16, 16), Experts()), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qbr.prepare(Scaled(), config)

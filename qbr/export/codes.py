@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qbr.calls import joined
 from qbr.layers import renormalised
 from qbr.quantizers import LSQQuantizer
 from qbr.spec import QuantSpec
@@ -53,6 +54,16 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
                     raise ValueError(f"{first.name} is tied and has max_norm: what it holds depends on the data "
                                      "before; set the Embedding's max_norm to None")  # fmt: skip
     return list(found.values())
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise ValueError for a quantized weight that is no parameter: its codes would not be stored."""
+    for prefix, module in model.named_modules():
+        for attribute, quantizer in module._modules.items():
+            name = attribute.removesuffix("_quantizer")
+            if isinstance(quantizer, LSQQuantizer) and quantizer.kind == "weight" and name not in module._parameters:
+                raise ValueError(f"{joined(prefix, name)} is computed by a hook or a parametrization: torch.nn.utils."
+                                 "prune.remove, parametrize.remove_parametrizations and the like come first")
 
 
 def check_steps(name: str, alpha: Tensor) -> None:

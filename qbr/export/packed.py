@@ -24,6 +24,7 @@ from qbr.config import QATConfig
 from qbr.convert import warn_unset
 from qbr.export import bits
 from qbr.export.codes import (
+    check_parameters,
     check_range,
     check_steps,
     codes_of,
@@ -95,8 +96,9 @@ def save_packed(
 
     Raises:
         ImportError: naming the pip command, without safetensors.
-        ValueError: for a model without quantizers, and for weights or steps that are not finite, or steps that are
-            not positive. TypeError: for a state_dict with something that is no tensor.
+        ValueError: for a model without quantizers, for quantized weights that are computed (pruned, parametrized), and
+            for weights or steps that are not finite, or steps that are not positive. TypeError: for a state_dict with
+            something that is no tensor.
 
     Warns:
         UserWarning: of step sizes that were never set from data.
@@ -109,6 +111,7 @@ def save_packed(
         raise ValueError(f"float_dtype={float_dtype}: expected torch.float16, torch.bfloat16 or None for no cast")
     warn_unset(model)
     weights = {}
+    check_parameters(model)
     for each in quantized_weights(model):
         weight = renormalised(each.module, each.weight.detach().cpu())
         weights[each.name] = each.quantizer_name, weight

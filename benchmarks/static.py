@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import triton
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import measure  # noqa: E402
@@ -69,7 +70,9 @@ def triton_rows(arch: int, bits: list[int]) -> list[dict]:
                     (function,) = sass.functions(cubin).values()
                 threads = 32 * launch.options["num_warps"]
                 shared = compiled.metadata.shared + function.shared_bytes
-                rows.append(row("triton", op, dtype, b, arch, function, threads, shared))
+                # Its programs have one tile each: most of what they execute stands around the loop.
+                one_tile = op == "lsq_fwd"
+                rows.append(row("triton", op, dtype, b, arch, function, threads, shared, whole_loop=not one_tile))
     return rows
 
 
@@ -139,15 +142,16 @@ COLUMNS = (
 )
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict], command: str) -> str:
     lines = [
         "# What the compilers made of the GPU kernels",
         "",
-        "Written by `python benchmarks/static.py` on a machine without a GPU. One step per tensor, 2^26",
-        "elements. Instructions are an element's, from the machine code of the main loop. Times are predictions in",
-        "microseconds: `bytes_us` of the bytes at a copy's bandwidth, `compute_us` of the busiest unit at full rate",
-        "(latency, bank conflicts, reductions not counted); the last column: the larger of the two over the first.",
-    ]  # fmt: skip
+        f"Written by `{command}` on a machine without a GPU, with Triton {triton.__version__}. One step per",
+        "tensor, 2^26 elements. Instructions are an element's, from the machine code of the main loop (empty where that",
+        "is not what a thread mostly executes). Times are predictions in microseconds: `bytes_us` of the bytes at a",
+        "copy's bandwidth, `compute_us` of the busiest unit at full rate (latency, bank conflicts, reductions not",
+        "counted); the last column: the larger of the two over the first.",
+    ]
     for arch in dict.fromkeys(each["arch"] for each in rows):
         hardware = sass.HARDWARE[int(arch[3:])]
         about = f"{hardware.multiprocessors} multiprocessors at {hardware.ghz} GHz, copy {hardware.copy_tb} TB/s"
@@ -169,8 +173,9 @@ def main() -> None:
     make = {"triton": triton_rows, "cuda": cuda_rows}
     rows = [row for backend in args.backend for arch in args.arch for row in make[backend](arch, args.bits)]
     measure.save(args.output, "cpu", rows)
-    measure.write(args.output.with_suffix(".md"), markdown(rows))
-    print(markdown(rows))
+    page = markdown(rows, measure.environment("cpu")["command"])
+    measure.write(args.output.with_suffix(".md"), page)
+    print(page)
 
 
 if __name__ == "__main__":

@@ -147,10 +147,10 @@ def markdown(rows: list[dict], command: str) -> str:
         "# What the compilers made of the GPU kernels",
         "",
         f"Written by `{command}` on a machine without a GPU, with Triton {triton.__version__}.",
-        "One step per tensor, 2^26 elements. Instructions are an element's, from the machine code of the main loop (empty",
-        "where that is not what a thread mostly executes). Times are predictions in microseconds: `bytes_us` of the bytes",
-        "at a copy's bandwidth, `compute_us` of the busiest unit at full rate (latency, bank conflicts, reductions not",
-        "counted); the last column: the larger of the two over the first.",
+        "One step per tensor, 2^26 elements. Instructions are an element's, from the machine code of the main loop",
+        "(empty where that is not what a thread mostly executes). Times are predictions in microseconds: `bytes_us`",
+        "of the bytes at a copy's bandwidth, `compute_us` of the busiest unit at full rate (latency, bank conflicts,",
+        "reductions not counted); the last column: the larger of the two over the first.",
     ]
     for arch in dict.fromkeys(each["arch"] for each in rows):
         hardware = sass.HARDWARE[int(arch[3:])]

@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -49,14 +50,23 @@ SMALL = {"cifar10_baseline": ["--epochs", "1"], "cifar10_qat_br": ["--warmup-epo
 LIMIT = 480
 
 
+def gpu_files() -> list[str]:
+    """The files that may have tests marked gpu: every worker collects what it is given."""
+    marked = re.compile(r"mark\.gpu\b|TARGETS|BACKENDS")
+    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in paths if marked.search(path.read_text())]
+
+
 def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str]]]:
     """{stage: commands}, most valuable first."""
     on_gpu = device == "cuda"
     bench = ["--device", device] + ([] if on_gpu else ["--quick"])
     # Most of the time is Triton compiling, a kernel at a time in a process: so in several, where pytest-xdist is there.
-    several = ["-n", "8", "--dist", "worksteal"] if on_gpu and importlib.util.find_spec("xdist") else []
+    xdist = on_gpu and importlib.util.find_spec("xdist")
+    several = ["-n", str(min(16, os.cpu_count() or 8)), "--dist", "worksteal"] if xdist else []
+    files = gpu_files() if on_gpu else ["tests"]
     # A file that needs a package which is not there is an error, and the other files run.
-    parity = [PY, "-m", "pytest", "-q", "-rs", *several, "--continue-on-collection-errors", "tests", "--junitxml"]
+    parity = [PY, "-m", "pytest", "-q", "-rs", *several, "--continue-on-collection-errors", *files, "--junitxml"]
     marks = {"native": ["-k", "native-cpu and w2"]}
     if on_gpu:
         marks = {backend: ["-m", "gpu", "-k", which] for backend, which in BACKENDS.items()}
@@ -170,7 +180,8 @@ def run(command: list[str], log, deadline: float) -> int:
 
 def _end(process: subprocess.Popen) -> None:
     """End what still runs of a command, the processes that it started (the study's runs) included."""
-    for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, None)):
+    # pytest tells what it has found after SIGINT alone; a child that ignores that gets the next.
+    for sign, patience in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, sign)
             process.wait(patience)

@@ -150,6 +150,7 @@ def environment(device: str) -> dict:
     }
 
 
+@functools.cache
 def _versions_for_cuda() -> dict[str, str | None]:
     """None for what is not there."""
     try:

@@ -114,7 +114,7 @@ class AlphaControl:
             RuntimeError: for another model than the one it is attached to, or one around that.
         """
         found = require_quantizers(model)
-        if self._model not in (None, model) and not {*found.values()} >= {*self._quantizers}:
+        if self._model is not None and not {*found.values()} >= {*quantizers(self._model).values()}:
             raise RuntimeError(f"attach: this AlphaControl has a {type(self._model).__name__} already, which would be "
                                "left as it is: make another one for this model")  # fmt: skip
         if any(self._plan(kind) and self._plan(kind).release_tolerance is not None for kind in _SIDES):
@@ -129,8 +129,7 @@ class AlphaControl:
     def begin_epoch(self, epoch: int) -> None:
         """Set every quantizer to what holds in this epoch, counted from 1; in any order, as often as you like.
 
-        A Freeze with a tolerance looks at the model here, and reads the device once for each side; so is, in the first
-        epoch after it, whether the first forward has set every step size.
+        A Freeze with a tolerance looks at the model here, and reads the device once for each side.
 
         Raises:
             TypeError, ValueError: for an epoch that is none.
@@ -146,7 +145,6 @@ class AlphaControl:
                                "control.begin_step() before every training step")  # fmt: skip
         self._epoch, self._begun = epoch, True
         self._look_for_new_ones()
-        self._confirm()
         for kind, record in self._records.items():
             members = [q for q in self._quantizers if q.kind == kind]
             if members:
@@ -161,15 +159,6 @@ class AlphaControl:
             self._quantizers = found
             for record in self._records.values():
                 record.forget_alphas()
-
-    def _confirm(self) -> None:
-        """Read once whether first forwards could set the step sizes; those that met no usable data try again."""
-        unsure = [quantizer for quantizer in self._quantizers if quantizer._unconfirmed]
-        if unsure:
-            device = unsure[0].init_state.device
-            states = torch.stack([quantizer.init_state[0].to(device) for quantizer in unsure]).tolist()
-            for quantizer, state in zip(unsure, states):
-                quantizer.confirm(state)
 
     def begin_step(self, step: int | None = None) -> None:
         """Say that a training step begins; needed where a Freeze counts steps. Host arithmetic only.

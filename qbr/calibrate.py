@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,8 +46,8 @@ def calibrate(
     Args:
         model: a prepared model; wrappers of torch.compile and DistributedDataParallel are looked through.
         batches: an iterable of tensors, of tuples or lists that start with the model's input (as a data loader gives
-            them), or of dicts of the model's arguments. Moved to the model's device. None will do where only weights
-            are quantized.
+            them), or of dicts of the model's arguments. Moved to the model's device. Where only weights are quantized
+            None will do; the first batch of others than iterators is run to see who reads weights past their layers.
         method, percentile: above; percentile in (0, 100].
         forward: ``forward(model, batch)`` instead, for a model that is called in another way.
 
@@ -90,8 +90,9 @@ def _set_all(model: nn.Module, batches, calibrator: _Calibrator, names, forward)
         if not _sum(torch.tensor(float(count), device=waiting[0].alpha.device)).item():
             raise ValueError(f"batches has no batch, and {len(waiting)} step sizes are to be set from data: pass at "
                              "least one batch (an iterator may have been used up before)")  # fmt: skip
-    elif batches is not None:  # one is run all the same, to see who reads weights past their layers
-        _run(running.unwrapped(model), itertools.islice(batches, 1), forward, calibrator, waiting)
+    elif isinstance(batches, Iterable) and not isinstance(batches, Iterator):
+        with contextlib.suppress(Exception):  # nothing depends on it but a warning, of who reads weights
+            _run(running.unwrapped(model), itertools.islice(batches, 1), forward, calibrator, waiting)
     for quantizer in waiting:
         calibrator.finish(quantizer)
     return waiting
@@ -155,7 +156,7 @@ def _report(names: dict[LSQQuantizer, str], waiting: list[LSQQuantizer], calibra
         warnings.warn(read_elsewhere(calibrator.read_elsewhere), stacklevel=3)
     bad = [q for q, usable in calibrator.done.items() if not usable.any()]
     for quantizer in bad:
-        quantizer.confirm(quantizer.init_state.min().item())  # what nothing has set, a training forward may set
+        quantizer._initialised = bool(quantizer.init_state.all())  # what nothing has set, a training forward may set
     if bad:
         message = f"the data of {[names[q] for q in bad]} is all 0 or not finite: their step sizes stay as they were"
         warnings.warn(message, stacklevel=3)

@@ -64,11 +64,15 @@ def _left_out(planner):
 
 
 def _has_weight(module: nn.Module, large: float) -> bool:
-    """Whether a module has a matrix that is called a weight, or one with as many elements as ``large`` (experts)."""
+    """Whether a module has a matrix that is called a weight, or, if all parameters are its own, one with as many
+    elements as ``large`` (experts; and not an encoder with positions beside its layers)."""
     if isinstance(module, (*WEIGHT_LAYERS, *ATTENTION)):
         return True
-    matrices = [(name, p) for name, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.dim() > 1]
-    return any(name.startswith("weight") or p.numel() >= large for name, p in matrices)
+    own = [(name, p) for name, p in module.named_parameters(recurse=False) if not is_lazy(p)]
+    if any(name.startswith("weight") and p.dim() > 1 for name, p in own):
+        return True
+    alone = len(own) == len(list(module.parameters()))
+    return alone and any(p.numel() >= large and sum(size > 1 for size in p.shape) > 1 for _, p in own)
 
 
 def _ends(planner):

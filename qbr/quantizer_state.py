@@ -31,15 +31,7 @@ def check(quantizer: nn.Module, state_dict, prefix: str = "") -> None:
                              "load it into a model that was prepared with the same configuration")
         if name == "alpha" and not value.is_meta and not bool((torch.isfinite(value) & (value > 0)).all()):
             raise ValueError(f"{key}={value.tolist()} in the state_dict: expected positive, finite step sizes; "
-                             "delete the key and load with strict=False to set alpha from data again")
-
-
-def for_loading(state_dict, prefix: str):
-    """state_dict with alpha in float32; without the init_state of an alpha that is not in it."""
-    alpha = state_dict.get(prefix + "alpha")
-    if alpha is None:
-        return {key: value for key, value in state_dict.items() if key != prefix + "init_state"}
-    return state_dict if alpha.dtype == torch.float32 else {**state_dict, prefix + "alpha": alpha.to(torch.float32)}
+                             f"delete it and {prefix}init_state and load with strict=False to set it from data again")
 
 
 def note_codes(spec: QuantSpec, destination, prefix: str) -> None:

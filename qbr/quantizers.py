@@ -15,6 +15,7 @@ from qbr.functional import BinLoss, Bins
 from qbr.spec import QuantSpec, ToAlpha
 
 KINDS = ("weight", "activation")
+TRIES = 3  # training forwards, with an optimizer's step after each, that may fail to set a step size
 
 
 def check_bits(bits: int, argument: str) -> int:
@@ -33,6 +34,10 @@ _REENTRANT = (
 _SET_OUTSIDE = (
     "a quantizer whose step size nothing has set was run with another tensor for it (torch.func.functional_call): that "
     "tensor is set from data in every such call, the module's own never: call qbr.calibrate(model, batches) first"
+)
+_UNUSABLE = (
+    f"a quantizer has met no usable data (all 0, or not finite) before {TRIES} optimizer steps: its step size stays "
+    "what it was before data, and learns from there; qbr.calibrate(model, batches) or quantizer.set_alpha sets it"
 )
 _NEVER_SET = (
     "a quantizer whose step size nothing has set was run in eval mode, with a placeholder for it: call "
@@ -57,7 +62,7 @@ class LSQQuantizer(nn.Module):
     Attributes:
         alpha: Parameter [1] or [C], float32 whatever dtype the model is cast to. Positive: see qbr/step_guard.py.
         init_state: buffer [1], float32: 0 before alpha was set from data, then 1; still 0 where those data were all 0
-            or not finite.
+            or not finite, which an optimizer's step notices: the next training forward then tries again.
         collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``; None until
             prepare() or an AlphaControl decides, and then no.
         br_to_alpha: how much of that loss's gradient reaches alpha: False, True, a fraction from 0 to 1, "scaled" or
@@ -99,6 +104,7 @@ class LSQQuantizer(nn.Module):
         # init_state's value on the host: reading the buffer in forward would wait for the device.
         self._initialised = False
         self._unconfirmed = False  # whether a forward has tried to set alpha, and nobody has read whether it could
+        self._tries = 0
         self._retained: list[BinLoss] = []
         self.observer = None
         self.alone = False
@@ -110,8 +116,8 @@ class LSQQuantizer(nn.Module):
 
     @property
     def initialised(self) -> bool:
-        """Whether alpha has been set from data or from a state_dict that says so. A forward that has met no usable
-        data counts until an AlphaControl's next epoch or a checkpoint; then a later one sets alpha."""
+        """Whether alpha has been set from data or from a state_dict that says so; of a forward whose data nobody has
+        looked at yet, that it was."""
         return self._initialised
 
     @property
@@ -169,8 +175,15 @@ class LSQQuantizer(nn.Module):
         return self._initialised
 
     def confirm(self, init_state: float) -> None:
-        """Take over what was read of init_state: a forward that met no usable data leaves alpha to the next one."""
-        self._initialised, self._unconfirmed = init_state != 0, False
+        """Take over what was read of init_state after a forward: one without usable data leaves alpha to the next."""
+        self._unconfirmed = False
+        if init_state == 0:
+            self._tries += 1
+            again = self._tries < TRIES and distributed.local(self.alpha) is self.alpha  # FSDP takes no step from data
+            self._initialised = not again
+            if not again:
+                self.init_state.fill_(1)
+                warnings.warn(_UNUSABLE, stacklevel=2)
 
     def alpha_grad(self) -> float:
         """What multiplies alpha's gradient beside LSQ's scale s = 1 / sqrt(N * qp).
@@ -325,11 +338,12 @@ class LSQQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         quantizer_state.check(self, state_dict, prefix)
-        state_dict = quantizer_state.for_loading(state_dict, prefix)
+        alpha, init_state = state_dict.get(prefix + "alpha"), state_dict.get(prefix + "init_state")
+        if alpha is not None and alpha.dtype != torch.float32:
+            state_dict = {**state_dict, prefix + "alpha": alpha.to(torch.float32)}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        init_state = state_dict.get(prefix + "init_state")
         if init_state is not None and not init_state.is_meta:
-            self.confirm(float((init_state != 0).all()))
+            self._initialised, self._unconfirmed = bool((init_state != 0).all()), False
             quantizer_state.warn_of(self.spec, init_state, local_metadata)
 
     def __getstate__(self):
@@ -338,7 +352,7 @@ class LSQQuantizer(nn.Module):
 
     def __setstate__(self, state):
         defaults = {"frozen": False, "_learns": True, "_saved_elsewhere": False, "_alpha_in_graph": (),
-                    "_unconfirmed": False}  # fmt: skip
+                    "_unconfirmed": False, "_tries": 0}  # fmt: skip
         super().__setstate__({**defaults, **state})
         step_guard.register(self)
 

@@ -105,13 +105,24 @@ def _before_step(optimizer: Optimizer, args, kwargs) -> None:
     _before[optimizer] = (weakref.WeakSet(mine), alphas, floors, held, values)
 
 
+def _confirm(quantizers: list[nn.Module]) -> None:
+    """Read once whether the forward that has just set step sizes from data could."""
+    if not quantizers or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return
+    device = quantizers[0].init_state.device
+    states = torch.stack([quantizer.init_state[0].to(device) for quantizer in quantizers]).tolist()
+    for quantizer, state in zip(quantizers, states):
+        quantizer.confirm(state)
+
+
 @torch.no_grad()
 def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
     """Keep alpha positive after any torch.optim step: alpha = max(alpha, alpha before the step / 10, 1e-8); and a
     frozen one as it was.
 
     Runs by itself after every ``optimizer.step()`` once a quantizer exists; a few fused operations for all alphas of
-    the optimizer, no synchronisation, no state. A NaN stays a NaN. Bin losses that nobody asked for go here too:
+    the optimizer, no synchronisation (but one after the first forward has set alphas from data: see
+    LSQQuantizer.confirm), no state. A NaN stays a NaN. Bin losses that nobody asked for go here too:
     after the step their graph is stale.
     """
     mine, alphas, floors, held, values = _before.pop(optimizer, ((), [], [], [], []))
@@ -119,6 +130,7 @@ def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
         torch._foreach_maximum_(alphas, floors)
     if held:
         torch._foreach_copy_(held, values)
+    _confirm([quantizer for quantizer in mine if quantizer._unconfirmed])
     for quantizer in mine:
         if quantizer._retained:
             quantizer._retained = []

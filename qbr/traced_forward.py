@@ -6,6 +6,7 @@ import dis
 import importlib
 import inspect
 import types
+import warnings
 from collections.abc import Container
 
 import torch
@@ -33,8 +34,9 @@ class TracedForward:
     """A forward read by torch.fx in both modes, in which some ReLUs are modules; it takes forward's place on owner.
 
     An attribute that the original forward reads, other than parameters, buffers, modules and ``training``, has the
-    value of the time of reading; a call after a number, string or flag among them has changed, or the modules in a list
-    that was read, raises. What a ReLU changed in place is read from its result.
+    value of the time of reading. A call after a number among them has changed, something came for None or the other way
+    round, or the modules in a list that was read, raises; one after a flag or a string has, warns; compiled code does
+    neither. What a ReLU changed in place is read from its result.
 
     Args:
         owner: whose forward it is.
@@ -59,7 +61,7 @@ class TracedForward:
         if len({tuple(map(bound, relu_calls(graph))) for graph in graphs.values()}) > 1:
             raise Untraceable("it calls different ReLUs in training and in eval mode")
         self._names = _attributes_read(owner)
-        self._lists = sorted(_lists(owner, graphs.values()))
+        self._lists = _lists(owner, graphs.values())
         self._code = {mode: _rewritten(owner, graph, relus, in_place) for mode, graph in graphs.items()}
         self._read = self._as_it_is()
         self._compile()
@@ -94,24 +96,41 @@ class TracedForward:
         """What the graphs have of owner and what may change: plain values, whether a name is a module, lists' names."""
         owner, found = self.owner, {}
         for name in self._names:
-            value = "a module" if owner._modules.get(name) is not None else owner.__dict__.get(name)
-            found[name] = value if type(value) in _PLAIN else "an object"
-        for path in self._lists:
+            tensors = owner._parameters.get(name), owner._buffers.get(name)
+            if owner._modules.get(name) is not None:
+                found[name] = "a module"
+            elif any(tensor is not None for tensor in tensors):
+                found[name] = "a tensor"
+            else:
+                value = owner.__dict__.get(name)
+                found[name] = value if type(value) in _PLAIN else "an object"
+        for path, used in self._lists.items():
             try:
-                found[path] = list(owner.get_submodule(path)._modules)
+                module = owner.get_submodule(path)
             except AttributeError:
                 found[path] = None
+                continue
+            # Of a wrapper (torch.compile's, checkpointing's), which hands on the names, or of one by index: those.
+            names = list(module._modules)
+            found[path] = names if used is None and isinstance(module, _CONTAINERS) else None
         return found
 
     def _refuse_changes(self) -> None:
         now = self._as_it_is()
         for name, then in self._read.items():
-            if not (now[name] is then or now[name] == then):
-                raise RuntimeError(
-                    f"{type(self.owner).__name__}.{name} was {then!r} when qbr.prepare read this forward, which calls "
-                    f"a ReLU as a function, and is {now[name]!r} now: the forward would go on as it was read. Change "
-                    "it before prepare, or use nn.ReLU there, or QATConfig(skip=...)"
-                )
+            if now[name] is then or now[name] == then or (now[name] != now[name] and then != then):
+                continue
+            if name in self._lists and None in (now[name], then):
+                continue
+            text = (
+                f"{type(self.owner).__name__}.{name} was {then!r} when qbr.prepare read this forward, which calls a "
+                f"ReLU as a function, and is {now[name]!r} now: the forward goes on as it was read. Change it before "
+                "prepare, or use nn.ReLU there, or QATConfig(skip=...)"
+            )
+            if type(now[name]) is type(then) and type(then) in (bool, str):
+                warnings.warn(text, stacklevel=3)
+            else:
+                raise RuntimeError(text)
 
     def _bind(self, args, kwargs) -> list:
         values = {**dict(zip(self.defaults, args)), **kwargs}
@@ -144,22 +163,53 @@ class TracedForward:
 
 
 def _attributes_read(owner: nn.Module) -> list[str]:
-    """The names that owner's forward, and the methods that it names, read of ``self``; but for ``training``."""
-    found = set()
-    for code, *_ in functions(owner):
-        instructions = list(dis.get_instructions(code))
-        for before, each in zip(instructions, instructions[1:]):
-            of = before.argval[-1] if isinstance(before.argval, tuple) else before.argval
-            if each.opname in ("LOAD_ATTR", "LOAD_METHOD") and before.opname.startswith("LOAD_FAST") and of == "self":
-                found.add(each.argval)
+    """The names that owner's forward, and the methods and properties that it names, read of owner; but ``training``."""
+    kind, found = type(owner), set()
+    waiting = [code for code, *_ in functions(owner)]
+    methods = {getattr(f, "__code__", None) for base in kind.__mro__ for f in map(_unwrapped, vars(base).values())}
+    seen = set()
+    while waiting:
+        code = waiting.pop()
+        if code in seen:
+            continue
+        seen.add(code)
+        me = code.co_varnames[0] if code in methods and code.co_argcount else "self"
+        for name in _read_of(code, me) - found:
+            found.add(name)
+            attribute = getattr(kind, name, None)
+            if isinstance(attribute, property) and attribute.fget is not None:
+                waiting.append(attribute.fget.__code__)
     return sorted(found - {"training"})
 
 
-def _lists(owner: nn.Module, graphs) -> set[str]:
-    """The paths of the containers in owner whose members its graphs call one by one."""
-    targets = [node.target.split(".") for graph in graphs for node in graph.nodes if node.op == "call_module"]
-    paths = {".".join(path[:end]) for path in targets for end in range(1, len(path))}
-    return {path for path in paths if isinstance(owner.get_submodule(path), _CONTAINERS)}
+def _unwrapped(function):
+    return inspect.unwrap(function) if inspect.isfunction(function) else function
+
+
+def _read_of(code: types.CodeType, me: str) -> set[str]:
+    """The names that code, and what stands inside it, reads of the variable ``me``, by getattr too."""
+    inner = [_read_of(each, me) for each in code.co_consts if isinstance(each, types.CodeType)]
+    found = set().union(*inner)
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE")]
+    for before, each in zip(instructions, instructions[1:]):
+        of = before.argval[-1] if isinstance(before.argval, tuple) else before.argval
+        if of == me and before.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")):
+            asked = each.opname == "LOAD_CONST" and isinstance(each.argval, str) and each.argval.isidentifier()
+            if each.opname in ("LOAD_ATTR", "LOAD_METHOD") or asked:
+                found.add(each.argval)
+    return found
+
+
+def _lists(owner: nn.Module, graphs) -> dict[str, set[str] | None]:
+    """{path of a container in owner whose members its graphs call one by one: the members, or None for all}"""
+    used: dict[str, set[str]] = {}
+    for node in (node for graph in graphs for node in graph.nodes if node.op == "call_module"):
+        names = node.target.split(".")
+        for end in range(1, len(names)):
+            used.setdefault(".".join(names[:end]), set()).add(names[end])
+    containers = {path: owner.get_submodule(path) for path in used}
+    containers = {path: module for path, module in containers.items() if isinstance(module, _CONTAINERS)}
+    return {path: None if used[path] == {*m._modules} else used[path] for path, m in containers.items()}
 
 
 class _Module:

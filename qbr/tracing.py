@@ -161,8 +161,8 @@ def trace(
     named = list(functions(owner))
     if strict and any(names & _MODE_QUESTIONS for _, _, names in named):
         raise Untraceable("it asks whether gradients or autocast are on, which a graph does not")
-    if any(each.opname == "MATCH_CLASS" for code, *_ in named for each in dis.get_instructions(code)):
-        raise Untraceable("it matches its values with classes, which are not those of stand-ins")
+    if any(_asks_for_class(code, values) for code, values, _ in named):
+        raise Untraceable("it asks for the class of a value otherwise than by isinstance, and a stand-in has its own")
     undone = Undone(owner)
     try:
         with undone, torch.enable_grad(), told_apart():
@@ -243,6 +243,24 @@ def functions(owner: nn.Module) -> Iterator[tuple[types.CodeType, list, set[str]
             for value in values
             if inspect.isfunction(value) and not str(value.__module__).startswith("torch.")
         ]
+
+
+def _asks_for_class(code: types.CodeType, values: list) -> bool:
+    """Whether a function matches values with classes, reads ``x.__class__`` or ``type(x)`` of what is not self, or
+    calls what functools.singledispatch has made."""
+    if any(hasattr(value, "dispatch") and hasattr(value, "registry") for value in values):
+        return True
+    found = [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE", "PRECALL")]
+    for each, after in zip(found, [*found[1:], None]):
+        if each.opname == "MATCH_CLASS":
+            return True
+        if after is None or "self" in (each.argval, after.argval):
+            continue
+        if after.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval == "__class__":
+            return True
+        if each.opname == "LOAD_GLOBAL" and each.argval == "type" and after.opname.startswith("LOAD_"):
+            return True
+    return False
 
 
 def _inner(value):

@@ -223,6 +223,8 @@ def test_a_control_has_one_model():
     assert all(q.collecting for q in quantizers(first).values())
     assert not any(q.frozen for q in quantizers(second).values())
     assert control.attach(first) is control.attach(nn.Sequential(first))  # the same one, or one around it
+    first[4] = nn.Linear(8, 3)  # whose quantizer is gone
+    control.attach(nn.Sequential(first)).begin_epoch(3)
 
 
 def test_a_damaged_record_changes_nothing():

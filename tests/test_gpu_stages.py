@@ -104,3 +104,25 @@ def test_sigterm_ends_what_was_started(tmp_path):
     assert process.wait(30) == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_a_command_over_its_limit_may_tell_what_it_has_found(tmp_path):
+    """As pytest does, which writes its report after Ctrl-C, and not after SIGTERM."""
+    tells = (
+        "import sys, time\n"
+        "try: time.sleep(600)\n"
+        "except KeyboardInterrupt: open(sys.argv[1], 'a').write('found ')\n"
+        "sys.exit(2)"
+    )
+    done = subprocess.run(command(tmp_path, tells, limit=2), capture_output=True, timeout=60)
+    assert done.returncode and (tmp_path / "ran").read_text() == "first found "
+
+
+def test_the_files_for_a_gpu_are_those_with_tests_for_one():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import gpu
+
+    asked = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    printed = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout
+    found = {line.partition("::")[0] for line in printed.splitlines() if "::" in line}
+    assert len(found) > 5 and found <= set(gpu.gpu_files())

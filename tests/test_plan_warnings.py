@@ -169,7 +169,13 @@ class ReadsOne(nn.Module):
 def test_weights_alone_are_looked_at_where_there_is_a_batch():
     model = qbr.prepare(ReadsOne(), qbr.QATConfig(act_bits=None))
     with pytest.warns(UserWarning, match=r"\['a.weight'\]: read by forwards that are not their layers'"):
-        qbr.calibrate(model, iter([torch.rand(2, 4)]))
+        qbr.calibrate(model, [torch.rand(2, 4)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        once = iter([torch.rand(2, 4)] * 3)
+        qbr.calibrate(model, once)
+        assert len(list(once)) == 3  # what comes once is not used up for a warning
+        qbr.calibrate(model, [{"labels": torch.rand(2)}])  # nor does anything depend on this batch
 
 
 class NeverCalled(nn.Module):
@@ -202,12 +208,23 @@ class Experts(nn.Module):
 
 
 class Scaled(nn.Module):
+    """Positions are no small part of it; to skip it would skip the layer, too."""
+
     def __init__(self):
         super().__init__()
-        self.linear, self.position = nn.Linear(64, 64), nn.Parameter(torch.rand(1, 64))
+        self.linear, self.position = nn.Linear(64, 64), nn.Parameter(torch.rand(1, 32, 64))
 
     def forward(self, x):
         return self.linear(x + self.position)
+
+
+class Token(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.rand(1, 1, 256))
+
+    def forward(self, x):
+        return x + self.token[..., :64]
 
 
 def test_matrices_of_any_name_are_missed_where_they_are_large():
@@ -216,4 +233,4 @@ def test_matrices_of_any_name_are_missed_where_they_are_large():
         qbr.prepare(nn.Sequential(nn.Linear(16, 16), Experts()), config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        qbr.prepare(Scaled(), config)
+        qbr.prepare(nn.Sequential(Scaled(), Token()), config)

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from guards import no_host_reads
 from torch import nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
@@ -39,38 +40,97 @@ def _from_data() -> list[float]:
     return _alphas(model)
 
 
-def _silent(model: nn.Module, *inputs) -> torch.Tensor:
+def _silent(model, *inputs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return model(*inputs)
 
 
+def _step(model: nn.Module, optimizer, x: torch.Tensor, update: bool = True) -> float:
+    optimizer.zero_grad()
+    loss = (model(x) - 1).square().mean()
+    loss.backward()
+    if update:
+        optimizer.step()
+    return loss.item()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0], ids=["nan", "inf", "zero after ReLU"])
-def test_a_first_batch_that_sets_nothing_leaves_it_to_the_next_epoch(bad):
+def test_a_first_batch_that_sets_nothing_leaves_it_to_the_next(bad):
     model = _model()
     with torch.no_grad():
         model[0].bias.fill_(-10 if bad == -1.0 else 0)
-    control = qbr.AlphaControl().attach(model)
-    control.begin_epoch(1)
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.0, weight_decay=0.0))
     relu = model[1].quantizer
-    model(torch.full((4, 6), bad) if bad != -1.0 else _x())
+    x = torch.full((4, 6), bad) if bad != -1.0 else _x()
+    model(x)
     assert relu.init_state.item() == 0 and model[0].weight_quantizer.init_state.item() == 1
     with pytest.warns(UserWarning, match=r"step sizes of \['1.quantizer'\] were never set"):
         qbr.convert(model)
-    loaded = _model()
-    loaded.load_state_dict(model.state_dict())
     with torch.no_grad():
-        for each in (model, loaded):
-            each[0].bias.copy_(_float()[0].bias)
-    control.begin_epoch(2)
-    for each in (model, loaded):
-        each(_x())
-        assert each[1].quantizer.init_state.item() == 1
-        assert _alphas(each) == pytest.approx(_from_data())
-    before = relu.alpha.item()
-    control.begin_epoch(3)
+        model[0].bias.copy_(_float()[0].bias)
+    model(_x())  # no optimizer has stepped since: nobody has looked
+    assert relu.init_state.item() == 0
+    for parameter in model.parameters():
+        parameter.grad = None
+    optimizer.step()
+    assert not relu.initialised
+    model(_x())
+    assert relu.init_state.item() == 1 and _alphas(model) == pytest.approx(_from_data())
+    optimizer.step()
     model(10 * _x())
-    assert relu.alpha.item() == before
+    assert _alphas(model) == pytest.approx(_from_data())
+
+
+def test_after_three_steps_a_placeholder_counts_as_set_and_says_so():
+    model = _model()
+    with torch.no_grad():
+        model[0].bias.fill_(-10)
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.01, weight_decay=0.0))
+    placeholder = model[1].quantizer.alpha.item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            _step(model, optimizer, _x())
+    with pytest.warns(UserWarning, match="no usable data .* before 3 optimizer steps"):
+        _step(model, optimizer, _x())
+    assert model[1].quantizer.init_state.item() == 1 and model[1].quantizer.alpha.item() == placeholder
+    _silent(qbr.convert, model)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("saved_after", [1, 2, 5])
+def test_weights_that_begin_at_0_resume_as_they_were_left(kind, saved_after, tmp_path):
+    """A zeroed head, LoRA's B: the first step has no data for their alpha, and what it learns later is not set anew."""
+    def made():
+        model = _model()
+        with torch.no_grad():
+            model[2].weight.zero_()
+        return model, kind(qbr.parameter_groups(model, lr=0.05, weight_decay=0.0))
+
+    model, optimizer = made()
+    losses = []
+    for step in range(8):
+        losses.append(_step(model, optimizer, _x()))
+        if step + 1 == saved_after:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    resumed, optimizer = made()
+    state = torch.load(tmp_path / "saved.pt", weights_only=True)
+    resumed.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    assert [_step(resumed, optimizer, _x()) for _ in range(8 - saved_after)] == losses[saved_after:]
+    assert _alphas(resumed) == _alphas(model)
+    _silent(qbr.convert, model)
+
+
+def test_an_optimizer_looks_once(monkeypatch):
+    model = _model()
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.01, weight_decay=0.0))
+    for step in range(3):
+        model(_x()).sum().backward()
+        with no_host_reads(count=step == 0) as guard:
+            optimizer.step()
+        assert len(guard.reads) == (1 if step == 0 else 0)
 
 
 def test_calibration_without_usable_data_leaves_it_to_training():
@@ -102,9 +162,9 @@ def test_a_state_dict_without_its_alpha_leaves_that_to_data():
     trained(_x())
     state = trained.state_dict()
     state["1.quantizer.alpha"] = torch.tensor([math.nan])
-    with pytest.raises(ValueError, match="delete the key and load with strict=False to set alpha from data again"):
+    with pytest.raises(ValueError, match="delete it and 1.quantizer.init_state and load with strict=False to set it"):
         _model().load_state_dict(state)
-    del state["1.quantizer.alpha"]
+    del state["1.quantizer.alpha"], state["1.quantizer.init_state"]
     model = _model()
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert "1.quantizer.alpha" in missing and not model[1].quantizer.initialised
@@ -165,3 +225,16 @@ def test_a_forward_on_meta_sets_nothing():
     model = _model().to("meta")
     model(torch.empty(4, 6, device="meta"))
     assert not any(quantizer.initialised for quantizer in quantizers(model).values())
+
+
+@pytest.mark.parametrize("first", ["alpha", "init_state"])
+def test_a_state_dict_may_come_in_parts(first):
+    trained = _model()
+    trained(_x())
+    state = {name: 2 * value if name.endswith("alpha") else value for name, value in trained.state_dict().items()}
+    model = _model()
+    for part in (first, ""):
+        part = {name: value for name, value in state.items() if name.endswith(first) == bool(part)}
+        model.load_state_dict(part, strict=False)
+    model(_x())
+    assert _alphas(model) == pytest.approx([2 * alpha for alpha in _from_data()])

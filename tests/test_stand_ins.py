@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -266,6 +267,51 @@ class Matches(Layers):
         return x
 
 
-def test_a_forward_that_matches_classes_is_not_read():
-    with pytest.warns(UserWarning, match="it matches its values with classes"):
-        qbr.prepare(Matches(), qbr.QATConfig(weight_bits=None, act_bits=8))
+@functools.singledispatch
+def halved(x):
+    return x
+
+
+@halved.register
+def _(x: torch.Tensor):
+    return x / 2
+
+
+class Dispatches(Layers):
+    def forward(self, x):
+        return self.act(self.b(halved(F.relu(self.a(x)))))
+
+
+class ReadsClass(Layers):
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.act(self.b(h if h.__class__ is torch.Tensor else 0 * h))
+
+
+class ReadsType(Layers):
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.act(self.b(h if type(h) is torch.Tensor else 0 * h))
+
+
+@pytest.mark.parametrize("make", [Matches, Dispatches, ReadsClass, ReadsType])
+def test_a_forward_that_asks_for_a_class_otherwise_is_not_read(make):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(8, 4)
+    expected = model(x)
+    with pytest.warns(UserWarning, match="it asks for the class of a value otherwise than by isinstance"):
+        qbr.prepare(model, qbr.QATConfig(weight_bits=None, act_bits=8))
+    qbr.calibrate(model, [x], method="mse")
+    torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
+
+
+class NamesItself(Layers):
+    def forward(self, x):
+        if self.training is None:
+            raise RuntimeError(f"{type(self).__name__} or {self.__class__.__name__}: {x.dim()} dimensions")
+        return self.act(self.b(F.relu(self.a(x))))
+
+
+def test_a_forward_that_names_its_own_class_is_read():
+    model = qbr.prepare(NamesItself(), qbr.QATConfig(weight_bits=None, act_bits=8))
+    assert "functional_relu_1" in dict(model.named_modules())

@@ -66,3 +66,74 @@ def test_what_a_forward_does_not_read_may_change_and_members_be_replaced():
     copied.p = 0.5
     with pytest.raises(RuntimeError, match="Listed.p was 0.0"):
         copied(x)
+
+
+class Indirect(nn.Module):
+    """Attributes read inside of a comprehension, by a property, by getattr and as tensors that may be None."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.scale, self._shift, self.gain = nn.Linear(4, 4), 1.0, 0.0, 1.0
+        self.register_buffer("mask", None)
+        self.verbose, self.blocks = False, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    @property
+    def shift(self):
+        return self._shift
+
+    def forward(this, x):  # noqa: N805
+        x = F.relu(this.a(x)) + this.shift
+        x = sum([x * this.scale for _ in range(2)]) * getattr(this, "gain", 1.0)
+        if this.verbose:
+            print("a forward")
+        return this.blocks[0](x if this.mask is None else x * this.mask)
+
+
+def _masked(model):
+    model.mask = torch.ones(4)
+
+
+INDIRECT = {
+    "in a comprehension": (lambda m: setattr(m, "scale", 2.0), "Indirect.scale was 1.0"),
+    "by a property": (lambda m: setattr(m, "_shift", 2.0), "Indirect._shift was 0.0"),
+    "by getattr": (lambda m: setattr(m, "gain", 2.0), "Indirect.gain was 1.0"),
+    "a buffer for None": (_masked, "Indirect.mask was None .* is 'a tensor' now"),
+}
+
+
+@pytest.mark.parametrize("change", INDIRECT)
+def test_what_is_read_by_other_ways(change):
+    model = prepare(Indirect(), QATConfig(weight_bits=None, act_bits=4))
+    made, expected = INDIRECT[change]
+    model(torch.rand(2, 4))
+    made(model)
+    with pytest.raises(RuntimeError, match=expected):
+        model(torch.rand(2, 4))
+
+
+def test_flags_and_wrappers_and_members_that_nobody_calls_stop_nothing():
+    model = prepare(Indirect(), QATConfig(weight_bits=None, act_bits=4))
+    x = torch.rand(2, 4)
+    expected = model(x)
+    model.blocks.append(nn.Linear(4, 4))
+    model.scale = float("nan")
+    with pytest.raises(RuntimeError, match="scale"):
+        model(x)
+    model.scale, model.verbose = 1.0, True
+    with pytest.warns(UserWarning, match="Indirect.verbose was False .* is True now: the forward goes on as it was"):
+        assert torch.equal(model(x), expected)
+    listed = prepare(Listed(), QATConfig(weight_bits=2, act_bits=2))
+    y = listed(x)
+    listed.layers = Wrapped(listed.layers)
+    assert torch.equal(listed(x), y)
+
+
+class Wrapped(nn.Module):
+    """As torch.compile's and checkpointing's wrappers: attributes are those of what is inside."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)

@@ -13,7 +13,7 @@ from typing import Any
 from . import checkpoints
 from .files import UserError, atomic_write
 from .folders import CHECKPOINTS
-from .options import FREE_ON_RESUME, flag, plain
+from .options import FREE_ON_RESUME, flag, plain, qat_parser
 
 # What plays no part before the first epoch of BR.
 AFTERWARDS = {
@@ -53,9 +53,11 @@ def state(options: Any) -> dict[str, Any]:
         )
     now = plain(options)
     ignored = AFTERWARDS | FREE_ON_RESUME
-    differing = sorted(name for name in now if name not in ignored and now[name] != found["args"].get(name))
+    default = qat_parser().get_default  # of a flag that an older run did not have
+    there = {name: found["args"].get(name, default(name)) for name in now}
+    differing = sorted(name for name in now if name not in ignored and now[name] != there[name])
     if differing:
-        listed = ", ".join(f"{flag(name)} {now[name]} (there {found['args'].get(name)})" for name in differing)
+        listed = ", ".join(f"{flag(name)} {now[name]} (there {there[name]})" for name in differing)
         raise UserError(f"--warmup-from {folder}: another run up to the end of warm-up: {listed}; set these alike")
     return found
 

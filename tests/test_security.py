@@ -46,7 +46,7 @@ ALLOWED = {
     ("qbr/kernels/triton_backend.py", "importlib.import_module"): "names of the modules of kernels, all written in qbr",
     ("qbr/kernels/native.py", "torch.ops.load_library"): "the built extension, from the package or the private cache",
     ("qbr/__main__.py", "importlib.import_module"): "--model MODULE:FUNCTION names the user's own code",
-    ("qbr/traced_forward.py", "importlib.import_module"): "a module that a traced forward uses, in a copy of the whole model",
+    ("qbr/traced_forward.py", "importlib.import_module"): "a module that a forward uses, in a copy of the whole model",
     ("qbr/traced_forward.py", "builtins.exec"): "source that torch.fx generated of the user's own forward",
     ("qbr/traced_forward.py", "builtins.compile"): "the same",
     ("experiments/cifar10/checkpoints.py", "torch.serialization.safe_globals"): "a Namespace only holds values",

@@ -107,7 +107,9 @@ def _before_step(optimizer: Optimizer, args, kwargs) -> None:
 
 def _confirm(quantizers: list[nn.Module]) -> None:
     """Read once whether the forward that has just set step sizes from data could."""
-    if not quantizers or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    quantizers = [quantizer for quantizer in quantizers if type(quantizer.init_state) is torch.Tensor]  # none is fake
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if not quantizers or capturing or torch.compiler.is_compiling():
         return
     device = quantizers[0].init_state.device
     states = torch.stack([quantizer.init_state[0].to(device) for quantizer in quantizers]).tolist()

@@ -60,7 +60,7 @@ class TracedForward:
         self._tensors = {i for graph in graphs.values() for i, node in enumerate(graph.nodes) if "asked" in node.meta}
         if len({tuple(map(bound, relu_calls(graph))) for graph in graphs.values()}) > 1:
             raise Untraceable("it calls different ReLUs in training and in eval mode")
-        self._names = _attributes_read(owner)
+        self._names = [name for name in _attributes_read(owner) if type(_plain(owner, name)) in _PLAIN]
         self._lists = _lists(owner, graphs.values())
         self._code = {mode: _rewritten(owner, graph, relus, in_place) for mode, graph in graphs.items()}
         self._read = self._as_it_is()
@@ -93,20 +93,11 @@ class TracedForward:
         return self._functions[self.owner.training](self.owner, *args)
 
     def _as_it_is(self) -> dict[str, object]:
-        """What the graphs have of owner and what may change: plain values, whether a name is a module, lists' names."""
-        owner, found = self.owner, {}
-        for name in self._names:
-            tensors = owner._parameters.get(name), owner._buffers.get(name)
-            if owner._modules.get(name) is not None:
-                found[name] = "a module"
-            elif any(tensor is not None for tensor in tensors):
-                found[name] = "a tensor"
-            else:
-                value = owner.__dict__.get(name)
-                found[name] = value if type(value) in _PLAIN else "an object"
+        """What the graphs have of owner and do not read anew: attributes with plain values, and lists' names."""
+        found = {name: _plain(self.owner, name) for name in self._names}
         for path, used in self._lists.items():
             try:
-                module = owner.get_submodule(path)
+                module = self.owner.get_submodule(path)
             except AttributeError:
                 found[path] = None
                 continue
@@ -122,9 +113,10 @@ class TracedForward:
                 continue
             if name in self._lists and None in (now[name], then):
                 continue
+            is_now = repr(now[name]) if name in self._lists or type(now[name]) in _PLAIN else "something else"
             text = (
                 f"{type(self.owner).__name__}.{name} was {then!r} when qbr.prepare read this forward, which calls a "
-                f"ReLU as a function, and is {now[name]!r} now: the forward goes on as it was read. Change it before "
+                f"ReLU as a function, and is {is_now} now: the forward goes on as it was read. Change it before "
                 "prepare, or use nn.ReLU there, or QATConfig(skip=...)"
             )
             if type(now[name]) is type(then) and type(then) in (bool, str):
@@ -160,6 +152,14 @@ class TracedForward:
             for mode, (source, names) in self._code.items()
         }  # fmt: skip
         self._compile()
+
+
+def _plain(owner: nn.Module, name: str):
+    """The attribute, if it has a plain value or is None; else, for a tensor, a module or any other object, ``...``."""
+    for kept in (owner._modules, owner._parameters, owner._buffers, owner.__dict__):
+        if kept.get(name) is not None:
+            return kept[name] if type(kept[name]) in _PLAIN else ...
+    return None
 
 
 def _attributes_read(owner: nn.Module) -> list[str]:

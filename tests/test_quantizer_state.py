@@ -10,6 +10,7 @@ import pytest
 import torch
 from guards import no_host_reads
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
@@ -238,3 +239,19 @@ def test_a_state_dict_may_come_in_parts(first):
         model.load_state_dict(part, strict=False)
     model(_x())
     assert _alphas(model) == pytest.approx([2 * alpha for alpha in _from_data()])
+
+
+def test_a_step_on_fake_tensors_reads_none():
+    with FakeTensorMode():
+        model = _model()
+        optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.1, weight_decay=0.0))
+        model(torch.rand(4, 6)).sum().backward()
+        optimizer.step()
+
+
+def test_a_compiled_first_step_runs():
+    model = _model()
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.1, weight_decay=0.0))
+    model(_x()).sum().backward()
+    torch.compile(optimizer.step, backend="eager")()
+    assert all(quantizer.initialised for quantizer in quantizers(model).values())

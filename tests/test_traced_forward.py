@@ -37,7 +37,7 @@ CHANGES = {
     "appended": (lambda m: m.layers.append(nn.Linear(4, 4)), r"Listed.layers was \['0', '1', '2'\]"),
     "inserted": (_inserted, r"is \['0', '1', '2', '3'\] now"),
     "deleted": (_deleted, r"is \['0', '1'\] now"),
-    "a module for None": (lambda m: setattr(m, "aux", nn.Linear(4, 4)), "Listed.aux was None .* is 'a module' now"),
+    "a module for None": (lambda m: setattr(m, "aux", nn.Linear(4, 4)), "Listed.aux was None .* is something else now"),
     "a number": (lambda m: setattr(m, "p", 0.5), r"Listed.p was 0.0 .* is 0.5 now"),
 }
 
@@ -97,7 +97,7 @@ INDIRECT = {
     "in a comprehension": (lambda m: setattr(m, "scale", 2.0), "Indirect.scale was 1.0"),
     "by a property": (lambda m: setattr(m, "_shift", 2.0), "Indirect._shift was 0.0"),
     "by getattr": (lambda m: setattr(m, "gain", 2.0), "Indirect.gain was 1.0"),
-    "a buffer for None": (_masked, "Indirect.mask was None .* is 'a tensor' now"),
+    "a buffer for None": (_masked, "Indirect.mask was None .* is something else now"),
 }
 
 

@@ -162,7 +162,7 @@ def test_training_is_the_same_to_the_bit(collecting):
 
 def test_no_host_reads_until_read_and_then_one():
     model = _model()
-    model(_x())
+    _train(model, 1)  # whose step looks whether its forward could set the alphas
     monitor = Monitor(model, frequency=0.01)
     with no_host_reads():
         _train(model, 3)

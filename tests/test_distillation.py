@@ -23,14 +23,7 @@ qat = importlib.import_module("cifar10_qat_br").main
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """A model of a second, no report, one thread, and a compiler that does not take a minute."""
-    monkeypatch.setitem(runs.MODELS, "resnet20", tiny.model)
-    monkeypatch.setattr(runs.report, "write", lambda folder: folder / "report.html")
-    monkeypatch.setattr(optim, "BACKEND", "aot_eager")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield from tiny.small(monkeypatch, runs, optim)
 
 
 def _float(path: Path, seed: int = 7) -> Path:

@@ -19,6 +19,17 @@ def model(classes: int) -> nn.Module:
     )  # fmt: skip
 
 
+def small(monkeypatch, runs, optim):
+    """A fixture's body: the model above, no report, one thread, and a compiler that does not take a minute."""
+    monkeypatch.setitem(runs.MODELS, "resnet20", model)
+    monkeypatch.setattr(runs.report, "write", lambda folder: folder / "report.html")
+    monkeypatch.setattr(optim, "BACKEND", "aot_eager")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def interrupt(patch, engine, after: int) -> None:
     """The next run stops after that many steps, as by a kill."""
     update, seen = engine.Trainer._update, [0]

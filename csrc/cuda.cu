@@ -12,7 +12,7 @@ namespace qbr {
 namespace cuda {
 namespace {
 
-// A block has this much shared memory, static and dynamic, without asking; bin_fwd_kernel's `reduce` is the most static.
+// A block has this much shared memory, static and dynamic, without asking; kStaticShared is bin_fwd_kernel's `reduce`.
 constexpr size_t kOpenShared = 48 * 1024, kStaticShared = kThreads * sizeof(double);
 
 // Multiprocessors of the current device; the grid, and with it the order of sums, depends on no more of it.

@@ -101,7 +101,7 @@ def _set_all(model: nn.Module, batches, calibrator: _Calibrator, names, forward)
 @contextlib.contextmanager
 def _all_or_none(quantizers: Iterable[LSQQuantizer]):
     """Put the step sizes back as they were if calibration fails."""
-    before = [(q, q.alpha.detach().clone(), q.init_state.clone(), q.__dict__.copy()) for q in quantizers]
+    before = [(q, q.alpha.detach().clone(), q.init_state.clone(), (q._initialised, q._unconfirmed)) for q in quantizers]
     try:
         yield
     except BaseException:
@@ -109,7 +109,7 @@ def _all_or_none(quantizers: Iterable[LSQQuantizer]):
             for quantizer, alpha, init_state, flags in before:
                 quantizer.alpha.copy_(alpha)
                 quantizer.init_state.copy_(init_state)
-                quantizer._initialised, quantizer._unconfirmed = flags["_initialised"], flags["_unconfirmed"]
+                quantizer._initialised, quantizer._unconfirmed = flags
         raise
 
 

@@ -133,7 +133,8 @@ def quantized_weights(model: nn.Module) -> dict[LSQQuantizer, Tensor]:
     """{quantizer: its weight}; of a parametrized layer what it is in eval mode, where spectral_norm learns nothing."""
     found = {}
     for quantizer, layer, name in grouping.weights(model):
-        training = [each for each in getattr(layer, "parametrizations", nn.Module()).modules() if each.training]
+        parametrizations = layer.parametrizations.modules() if hasattr(layer, "parametrizations") else ()
+        training = [each for each in parametrizations if each.training]
         for each in training:
             each.training = False
         try:

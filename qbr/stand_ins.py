@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import operator
-import sys
 import threading
+from collections.abc import Iterable
 from contextlib import contextmanager
+from types import FunctionType
 
 import torch.fx
 
@@ -41,27 +41,33 @@ _telling = threading.RLock()
 
 
 @contextmanager
-def told_apart():
-    """isinstance takes a stand-in for what it stands for, where Python code asks that is not torch's (of which fx is a
-    part) or qbr's; one thread at a time.
+def told_apart(functions: Iterable[FunctionType]):
+    """In the modules of these functions, and for torch.is_tensor, isinstance takes a stand-in for what it stands for;
+    one thread at a time. Modules within torch and qbr are left out: fx has to tell its own.
 
-    Not by a ``__class__`` of its own: torch's C++ asks for that as well, and would read the tensor that is not there.
+    Not by a ``__class__`` of its own, which torch's C++ asks for as well, and would read the tensor that is not there;
+    nor for everyone, since what is imported meanwhile (torch._dynamo) would keep this isinstance for Python's.
     """
 
     def told(value, kinds) -> bool:
         if type(value) is StandIn:
-            asking = sys._getframe(1).f_globals.get("__name__", "")
-            if not asking.startswith(("torch.", "qbr.")):
-                return issubclass(value.tracer.kind_of(value.node), kinds)
-        return true(value, kinds)
+            return issubclass(value.tracer.kind_of(value.node), kinds)
+        return isinstance(value, kinds)
 
+    places = {id(place): place for place in (vars(torch), *(each.__globals__ for each in functions))}
+    asking = [p for p in places.values() if not str(p.get("__name__")).startswith(("torch.", "qbr."))]
     with _telling:
-        true = builtins.isinstance
-        builtins.isinstance = told
+        before = [place.get("isinstance", _telling) for place in asking]
+        for place in asking:
+            place["isinstance"] = told
         try:
             yield
         finally:
-            builtins.isinstance = true
+            for place, kept in zip(asking, before):
+                if kept is _telling:
+                    del place["isinstance"]
+                else:
+                    place["isinstance"] = kept
 
 
 def _operator(function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import importlib
 import inspect
@@ -95,23 +96,18 @@ class TracedForward:
     def _as_it_is(self) -> dict[str, object]:
         """What the graphs have of owner and do not read anew: attributes with plain values, and lists' names."""
         found = {name: _plain(self.owner, name) for name in self._names}
-        for path, used in self._lists.items():
-            try:
+        for path in self._lists:
+            with contextlib.suppress(AttributeError):  # of what is gone the graph's own call tells
                 module = self.owner.get_submodule(path)
-            except AttributeError:
-                found[path] = None
-                continue
-            # Of a wrapper (torch.compile's, checkpointing's), which hands on the names, or of one by index: those.
-            names = list(module._modules)
-            found[path] = names if used is None and isinstance(module, _CONTAINERS) else None
+                if isinstance(module, _CONTAINERS):  # a wrapper (torch.compile's, checkpointing's) hands on the names
+                    found[path] = list(module._modules)
         return found
 
     def _refuse_changes(self) -> None:
         now = self._as_it_is()
-        for name, then in self._read.items():
+        for name in self._read.keys() & now.keys():
+            then = self._read[name]
             if now[name] is then or now[name] == then or (now[name] != now[name] and then != then):
-                continue
-            if name in self._lists and None in (now[name], then):
                 continue
             is_now = repr(now[name]) if name in self._lists or type(now[name]) in _PLAIN else "something else"
             text = (
@@ -165,7 +161,7 @@ def _plain(owner: nn.Module, name: str):
 def _attributes_read(owner: nn.Module) -> list[str]:
     """The names that owner's forward, and the methods and properties that it names, read of owner; but ``training``."""
     kind, found = type(owner), set()
-    waiting = [code for code, *_ in functions(owner)]
+    waiting = [function.__code__ for function, *_ in functions(owner)]
     methods = {getattr(f, "__code__", None) for base in kind.__mro__ for f in map(_unwrapped, vars(base).values())}
     seen = set()
     while waiting:
@@ -200,16 +196,15 @@ def _read_of(code: types.CodeType, me: str) -> set[str]:
     return found
 
 
-def _lists(owner: nn.Module, graphs) -> dict[str, set[str] | None]:
-    """{path of a container in owner whose members its graphs call one by one: the members, or None for all}"""
+def _lists(owner: nn.Module, graphs) -> list[str]:
+    """The paths of the containers in owner of which its graphs call every member by itself."""
     used: dict[str, set[str]] = {}
     for node in (node for graph in graphs for node in graph.nodes if node.op == "call_module"):
         names = node.target.split(".")
         for end in range(1, len(names)):
             used.setdefault(".".join(names[:end]), set()).add(names[end])
     containers = {path: owner.get_submodule(path) for path in used}
-    containers = {path: module for path, module in containers.items() if isinstance(module, _CONTAINERS)}
-    return {path: None if used[path] == {*m._modules} else used[path] for path, m in containers.items()}
+    return [path for path, m in containers.items() if isinstance(m, _CONTAINERS) and used[path] == {*m._modules}]
 
 
 class _Module:

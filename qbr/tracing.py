@@ -161,11 +161,11 @@ def trace(
     named = list(functions(owner))
     if strict and any(names & _MODE_QUESTIONS for _, _, names in named):
         raise Untraceable("it asks whether gradients or autocast are on, which a graph does not")
-    if any(_asks_for_class(code, values) for code, values, _ in named):
+    if any(_asks_for_class(function.__code__, values) for function, values, _ in named):
         raise Untraceable("it asks for the class of a value otherwise than by isinstance, and a stand-in has its own")
     undone = Undone(owner)
     try:
-        with undone, torch.enable_grad(), told_apart():
+        with undone, torch.enable_grad(), told_apart([function for function, *_ in named]):
             owner.__dict__["training"] = training
             graph = _Tracer(names, strict, containers).trace(owner)
     except Untraceable:
@@ -215,8 +215,8 @@ def may_call_relu(owner: nn.Module) -> bool:
     )
 
 
-def functions(owner: nn.Module) -> Iterator[tuple[types.CodeType, list, set[str]]]:
-    """Of owner's forward, and of the functions and methods that it names, torch's excepted: (its code, the values of
+def functions(owner: nn.Module) -> Iterator[tuple[types.FunctionType, list, set[str]]]:
+    """Of owner's forward, and of the functions and methods that it names, torch's excepted: (itself, the values of
     the names in it that are known, functions in lists and dicts among them, the names but for owner's children)."""
     kind, seen = type(owner), set()
     waiting = [kind.forward]
@@ -234,7 +234,7 @@ def functions(owner: nn.Module) -> Iterator[tuple[types.CodeType, list, set[str]
         values += [each for value in values if type(value) in (list, tuple) for each in value]
         values += [each for value in values if type(value) is dict for each in value.values()]
         values = [_inner(value) for value in values]
-        yield code, values, names
+        yield function, values, names
         methods = [vars(base).get(name) for name in names for base in kind.__mro__ if base not in nn.Module.__mro__]
         methods = [getattr(method, "__func__", method) for method in methods]
         waiting += [method for method in methods if inspect.isfunction(method)]

@@ -250,13 +250,40 @@ def test_torch_s_own_code_is_not_told_that_a_stand_in_is_a_tensor():
 def test_isinstance_is_python_s_own_again():
     before = isinstance
     qbr.plan(AsksForType())
-    assert builtins.isinstance is before
+    assert isinstance is before is builtins.isinstance
     threads = [threading.Thread(target=lambda: [qbr.plan(AsksForType()) for _ in range(5)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert builtins.isinstance is before
+    assert isinstance is before is builtins.isinstance and "isinstance" not in {**globals(), **vars(torch)}
+
+
+DYNAMO_MEANWHILE = """
+import sys, torch, qbr
+from torch import nn
+from torch.nn import functional as F
+
+class Imports(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+    def forward(self, x):
+        import torch._dynamo
+        torch._dynamo.trace_rules.lookup(F.relu)
+        return F.relu(self.a(x)) if isinstance(x, torch.Tensor) else x
+
+assert "torch._dynamo" not in sys.modules
+model = qbr.prepare(Imports(), qbr.QATConfig(act_bits=4))
+assert "torch._dynamo" in sys.modules and "functional_relu_1" in dict(model.named_modules())
+asks = lambda x: x * 2 if isinstance(x, torch.Tensor) else x
+print(torch.compile(asks, backend="eager", fullgraph=True)(torch.ones(1)).item())
+"""
+
+
+def test_what_is_imported_while_a_forward_is_read_has_python_s_isinstance():
+    done = subprocess.run([sys.executable, "-c", DYNAMO_MEANWHILE], capture_output=True, text=True)
+    assert done.stdout == "2.0\n", done.stderr[-800:]
 
 
 class Matches(Layers):

@@ -50,6 +50,12 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+@pytest.fixture
+def int2_runtime():
+    """Skips where onnxruntime cannot open files with 2-bit types, as under Python 3.10."""
+    pytest.importorskip("onnxruntime", minversion="1.24", reason="2-bit types want onnxruntime 1.24, and Python 3.11")
+
+
 @pytest.fixture(autouse=True)
 def device_is_there(request):
     """An error on a device stays with its process, and would fail every test after the one that made it."""

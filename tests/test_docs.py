@@ -54,6 +54,7 @@ def test_the_lines_that_change_are_those_of_the_two_loops():
         assert any(each.partition("  #")[0].strip() == wanted for each in {"-": old, "+": new}[line[0]]), line
 
 
+@pytest.mark.usefixtures("int2_runtime")
 def test_the_export_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)

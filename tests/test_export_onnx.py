@@ -89,8 +89,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_codes_and_outputs_are_torchs(case, tmp_path):
+def test_codes_and_outputs_are_torchs(case, tmp_path, request):
     weight_bits, act_bits, config, options, type_name, opset, ir_version = CASES[case]
+    if type_name == "INT2":
+        request.getfixturevalue("int2_runtime")
     model = _trained(net(), X, weight_bits=weight_bits, act_bits=act_bits, **config).train()
     before = copy.deepcopy(model.state_dict())
     path = to_onnx(model, X[:1], tmp_path / "m.onnx", **options)
@@ -162,6 +164,7 @@ def test_a_difference_is_found(tmp_path):
     assert compare(model, path, X).quantizers["2.quantizer"] > 0
 
 
+@pytest.mark.usefixtures("int2_runtime")
 def test_command_line(tmp_path, capsys):
     model = _trained(net(), X, weight_bits=2, act_bits=2)
     packed, out = save_packed(model, tmp_path / "m.safetensors"), tmp_path / "m.onnx"
@@ -172,6 +175,7 @@ def test_command_line(tmp_path, capsys):
     assert found.top1_equal == 4 and sum(found.quantizers.values()) == 0
 
 
+@pytest.mark.usefixtures("int2_runtime")
 def test_weights_beside_a_large_file(tmp_path, monkeypatch):
     model = _trained(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), torch.randn(2, 64))
     monkeypatch.setattr("qbr.export.onnx.LARGEST_FILE", 100)
@@ -207,6 +211,7 @@ class _FixedBatch(nn.Module):
         return self.relu(self.fc(x)) + torch.ones(4, 6)
 
 
+@pytest.mark.usefixtures("int2_runtime")
 def test_refused(tmp_path, monkeypatch):
     path = tmp_path / "m.onnx"
     with pytest.raises(ValueError, match="has no quantizers"):
@@ -236,6 +241,15 @@ def test_refused(tmp_path, monkeypatch):
     for call in (lambda: to_onnx(model, X, path), lambda: session(path), lambda: save_packed(fixed, path)):
         with pytest.raises(ImportError, match=r'pip install "qbr\[export\]"'):
             call()
+
+
+def test_a_file_of_a_later_onnx_tells_what_opens_it(tmp_path):
+    model = _trained(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), torch.ones(2, 6), weight_bits=4)
+    proto = onnx.load(to_onnx(model, torch.ones(2, 6), tmp_path / "m.onnx"))
+    proto.ir_version = 99
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(ValueError, match="(?s)cannot open it.*want onnxruntime 1.24 or newer"):
+        session(tmp_path / "m.onnx")
 
 
 def test_hostile_onnx_files(tmp_path):

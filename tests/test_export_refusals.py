@@ -179,6 +179,7 @@ class _TwoNames(nn.Module):
         return self.second(self.conv(self.first(x)))
 
 
+@pytest.mark.usefixtures("int2_runtime")
 def test_what_was_not_compared_is_told(tmp_path):
     model = _trained(_TwoNames)
     found = compare(model, to_onnx(model, X, tmp_path / "m.onnx"), X)

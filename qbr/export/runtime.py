@@ -22,6 +22,7 @@ INEXACT = [
     "WeightBiasQuantization", "ConvBNFusion", "ConvMulFusion", "ConvAddFusion", "MatMulAddFusion",
     "MatMulScaleFusion", "MatMulBNFusion", "BatchNormalizationAddFusion",
 ]  # fmt: skip
+TOO_OLD = "files with 2-bit types want onnxruntime 1.24 or newer, and with it Python 3.11"
 _QUANTIZING = ("QuantizeLinear", "Where")  # what an activation's codes come from; Where: 1 bit, signed
 
 
@@ -43,7 +44,8 @@ def session(path: str | os.PathLike, *, exact: bool = True, threads: int | None 
     try:
         return _open(str(path), runtime, exact, threads)
     except Exception as error:  # onnxruntime's error types share no base of their own
-        raise ValueError(f"{path}: onnxruntime cannot open it: {error}") from error
+        remedy = "; " + TOO_OLD if "IR version" in str(error) else ""
+        raise ValueError(f"{path}: onnxruntime cannot open it: {error}{remedy}") from error
 
 
 def _open(model: str | bytes, runtime, exact: bool, threads: int | None):

@@ -117,7 +117,12 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _how(options: argparse.Namespace) -> dict:
-    config = None if options.config is None else QATConfig.from_json(options.config.read_text())
+    config = None
+    if options.config is not None:
+        try:
+            config = QATConfig.from_json(options.config.read_text())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--config {options.config}: {error}") from error
     return {"config": config, "weight_bits": options.weight_bits, "act_bits": options.act_bits, "clip": options.clip}
 
 
@@ -128,9 +133,12 @@ def _factory(text: str) -> Callable[[], nn.Module]:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module), function)
+        factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--model {text}: {error}") from error
+    if not callable(factory):
+        raise ValueError(f"--model {text} is a {type(factory).__name__}: expected a function that makes the network")
+    return factory
 
 
 def _loaded(path: Path, options: argparse.Namespace) -> nn.Module:
@@ -154,7 +162,10 @@ def _loaded(path: Path, options: argparse.Namespace) -> nn.Module:
     try:
         model.load_state_dict(checkpoint.state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit --model {options.model}: {error}") from error
+        _, *differences = str(error).splitlines()  # a line for each tensor
+        more = f", and {len(differences) - 1} more such lines" if len(differences) > 1 else ""
+        first = differences[0].strip()[:300] if differences else str(error)
+        raise ValueError(f"{path} does not fit --model {options.model}: {first}{more}") from error
     return model
 
 
@@ -175,7 +186,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     check_output(options.new, options.old, CONVERTED)
-    if options.model is not None and options.new.suffix == ".safetensors":
+    if options.model is not None:
+        if options.new.suffix != ".safetensors":
+            raise ValueError(f"--model {options.model} is for packed weights (.safetensors), and {options.new} is none")
         save_packed(_loaded(options.old, options), options.new)
     else:
         convert_checkpoint(options.old, options.new, **_how(options))

@@ -54,6 +54,14 @@ def check(x: Tensor, alpha, spec: QuantSpec, relu: bool, clip: float | None) -> 
     return x if is_dense(x) else x.contiguous(), alpha, plain
 
 
+def check_alpha_grad(alpha_grad: float) -> None:
+    """Raise TypeError or ValueError unless alpha's gradient can be multiplied by it."""
+    if not isinstance(alpha_grad, numbers.Real):
+        raise TypeError(f"alpha_grad={alpha_grad!r}: expected a number, 0 or more")
+    if not 0 <= alpha_grad < math.inf:
+        raise ValueError(f"alpha_grad={alpha_grad}: expected a finite number, 0 or more")
+
+
 def check_alpha(alpha, x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """alpha as a tensor [channels] of dtype on x's device; a number is checked and converted."""
     if not isinstance(alpha, Tensor):

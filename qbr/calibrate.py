@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -66,9 +67,12 @@ def calibrate(
     found = require_quantizers(model)
     if method not in METHODS:
         raise ValueError(f"method={method!r}: expected one of {METHODS}")
+    if not isinstance(percentile, numbers.Real):
+        raise TypeError(f"percentile={percentile!r}: expected a number, more than 0, at most 100")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile={percentile}: expected more than 0, at most 100")
-    if isinstance(batches, (Tensor, Mapping, str)):
+    iterable = hasattr(type(batches), "__iter__") or hasattr(type(batches), "__getitem__")
+    if not (iterable or batches is None) or isinstance(batches, (Tensor, Mapping, str)):
         raise TypeError(f"batches is one {type(batches).__name__}: expected an iterable of batches; pass [batch]")
     calibrator = _Calibrator(method, percentile / 100)
     names = {quantizer: name for name, quantizer in found.items()}

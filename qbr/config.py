@@ -147,7 +147,10 @@ class QATConfig:
         Raises:
             TypeError, ValueError: naming the field.
         """
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{text[:40]!r} is no JSON ({error}): expected what QATConfig.to_json() gives") from error
         if not isinstance(values, dict):
             raise TypeError(f"a {type(values).__name__} in JSON: expected an object with QATConfig's fields")
         unknown = sorted(set(values) - {each.name for each in fields(cls)})
@@ -168,7 +171,7 @@ def _checked(name: str, value, argument: str):
         return None
     if name in _BITS:
         if value is not None and value != 32:
-            check_bits(value, argument)
+            check_bits(value, argument, ", or 32 or None for float")
     elif name in _FLAGS:
         if not isinstance(value, bool):
             raise TypeError(f"{argument}={value!r}: expected True or False")

@@ -17,8 +17,8 @@ class Bins(NamedTuple):
     Attributes:
         table: [3 * L + 2] float64: n_k, S_k = sum d, Q_k = sum d^2 for the L slots qn..qp, then sum |d| and the
             count of |d| < 0.01 * alpha (math: qbr/kernels/README.md).
-        alpha: [1] or [C], the steps that the distances d were taken to, detached; it shares the caller's memory, so
-            read figures before an optimizer's step, or keep a clone.
+        alpha: the steps that the distances d were taken to, detached: one, or C, in the caller's shape and memory, so
+            read figures before an optimizer's step, or keep a clone; of a number, a new tensor [1].
         spec: the tensor's QuantSpec.
         numel: how many elements it has here (of global bins, the counts' sum is that of all ranks).
     """
@@ -45,11 +45,15 @@ class Bins(NamedTuple):
 
 
 class BinLoss(NamedTuple):
+    """``loss``: a scalar in the graph, in float32 (float64 for an x of float64); ``bins``: the sums it came from."""
+
     loss: Tensor
     bins: Bins
 
 
 class FakeQuantizedWithBinLoss(NamedTuple):
+    """``xhat``: as fake_quantize returns it; ``loss`` and ``bins``: as BinLoss has them."""
+
     xhat: Tensor
     loss: Tensor
     bins: Bins
@@ -110,7 +114,10 @@ def bin_loss(
         x, alpha, spec, relu, clip, backend: as in fake_quantize.
 
     Returns:
-        loss, a scalar in the graph, float32; bins, the sums it came from.
+        A BinLoss.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as fake_quantize.
 
     Sources: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021; dampening:
     Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022, section 4.2.
@@ -133,7 +140,13 @@ def fake_quantize_with_bin_loss(
 ) -> FakeQuantizedWithBinLoss:
     """fake_quantize and bin_loss in one pass over x; backward reads x and the incoming gradient once.
 
-    alpha_grad counts for the bin loss too where backprop_to_alpha is "scaled".
+    Args: as of both; alpha_grad counts for the bin loss too where backprop_to_alpha is "scaled".
+
+    Returns:
+        (xhat, loss, bins), a FakeQuantizedWithBinLoss.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as fake_quantize.
     """
     xhat, loss, table = ops.lsq_bin(x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend, alpha_grad)
     return FakeQuantizedWithBinLoss(xhat, loss, _bins(table, x, alpha, spec))
@@ -150,6 +163,12 @@ def foreach_fake_quantize(
         specs: one QuantSpec for all, or a list.
         relu, clip, backend: as in fake_quantize, for all.
         alpha_grad: one for all, or a list.
+
+    Returns:
+        A list of what fake_quantize returns, in xs' order.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as fake_quantize; ValueError for lists of different lengths.
     """
     xs, alphas, specs = _checked(xs, alphas, specs)
     return ops.foreach_lsq(xs, alphas, specs, relu, clip, backend, _for_each(xs, alpha_grad, "alpha_grad"))
@@ -160,7 +179,10 @@ def foreach_fake_quantize_with_bin_loss(
     backprop_to_alpha: ToAlpha | list[ToAlpha] = False, regularizer: str | list[str] = "br", backend: str = "auto",
     alpha_grad: float | list[float] = 1.0,
 ) -> list[FakeQuantizedWithBinLoss]:  # fmt: skip
-    """fake_quantize_with_bin_loss over lists; backprop_to_alpha, regularizer and alpha_grad may be lists, too."""
+    """fake_quantize_with_bin_loss over lists, as foreach_fake_quantize, which says what is returned and raised.
+
+    backprop_to_alpha, regularizer and alpha_grad may be lists, too.
+    """
     xs, alphas, specs = _checked(xs, alphas, specs)
     ways = _for_each(xs, backprop_to_alpha, "backprop_to_alpha"), _for_each(xs, regularizer, "regularizer")
     results = ops.foreach_lsq_bin(
@@ -176,7 +198,10 @@ def foreach_bin_loss(
     xs: Sequence[Tensor], alphas: Sequence, specs, *, relu: bool = False, clip: float | None = None,
     backprop_to_alpha: ToAlpha | list[ToAlpha] = False, regularizer: str | list[str] = "br", backend: str = "auto",
 ) -> list[BinLoss]:  # fmt: skip
-    """bin_loss over lists, in one call of the backend; backprop_to_alpha and regularizer may be lists, too."""
+    """bin_loss over lists, as foreach_fake_quantize, which says what is returned and raised.
+
+    backprop_to_alpha and regularizer may be lists, too.
+    """
     xs, alphas, specs = _checked(xs, alphas, specs)
     ways = _for_each(xs, backprop_to_alpha, "backprop_to_alpha"), _for_each(xs, regularizer, "regularizer")
     results = ops.foreach_bin_loss(xs, alphas, specs, relu, clip, *ways, backend)

@@ -235,8 +235,9 @@ class QuantizedClippedReLU(Counted, nn.Module):
     def pre_quant_activation(self) -> Tensor | None:
         """min(max(x, 0), clip_value) of the last forward, in its graph, computed when it is read.
 
-        There from a forward with gradients until its backward; None otherwise (in eval, under no_grad, after
-        backward, in compiled code), unless ``keep_pre_quant_activation`` is set.
+        There from a forward with gradients until its backward; in compiled code None. What is kept is the forward's
+        input, weakly: None where nothing else holds it, as after backward or under no_grad, unless
+        ``keep_pre_quant_activation`` is set.
         """
         if self._kept is not None:
             return self._kept

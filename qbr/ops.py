@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qbr import kernels
-from qbr.arguments import check
+from qbr.arguments import check, check_alpha_grad
 from qbr.first_order import first_order
 from qbr.kernels import foreach, reference
 from qbr.saved import save, saved
@@ -359,6 +359,7 @@ def _groups(xs, alphas, specs, relu, clip, backend, alpha_grads):
     groups: dict[tuple, list] = {}
     for i, (x, alpha, spec) in enumerate(zip(xs, alphas, specs)):
         x, alpha, plain = check(x, alpha, spec, relu, clip)
+        check_alpha_grad(alpha_grads[i])
         key = (x.device, _backend(backend, x.device.type, x.dtype), *plain[4:])
         grad_scale = _grad_scale(x, alpha, plain, alpha_grads[i])
         groups.setdefault(key, []).append((i, x, alpha, plain[:4], grad_scale))
@@ -370,6 +371,7 @@ def _groups(xs, alphas, specs, relu, clip, backend, alpha_grads):
 
 def lsq(x, alpha, spec, relu, clip, backend, alpha_grad) -> Tensor:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
+    check_alpha_grad(alpha_grad)
     return _LSQ.apply(x, alpha, _backend(backend, x.device.type, x.dtype), plain, alpha_grad)
 
 
@@ -384,6 +386,7 @@ def lsq_bin(
     x, alpha, spec, relu, clip, backprop_to_alpha, regularizer, backend, alpha_grad
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, alpha, plain = check(x, alpha, spec, relu, clip)
+    check_alpha_grad(alpha_grad)
     backend = _backend(backend, x.device.type, x.dtype)
     to_alpha = check_to_alpha(backprop_to_alpha, "backprop_to_alpha")
     return _LSQBin.apply(x, alpha, backend, plain, alpha_grad, to_alpha, is_dampening(regularizer))

@@ -113,9 +113,11 @@ def plan(model: nn.Module, config: QATConfig | None = None, *, example: Any = No
 
     Raises:
         ValueError: if the model was prepared before, has nothing to quantize on a side that config quantizes, if a
-            pattern in config matches nothing, or if a layer cannot have what config says. TypeError: for a config that
-            is none.
+            pattern in config matches nothing, or if a layer cannot have what config says. TypeError: for a config or
+            a model that is none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected an nn.Module")
     config = QATConfig() if config is None else config
     if not isinstance(config, QATConfig):
         raise TypeError(f"config={config!r}: expected a qbr.QATConfig")

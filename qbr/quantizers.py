@@ -18,12 +18,12 @@ KINDS = ("weight", "activation")
 TRIES = 3  # training forwards, with an optimizer's step after each, that may fail to set a step size
 
 
-def check_bits(bits: int, argument: str) -> int:
-    """bits, if a kernel has it; the error names the argument that the caller used."""
+def check_bits(bits: int, argument: str, instead: str = "; use the float layer to leave a tensor in float") -> int:
+    """bits, if a kernel has it; the error names the argument that the caller used, and ``instead``."""
     if isinstance(bits, bool) or not isinstance(bits, int):
         raise TypeError(f"{argument}={bits!r}: expected an int, 1 to 8")
     if not 1 <= bits <= 8:
-        raise ValueError(f"{argument}={bits}: expected 1 to 8; use the float layer to leave a tensor in float")
+        raise ValueError(f"{argument}={bits}: expected 1 to 8{instead}")
     return bits
 
 
@@ -86,8 +86,12 @@ class LSQQuantizer(nn.Module):
             raise TypeError(f"spec={spec!r}: expected a qbr.QuantSpec")
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: expected 'weight' or 'activation'")
+        if not isinstance(initial_alpha, numbers.Real):
+            raise TypeError(f"initial_alpha={initial_alpha!r}: expected a number")
         if not (math.isfinite(initial_alpha) and initial_alpha > 0):
             raise ValueError(f"initial_alpha={initial_alpha}: expected a positive, finite step size")
+        if isinstance(channels, bool) or not isinstance(channels, int):
+            raise TypeError(f"channels={channels!r}: expected an int, 1 or more")
         if channels < 1 or (channels > 1 and spec.channel_axis is None):
             raise ValueError(f"channels={channels} with spec.channel_axis={spec.channel_axis}: expected 1")
         self.spec = spec

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qbr import distributed, functional, grouping, metrics, ops, quantizer_state, step_guard
+from qbr.arguments import check
 from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
 from qbr.quantizers import LSQQuantizer, check_bits, quantizers, require_quantizers
@@ -293,6 +294,8 @@ class BinRegularizer:
         Raises:
             TypeError, ValueError: for a bad argument, naming it.
         """
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"weights is a {type(weights).__name__}: expected a tensor")
         result = functional.bin_loss(
             weights, alpha, self.spec, backprop_to_alpha=backprop_to_alpha, regularizer=self.regularizer
         )
@@ -360,9 +363,17 @@ class BinRegularizer:
         """{layer: BinLoss} of the layers that have an alpha, from one call of the backend."""
         named = list(_with_alphas(weights_dict, alphas_dict))
         tensors, alphas = [tensor for _, tensor, _ in named], [alpha for *_, alpha in named]
-        results = functional.foreach_bin_loss(
-            tensors, alphas, self.spec, backprop_to_alpha=to_alpha, regularizer=self.regularizer
-        )
+        try:
+            results = functional.foreach_bin_loss(
+                tensors, alphas, self.spec, backprop_to_alpha=to_alpha, regularizer=self.regularizer
+            )
+        except (TypeError, ValueError):
+            for name, tensor, alpha in named:
+                try:
+                    check(tensor, alpha, self.spec, False, None)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"layer {name!r}: {error}") from None
+            raise
         return dict(zip([name for name, *_ in named], _fixed(results)))
 
 

@@ -61,12 +61,14 @@ class CSVWriter:
         purge_step: drop the rows of this step and later ones, which a resumed run is to write again; None keeps all.
 
     Raises:
-        ValueError: for a file that is no such CSV.
+        ValueError: for a file that is no such CSV. FileNotFoundError: where its folder is not there.
     """
 
     def __init__(self, path: str | os.PathLike, *, purge_step: int | None = None) -> None:
         self.path = Path(path)
         self._header: list[str] | None = None
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"{self.path}: its folder is not there; make it first")
         if self.path.exists():
             self._take_up(purge_step)
 
@@ -101,14 +103,20 @@ class CSVWriter:
 
     def _take_up(self, purge_step: int | None) -> None:
         """Read the header of a file that is there; cut off a torn row and those from purge_step on."""
-        text = self.path.read_bytes().decode()
+        no_such = f"{self.path} is not a CSVWriter's file (no whole row that begins with 'step' or a number): name another"
+        try:
+            text = self.path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(no_such) from error
         whole = text[: text.rfind("\n") + 1]
         rows = list(csv.reader(io.StringIO(whole)))
         if not rows:
+            if not text.startswith("step"[: len(text)]):  # else a header that was cut short
+                raise ValueError(no_such)
             kept = ""
         else:
-            if rows[0][:1] != ["step"]:
-                raise ValueError(f"{self.path} is not a CSVWriter's file (its first line has no 'step'): name another")
+            if rows[0][:1] != ["step"] or not all(row[:1] and row[0].lstrip("-").isdigit() for row in rows[1:]):
+                raise ValueError(no_such)
             self._header = rows[0]
             kept = "".join(_line(row) for row in rows[1:] if purge_step is None or int(row[0]) < purge_step)
             kept = _line(rows[0]) + kept

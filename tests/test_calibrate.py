@@ -175,13 +175,15 @@ def test_bad_input():
     for batches in ([], None, iter(())):
         with pytest.raises(ValueError, match="batches has no batch"):
             calibrate(model, batches)
-    for bad in (x_(2, 3, 8, 8), {"x": x_(2, 3, 8, 8)}, "path"):
+    for bad in (x_(2, 3, 8, 8), {"x": x_(2, 3, 8, 8)}, "path", 3):
         with pytest.raises(TypeError, match="batches is one"):
             calibrate(model, bad)
     with pytest.raises(ValueError, match="method='max'"):
         calibrate(model, [x_(2, 3, 8, 8)], method="max")
     with pytest.raises(ValueError, match="percentile=0"):
         calibrate(model, [x_(2, 3, 8, 8)], percentile=0)
+    with pytest.raises(TypeError, match="percentile='99'"):
+        calibrate(model, [x_(2, 3, 8, 8)], percentile="99")
     with pytest.raises(ValueError, match="has no quantizers"):
         calibrate(nn.Linear(2, 2), [x_(2, 2)])
     assert all(torch.equal(before[n], a) for n, a in alphas(model).items() if "weight" not in n)

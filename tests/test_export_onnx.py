@@ -18,7 +18,7 @@ from torch import nn
 import qbr
 from qbr import QATConfig, QuantSpec
 from qbr.__main__ import main
-from qbr.export import compare, inspect, lowering, optional, save_packed, session, to_onnx
+from qbr.export import compare, inspect, lowering, optional, runtime, save_packed, session, to_onnx
 from qbr.export.codes import codes_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
@@ -139,7 +139,7 @@ def test_words_attention_ties_and_two_inputs(tmp_path):
     path = to_onnx(model, {"tokens": tokens, "shift": shift}, tmp_path / "m.onnx")
     more = {"tokens": torch.cat([tokens] * 3), "shift": torch.cat([shift] * 3)}
     found = compare(model, path, more)
-    assert found.top1_equal == found.rows == 30 and sum(found.quantizers.values()) == 0
+    assert found.top1_equal is None and found.rows == 6 and sum(found.quantizers.values()) == 0
     assert found.largest_difference < 1e-5
     own = {"embedding.weight", "attention.in_proj_weight", "attention.out_proj.weight", "conv.weight"}
     tied = set(_codes(path)) - own
@@ -161,7 +161,36 @@ def test_a_difference_is_found(tmp_path):
     assert found.top1_equal < 4 and found.largest_difference > 5
     with torch.no_grad():
         model[2].quantizer.alpha.mul_(1.1)
-    assert compare(model, path, X).quantizers["2.quantizer"] > 0
+    found = compare(model, path, X)
+    assert found.quantizers["2.quantizer"] > 0
+    assert (found + found).rows_differing == 8 and (found + found).top1_equal == 2 * found.top1_equal
+
+
+class _Maps(nn.Module):
+    """Codes of a batch folded into rows of pixels, and an output of four dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.pixels, self.last = nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Linear(5, 5), nn.ReLU()
+
+    def forward(self, x):
+        y = self.relu(self.conv(x))
+        return self.last(self.pixels(y.permute(0, 2, 3, 1).reshape(-1, 5))).reshape(-1, 8, 8, 5)
+
+
+def test_outputs_that_are_no_classes(tmp_path):
+    model = _trained(_Maps(), X, weight_bits=4, act_bits=4)
+    path = to_onnx(model, X[:1], tmp_path / "m.onnx")
+    found = compare(model, path, X)
+    assert found.rows == 4 and found.top1_equal is None and found.unplaced == 0 and "top-1" not in str(found)
+    with torch.no_grad():
+        model.last.quantizer.alpha.mul_(1.1)
+    found = compare(model, path, X)
+    assert found.rows_differing == 0 and found.unplaced > 0 and "without a row for each sample" in str(found)
+    with pytest.raises(ValueError, match=r"is \(4, 8, 8, 5\) and the file's \(2, 8, 8, 5\)"):
+        runtime._compare_outputs(runtime.Comparison(), torch.ones(4, 8, 8, 5), torch.ones(2, 8, 8, 5))
+    with pytest.raises(ValueError, match="has no quantizers"):
+        compare(net(), path, X)
 
 
 @pytest.mark.usefixtures("int2_runtime")

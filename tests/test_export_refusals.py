@@ -20,6 +20,10 @@ def net():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
 
 
+def wider():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+
+
 def net4():
     return qbr.prepare(net(), QATConfig(weight_bits=4, act_bits=4))
 
@@ -63,6 +67,16 @@ def test_a_prepared_model_with_other_bits_is_refused(tmp_path, factories, capsys
     path = _saved(tmp_path / "best.pth", _trained())
     assert main(["convert", str(path), str(tmp_path / "m.safetensors"), "--model", "factories:net4"]) == 2
     assert "0.weight_quantizer has 2 bits in the checkpoint and 4 in the model" in capsys.readouterr().err
+    for flags, message in (
+        (["new.pth", "--model", "factories:net"], "--model factories:net is for packed weights"),
+        (["m.safetensors", "--model", "factories:wider"], "more such lines"),
+        (["m.safetensors", "--model", "factories:__name__"], "is a str: expected a function that makes the network"),
+        (["m.safetensors", "--config", str(path)], f"--config {path}: "),
+    ):
+        assert main(["convert", str(path), str(tmp_path / flags[0]), *flags[1:]]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+        assert not (tmp_path / flags[0]).exists()
     assert not (tmp_path / "m.safetensors").exists()
 
 

@@ -169,7 +169,7 @@ def test_twice():
     "config,error,message",
     [
         ({"weight_bits": 0}, ValueError, "weight_bits=0"),
-        ({"act_bits": 16}, ValueError, "act_bits=16"),
+        ({"act_bits": 16}, ValueError, "act_bits=16: expected 1 to 8, or 32 or None for float"),
         ({"act_bits": 2.5}, TypeError, "act_bits=2.5"),
         ({"clip": 0}, ValueError, "clip=0"),
         ({"skip": "conv1"}, TypeError, "skip='conv1'"),
@@ -178,6 +178,8 @@ def test_twice():
 def test_bad_config(config, error, message):
     with pytest.raises(error, match=message):
         QATConfig(**config)
+    with pytest.raises(TypeError, match="model is a int"):
+        prepare(3)
     with pytest.raises(TypeError, match="config="):
         prepare(_model(), config)
 

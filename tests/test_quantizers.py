@@ -236,6 +236,10 @@ def test_other_bad_arguments():
         LSQQuantizer(QuantSpec(bits=2), "bias", initial_alpha=1.0)
     with pytest.raises(ValueError, match="initial_alpha=0"):
         LSQQuantizer(QuantSpec(bits=2), "weight", initial_alpha=0)
+    with pytest.raises(TypeError, match="initial_alpha='1'"):
+        LSQQuantizer(QuantSpec(bits=2), "weight", initial_alpha="1")
+    with pytest.raises(TypeError, match="channels='3'"):
+        LSQ_WeightQuantizer(2, channels="3")
     with pytest.raises(ValueError, match="channels=3"):
         LSQ_WeightQuantizer(2, channels=3)
 

@@ -348,6 +348,10 @@ def test_layers_that_nobody_told_to_collect():
 
 
 def test_bad_tensors():
+    with pytest.raises(TypeError, match="weights is a list: expected a tensor"):
+        BinRegularizer().compute_bin_loss([1.0], 0.5)
+    with pytest.raises(TypeError, match="layer 'fc': x is a torch.int64 tensor"):
+        BinRegularizer().compute_total_loss({"conv": _x(3), "fc": torch.arange(3)}, {"conv": 0.5, "fc": 0.5})
     with pytest.raises(TypeError, match="int64"):
         BinRegularizer().compute_bin_loss(torch.arange(3), 1.0)
     with pytest.raises(ValueError, match="2 elements"):

@@ -103,6 +103,14 @@ def test_csv_survives_being_killed(tmp_path):
 def test_other_files_are_not_touched(tmp_path):
     path = tmp_path / "notes.csv"
     path.write_text("name,value\nx,1\n")
+    for content in (b"a line of notes without an end", b"\xff\xfe\x00\n", b"step,a.loss\none,2.0\n"):
+        other = tmp_path / "other.csv"
+        other.write_bytes(content)
+        with pytest.raises(ValueError, match="other.csv is not a CSVWriter's file"):
+            CSVWriter(other, purge_step=3)
+        assert other.read_bytes() == content
+    with pytest.raises(FileNotFoundError, match="its folder is not there"):
+        CSVWriter(tmp_path / "absent" / "layers.csv")
     with pytest.raises(ValueError, match="notes.csv is not a CSVWriter's file"):
         CSVWriter(path)
     assert path.read_text() == "name,value\nx,1\n"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qbr import functional
 from qbr.export.optional import need
-from qbr.quantizers import LSQQuantizer, quantizers
+from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
 
 # Rewrites of onnxruntime after which other numbers come out: a bias rounded to a grid of its own; BatchNorm, scales
 # and sums moved into weights.
@@ -63,43 +63,51 @@ class Comparison:
     """What onnxruntime gives beside torch, on the same batch.
 
     Attributes:
-        rows: how many samples; top1_equal: for how many the first output's largest entry is at the same place.
+        rows: how many samples: the size of the first output's first dimension.
+        top1_equal: for how many of them its largest entry is at the same place; None unless it is [samples, classes].
         largest_difference: between the first outputs; scale: the largest magnitude in torch's.
         codes: {quantizer call: (codes that differ, codes)} with each runtime on its own activations.
         from_tie: the largest distance from a tie, in steps, of a value that torch quantizes otherwise where its
             sample's codes first differ: with sums in another order, values within rounding of a tie fall to the
             other side, and what follows from them differs more.
         rows_differing: samples with a code that differs.
+        unplaced: codes that differ in tensors whose first dimension is not the samples', as of windows or tokens:
+            neither ``rows_differing`` nor ``from_tie`` counts them.
         quantizers: {quantizer call: codes that differ} where qbr quantizes the very values that onnxruntime did.
         missed: calls of torch's that the file does not show by that name, and whose codes were not compared: of a
             quantizer under two names, and of one whose output is not used.
     """
 
     rows: int = 0
-    top1_equal: int = 0
+    top1_equal: int | None = None
     largest_difference: float = 0.0
     scale: float = 0.0
     from_tie: float = 0.0
     rows_differing: int = 0
+    unplaced: int = 0
     codes: dict[str, tuple[int, int]] = field(default_factory=dict)
     quantizers: dict[str, int] = field(default_factory=dict)
     missed: tuple[str, ...] = ()
 
     def __add__(self, other: Comparison) -> Comparison:
         """Of two batches through one file: counts add up, differences are the larger ones."""
+        if not self.rows:
+            return other
         if self.codes and other.codes and self.codes.keys() != other.codes.keys():
             raise ValueError("comparisons of two different files do not add up")
         codes = {
             name: tuple(sum(each.codes.get(name, (0, 0))[i] for each in (self, other)) for i in (0, 1))
             for name in self.codes or other.codes
         }
+        equal = (self.top1_equal, other.top1_equal)
         return Comparison(
             rows=self.rows + other.rows,
-            top1_equal=self.top1_equal + other.top1_equal,
+            top1_equal=None if None in equal else sum(equal),
             largest_difference=max(self.largest_difference, other.largest_difference),
             scale=max(self.scale, other.scale),
             from_tie=max(self.from_tie, other.from_tie),
             rows_differing=self.rows_differing + other.rows_differing,
+            unplaced=self.unplaced + other.unplaced,
             codes=codes,
             quantizers={name: self.quantizers.get(name, 0) + other.quantizers.get(name, 0) for name in codes},
             missed=self.missed or other.missed,
@@ -108,10 +116,13 @@ class Comparison:
     def __str__(self) -> str:
         differing, total = (sum(pair[i] for pair in self.codes.values()) for i in (0, 1))
         missed = f"; not compared: {', '.join(self.missed)}" if self.missed else ""
-        return (f"top-1 equal for {self.top1_equal} of {self.rows}; outputs differ by {self.largest_difference:.3g} "
-                f"at most (largest magnitude {self.scale:.3g}); {differing} of {total} activation codes differ, in "
-                f"{self.rows_differing} samples, first within {self.from_tie:.1g} steps of a tie; given the same "
-                f"values, {sum(self.quantizers.values())} do{missed}")  # fmt: skip
+        equal = "" if self.top1_equal is None else f"top-1 equal for {self.top1_equal} of {self.rows}; "
+        where = f"in {self.rows_differing} of {self.rows} samples, first within {self.from_tie:.1g} steps of a tie"
+        if self.unplaced:
+            where = f"{differing - self.unplaced} of them {where}, the others in tensors without a row for each sample"
+        return (f"{equal}outputs differ by {self.largest_difference:.3g} at most (largest magnitude {self.scale:.3g}); "
+                f"{differing} of {total} activation codes differ, {where}; given the same values, "
+                f"{sum(self.quantizers.values())} do{missed}")  # fmt: skip
 
 
 def compare(
@@ -123,7 +134,15 @@ def compare(
         model: in any mode; evaluated in eval mode. path: from ``to_onnx``.
         example: a batch, as for ``to_onnx``, of any size that the file takes.
         exact: as in ``session``; the codes are always those of an exact session.
+
+    Returns:
+        A Comparison, on the host.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: as ``session``; ValueError for a model without quantizers, or one
+            whose first output has another shape than the file's.
     """
+    require_quantizers(model)
     onnx = need("onnx")
     args = tuple(example) if isinstance(example, (tuple, list)) else () if isinstance(example, Mapping) else (example,)
     kwargs = dict(example) if isinstance(example, Mapping) else {}
@@ -131,7 +150,7 @@ def compare(
     plain = session(path, exact=exact)
     feed = _feed(plain, args, kwargs)
     result = Comparison()
-    _compare_outputs(result, expected, torch.from_numpy(plain.run(None, feed)[0]))
+    _compare_outputs(result, expected, torch.from_numpy(plain.run(None, feed)[0]).float())
     proto = onnx.load(str(path))
     tapped = {node.name.rpartition("/")[0]: node for node in proto.graph.node if node.op_type in _QUANTIZING}
     tapped = {name: node for name, node in tapped.items() if name in taps}
@@ -191,12 +210,14 @@ def _feed(plain, args, kwargs) -> dict[str, np.ndarray]:
 
 
 def _compare_outputs(result: Comparison, expected: Tensor, got: Tensor) -> None:
-    got = got.float()
+    if got.shape != expected.shape:
+        raise ValueError(f"the model's first output is {tuple(expected.shape)} and the file's {tuple(got.shape)}: was "
+                         "it made from this model?")  # fmt: skip
     result.largest_difference = (expected - got).abs().max().item()
     result.scale = expected.abs().max().item()
-    rows = expected.reshape(-1, expected.shape[-1]), got.reshape(-1, got.shape[-1])
-    result.rows = len(rows[0])
-    result.top1_equal = int((rows[0].argmax(1) == rows[1].argmax(1)).sum())
+    result.rows = len(expected) if expected.dim() else 1
+    if expected.dim() == 2:
+        result.top1_equal = int((expected.argmax(1) == got.argmax(1)).sum())
 
 
 def _codes(xhat: Tensor, quantizer: LSQQuantizer) -> Tensor:
@@ -204,8 +225,9 @@ def _codes(xhat: Tensor, quantizer: LSQQuantizer) -> Tensor:
 
 
 def _note_ties(result: Comparison, seen: Tensor, different: Tensor, x: Tensor, quantizer: LSQQuantizer) -> None:
-    if len(different) != len(seen):
-        return  # not one row for each sample
+    if len(different) != len(seen):  # not one row for each sample
+        result.unplaced += int(different.sum())
+        return
     rows = different.flatten(1).any(1)
     first = rows & ~seen
     seen |= rows

@@ -120,7 +120,7 @@ def rows(device: str, repeats: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--output", type=Path, help="JSON; default benchmarks/results/overhead-DEVICE.json")

@@ -103,7 +103,7 @@ class CSVWriter:
 
     def _take_up(self, purge_step: int | None) -> None:
         """Read the header of a file that is there; cut off a torn row and those from purge_step on."""
-        no_such = f"{self.path} is not a CSVWriter's file (no whole row that begins with 'step' or a number): name another"
+        no_such = f"{self.path} is not a CSVWriter's file (rows that begin with 'step' or a number): name another"
         try:
             text = self.path.read_bytes().decode()
         except UnicodeDecodeError as error:

@@ -171,7 +171,8 @@ class _Maps(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.relu, self.pixels, self.last = nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Linear(5, 5), nn.ReLU()
+        self.conv, self.relu = nn.Conv2d(3, 5, 3, padding=1), nn.ReLU()
+        self.pixels, self.last = nn.Linear(5, 5), nn.ReLU()
 
     def forward(self, x):
         y = self.relu(self.conv(x))
@@ -268,7 +269,7 @@ def test_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(optional.importlib, "import_module", missing)
     for call in (lambda: to_onnx(model, X, path), lambda: session(path), lambda: save_packed(fixed, path)):
-        with pytest.raises(ImportError, match=r'pip install "qbr\[export\]"'):
+        with pytest.raises(ImportError, match=r'pip install "\.\[export\]"'):
             call()
 
 

@@ -47,7 +47,7 @@ def baseline_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=200)
     _add_common(parser, lr=0.1)
     parser.set_defaults(_quick=QUICK_BASELINE, _recipes=recipes.BASELINE)
-    return parser
+    return _telling_defaults(parser)
 
 
 def qat_parser() -> argparse.ArgumentParser:
@@ -123,7 +123,7 @@ def qat_parser() -> argparse.ArgumentParser:
     parser.add_argument("--monitor", action="store_true", help="also record how many weights change bins and return")
     _add_common(parser, lr=0.01)
     parser.set_defaults(_quick=QUICK_QAT, _recipes=recipes.QAT)
-    return parser
+    return _telling_defaults(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser, lr: float) -> None:
@@ -156,6 +156,16 @@ def _add_common(parser: argparse.ArgumentParser, lr: float) -> None:
     add("--tensorboard", action="store_true", help="also write TensorBoard logs")
     add("--quick", action="store_true", help="a small run on the packed subset, minutes on 2 cores")
     add("--recipe", choices=recipes.NAMES, default="default", help="a named set of defaults: docs/recipes.md")
+
+
+def _telling_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """parser, with every default that is a number or a word in its flag's help."""
+    for action in parser._actions:
+        told = action.help or ""
+        if isinstance(action.default, (int, float, str)) and not isinstance(action.default, bool):
+            if action.default != argparse.SUPPRESS and "default" not in told:
+                action.help = f"{told} (default: %(default)s)".strip()
+    return parser
 
 
 def _number_or_none(text: str) -> float | None:

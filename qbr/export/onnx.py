@@ -41,9 +41,9 @@ def to_onnx(
 
     Weights are INT2 (1 and 2 bits), INT4 (3 and 4) or INT8 (5 to 8) initializers behind DequantizeLinear, with a
     scale for the tensor or for each channel; their codes are qbr's to the bit. Activations are QuantizeLinear and
-    DequantizeLinear on unsigned types after a ReLU (which the type's lower end replaces) and signed ones elsewhere;
-    a Clip keeps the range of 3, 5, 6 and 7 bits and a clip value. A 1-bit signed activation is a comparison. The
-    model is exported in eval mode; it is left as it was.
+    DequantizeLinear on UINT8 after a ReLU (which the type's lower end replaces) and on INT8 elsewhere; a Clip keeps
+    narrower ranges and a clip value. A 1-bit signed activation is a comparison. The model is exported in eval mode; it
+    is left as it was.
 
     Args:
         model: a model from ``qbr.prepare``, trained or calibrated, in float32 or float16.
@@ -59,7 +59,7 @@ def to_onnx(
         input_names, output_names: names in the file, by position; else the exporter's.
 
     Returns:
-        path. The opset is the lowest that has the types: 25 with any 2-bit type, else 21.
+        path. The opset is the lowest that has the weights' types: 25 with weights of 1 or 2 bits, else 21.
 
     Raises:
         ImportError: naming the pip command, where onnx or onnxscript is missing.

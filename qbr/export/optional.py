@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-PIP = 'pip install "qbr[export]"'
+PIP = 'pip install ".[export]" in qbr\'s folder'
 PACKAGES = "onnx onnxruntime onnxscript safetensors"
 
 

@@ -34,8 +34,8 @@ ELEMENTS_PER_PROGRAM = 1 << 18
 # A program of fixed-point words leaves 6 KB for the second stage to add up: fewer programs, more warps.
 WORDS_PROGRAMS_PER_SM = 2
 WORDS_NUM_WARPS = 8
-# Registers of a thread of the fused forward of 16-bit elements with one step, by method. Triton 3.6 takes 96, 92 and
-# 167 without a bound, which leaves 5, 5 and 1 blocks on an H100's multiprocessor; so bounded 6, 6 and 2, and no spills.
+# Registers of a thread of the fused forward of 16-bit elements with one step, by method. Without a bound Triton 3.6
+# takes more, which leaves 5, 5 and 1 blocks on an H100's multiprocessor, and with it 6, 6 and 2: benchmarks/NOTES.md.
 HALF_REGISTERS = (80, 80, 128)
 # Backward selects among up to this many factors in registers, and gathers from a cached table beyond.
 SELECT_LEVELS = 4

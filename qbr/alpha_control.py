@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from qbr import distributed
 from qbr.freezing import Freeze, Record, check_count, mean_distance
 from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
 from qbr.regularizer import quantized_weights, watch
@@ -312,7 +313,7 @@ def _check_release(name: str, plan: bool | Freeze, begin: int) -> None:
 def _alphas(quantizers: list[LSQQuantizer]) -> torch.Tensor:
     """A copy of their alphas, in one tensor on the first one's device."""
     device = quantizers[0].alpha.device
-    return torch.cat([quantizer.alpha.detach().to(device) for quantizer in quantizers])
+    return torch.cat([distributed.whole(quantizer.alpha.detach()).to(device) for quantizer in quantizers])
 
 
 def parameter_groups(

@@ -32,6 +32,20 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor gathered from all ranks, of which every one has to take part; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise ValueError for a model in which a wrapper has taken up its parameters, and would not know new ones."""
+    wrapped = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel) or is_sharded([m]))
+    found = next(wrapped, None)
+    if found is not None:
+        raise ValueError(f"model is in a {type(found).__name__}, which would not synchronise the step sizes: call "
+                         "prepare() first, then wrap or shard")  # fmt: skip
+
+
 def may_reclaim_parameters() -> bool:
     """Whether a parameter's memory may be taken back once its layer has run (FSDP), from what refers to it later."""
     return torch.compiler.is_compiling() or is_initialised()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qbr import functional
+from qbr import distributed, functional
 from qbr.regularizer import quantized_weights
 
 _MOMENTS = ("epoch", "step", "tolerance")
@@ -160,8 +160,9 @@ class Record:
 def mean_distance(model: nn.Module) -> Tensor:
     """Mean |w - b * alpha| / alpha over all quantized weights of model: a scalar tensor, from one pass over them."""
     found = quantized_weights(model)
-    steps = [quantizer.alpha for quantizer in found]
-    tables = functional.foreach_bin_loss(list(found.values()), steps, [quantizer.spec for quantizer in found])
+    steps = [distributed.whole(quantizer.alpha) for quantizer in found]
+    weights = [distributed.whole(weight) for weight in found.values()]
+    tables = functional.foreach_bin_loss(weights, steps, [quantizer.spec for quantizer in found])
     distances = [(each.bins.table[-2] / alpha.mean()).to(steps[0].device) for each, alpha in zip(tables, steps)]
     return (torch.stack(distances).sum() / max(sum(each.bins.numel for each in tables), 1)).to(torch.float32)
 

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbr import functional, metrics
+from qbr import distributed, functional, metrics
 from qbr.functional import Bins
 from qbr.layers import QuantizedClippedReLU
 from qbr.metrics import BinMetrics
 from qbr.quantizers import LSQQuantizer
 from qbr.regularizer import by_layer, quantized_weights
+from qbr.spec import QuantSpec
 
 
 class LayerSummary(NamedTuple):
@@ -96,15 +97,15 @@ def summary(model: nn.Module, *inputs) -> Summary:
 
 
 def _weights(weights: dict[LSQQuantizer, Tensor]) -> list[_Values]:
-    steps, specs = [q.alpha for q in weights], [q.spec for q in weights]
-    results = functional.foreach_bin_loss(list(weights.values()), steps, specs)
-    return [_Values(each.bins, _clipped(w, q)) for each, (q, w) in zip(results, weights.items())]
+    steps, specs = [distributed.whole(q.alpha) for q in weights], [q.spec for q in weights]
+    tensors = [distributed.whole(weight) for weight in weights.values()]
+    results = functional.foreach_bin_loss(tensors, steps, specs)
+    return [_Values(each.bins, _clipped(*of)) for each, of in zip(results, zip(tensors, steps, specs))]
 
 
-def _clipped(x: Tensor, quantizer: LSQQuantizer, clip: float | None = None) -> Tensor:
+def _clipped(x: Tensor, alpha: Tensor, spec: QuantSpec, clip: float | None = None) -> Tensor:
     """How many elements of x, or of min(x, clip), are beyond the range."""
-    spec = quantizer.spec
-    v = (x if clip is None else x.clamp(max=clip)) / quantizer.alpha.reshape(spec.step_shape(x.dim()))
+    v = (x if clip is None else x.clamp(max=clip)) / alpha.reshape(spec.step_shape(x.dim()))
     return ((v < spec.qn) | (v > spec.qp)).sum()
 
 
@@ -117,7 +118,7 @@ def _activations(model: nn.Module, inputs, found: dict[str, LSQQuantizer]) -> di
             x, clip = args[0], kwargs.get("clip")
             y = x.clamp(min=0) if kwargs.get("relu") else x
             bins = functional.bin_loss(x, quantizer.alpha, quantizer.spec, **kwargs).bins
-            met.setdefault(name, []).append(_Values(bins, _clipped(y, quantizer, clip)))
+            met.setdefault(name, []).append(_Values(bins, _clipped(y, quantizer.alpha, quantizer.spec, clip)))
 
         return hook
 
@@ -158,7 +159,7 @@ def _kept(quantizer: LSQQuantizer) -> _Values | None:
 
 def _rows(found: dict[str, LSQQuantizer], values: dict[str, _Values]) -> list[LayerSummary]:
     parts = [t for v in values.values() for t in (v.bins.table, *(() if v.clipped is None else (v.clipped,)))]
-    numbers = iter(metrics.to_host([quantizer.alpha for quantizer in found.values()] + parts))
+    numbers = iter(metrics.to_host([distributed.whole(q.alpha) for q in found.values()] + parts))
     alphas = {name: next(numbers) for name in found}
     figures: dict[str, tuple[BinMetrics, float | None]] = {}
     for name, value in values.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
-from qbr import grouping, metrics
+from qbr import distributed, grouping, metrics
 from qbr.functional import Bins
 from qbr.quantizers import LSQQuantizer
 from qbr.regularizer import by_layer, quantized_weights
@@ -162,7 +162,7 @@ class Observer:
 
     def tensors(self) -> list[Tensor]:
         """What figures() needs on the host."""
-        return [self.table, self.quantizer.alpha, *(self.codes.tensors() if self.codes else ())]
+        return [self.table, distributed.whole(self.quantizer.alpha), *(self.codes.tensors() if self.codes else ())]
 
     def figures(self, values) -> LayerFigures:
         """From the values of tensors(), which are next in this iterator."""

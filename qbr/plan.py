@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from qbr import discovery, observed, plan_warnings
+from qbr import discovery, distributed, observed, plan_warnings
 from qbr.calls import joined
 from qbr.config import LayerConfig, QATConfig, matches
 from qbr.discovery import QUANTIZED, SIGNED, UNKNOWN, FunctionalReLU, Reading
@@ -118,6 +118,7 @@ def plan(model: nn.Module, config: QATConfig | None = None, *, example: Any = No
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected an nn.Module")
+    distributed.check_unwrapped(model)
     config = QATConfig() if config is None else config
     if not isinstance(config, QATConfig):
         raise TypeError(f"config={config!r}: expected a qbr.QATConfig")

@@ -144,7 +144,7 @@ class LSQQuantizer(nn.Module):
 
     def forward(self, x: Tensor, *, relu: bool = False, clip: float | None = None) -> Tensor:
         """xhat, in x's shape and dtype; of min(max(x, 0), clip) with ``relu``. Never waits for the device."""
-        if not self._initialised:
+        if not self._initialised and not self._was_sent():
             if self.training:
                 self.initialise(x, relu=relu, clip=clip, force=False)
                 if not torch.compiler.is_compiling() and not isinstance(self.alpha, nn.Parameter):
@@ -170,6 +170,11 @@ class LSQQuantizer(nn.Module):
             if self.observer is not None:
                 self.observer.see(x, xhat, entry.bins)
         return xhat
+
+    def _was_sent(self) -> bool:
+        """Whether DistributedDataParallel has brought alpha and init_state from a rank 0 that alone has loaded them:
+        it would not take part in setting them here."""
+        return distributed.ranks() > 1 and not torch.compiler.is_compiling() and self._was_set_outside()
 
     def _was_set_outside(self) -> bool:
         """Whether init_state has become 1 without this module's doing, as AveragedModel writes to its buffers."""
@@ -209,7 +214,7 @@ class LSQQuantizer(nn.Module):
         moves it. An alpha whose requires_grad is False without that stays so.
 
         Under torch.distributed alpha keeps requires_grad, and its gradient is 0: DistributedDataParallel waits in
-        every step for the gradient of each parameter that it was made with.
+        every step for the gradient of each parameter that it was made with, and for no other.
         """
         if not self.frozen or self.alpha.requires_grad != self._set_requires_grad:  # else it is what was set here
             self._learns = self.alpha.requires_grad
@@ -219,8 +224,9 @@ class LSQQuantizer(nn.Module):
             raise RuntimeError("an alpha that was frozen before torch.distributed was initialised is released: "
                                "DistributedDataParallel would not see its gradient, and ranks would differ; attach "
                                "the AlphaControl after init_process_group")  # fmt: skip
+        watched = distributed.is_initialised() and (not self.frozen or self.alpha.requires_grad)
         self.frozen = frozen
-        self.alpha.requires_grad_(self._learns and (not frozen or distributed.is_initialised()))
+        self.alpha.requires_grad_(self._learns and (not frozen or watched))
         self._set_requires_grad = self.alpha.requires_grad
         if frozen:
             self.alpha.grad = None

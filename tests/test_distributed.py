@@ -107,6 +107,8 @@ def _on_rank() -> dict:
     results["bfloat16"] = _bfloat16()
     results["reloaded"] = _reloaded()
     results["shares"] = _alpha_with_batch_norm()
+    results["rank 0 alone"] = _loaded_on_rank_0()
+    results["looked at"] = _looked_at_shards()
     return results
 
 
@@ -230,6 +232,11 @@ def _refusals():
     with pytest.raises(ValueError) as error:
         qbr.bin_loss(channels, global_bins=True)
     messages.append(str(error.value))
+    for wrapped in (nn.parallel.DistributedDataParallel(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8), nn.ReLU())):
+        if isinstance(wrapped, nn.Sequential):
+            _shard(wrapped)
+        with pytest.raises(ValueError, match="would not synchronise the step sizes: call prepare"):
+            qbr.prepare(wrapped)
     channels.br_to_alpha = False
     channels(xs[0].abs())
     messages.append(qbr.bin_loss(channels, global_bins=True).activations.item())
@@ -308,6 +315,65 @@ def _alpha_with_batch_norm():
         optimizer.step()
         seen.append(_alphas(model).clone())
     return torch.stack(seen)
+
+
+def _loaded_on_rank_0():
+    """DistributedDataParallel brings what rank 0 has loaded to the others, which have no step to set any more."""
+    source, (xs, _) = _model(), _data()
+    source(xs[0])
+    model = _model()
+    if _world()[0] == 0:
+        model.load_state_dict(source.state_dict())
+    run = nn.parallel.DistributedDataParallel(model)
+    before = _alphas(model)
+    run(xs[1]).sum().backward()
+    return before, _alphas(model), [q.initialised for q in quantizers(model).values()]
+
+
+def test_a_checkpoint_that_rank_0_alone_loads(two_ranks):
+    (before, after, initialised), other = (rank["rank 0 alone"] for rank in two_ranks)
+    assert all(initialised) and torch.equal(before, after) and torch.equal(after, other[1])
+
+
+def _looked_at_shards():
+    """Figures and convergences of a sharded model and of the same in one piece."""
+    found = []
+    for shard in (False, True):
+        model, (xs, _) = _model(), _data()
+        model(xs[0])
+        control = qbr.AlphaControl(
+            freeze_weights=qbr.Freeze(tolerance=1e-3, window=1),
+            freeze_acts=qbr.Freeze(epoch=1, release_tolerance=0.1),
+        ).attach(model)
+        if shard:
+            _shard(model)
+        for epoch in (1, 2):
+            control.begin_epoch(epoch)
+        monitor = qbr.Monitor(model)
+        model(xs[0])
+        found.append((control.state_dict(), monitor.read(), str(qbr.summary(model))))
+    return found
+
+
+def test_sharded_models_are_looked_at_as_whole_ones(two_ranks):
+    for whole, sharded in (rank["looked at"] for rank in two_ranks):
+        assert whole == sharded
+        assert whole[0]["convergence"]["weights"]["frozen_at"] == 2
+
+
+def test_what_was_frozen_before_there_was_a_group_keeps_its_requires_grad(monkeypatch):
+    """DistributedDataParallel does not wait for it, so that a gradient of it would be one rank's."""
+    quantizer = qbr.LSQ_WeightQuantizer(2)
+    quantizer.freeze()
+    monkeypatch.setattr("qbr.distributed.is_initialised", lambda: True)
+    monkeypatch.setattr("qbr.distributed.ranks", lambda: 2)
+    quantizer.freeze()
+    assert not quantizer.alpha.requires_grad
+    with pytest.raises(RuntimeError, match="attach the AlphaControl after init_process_group"):
+        quantizer.freeze(False)
+    later = qbr.LSQ_WeightQuantizer(2)
+    later.freeze()
+    assert later.alpha.requires_grad
 
 
 def test_a_held_alpha_has_a_gradient_of_zero():

@@ -23,6 +23,7 @@ from typing import Any
 
 from cifar10 import exits, study, study_report, warmup
 from cifar10.files import UserError, check_writable, write_json
+from cifar10.options import parse, qat_parser
 from tqdm import tqdm
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -65,6 +66,8 @@ class _Study:
         if options.data is not None and not options.data.is_dir():
             raise UserError(f"--data {options.data}: no such folder; name CIFAR-10's, or leave it out")
         check_writable(self.folder, flag="--output")
+        for row in self.rows:  # a wrong flag is found here, and not after the baseline
+            parse(qat_parser(), self._command(self._at(self.seeds[0], row))[1:])
         self.about = study.manifest(options.scale, options.data, options.extra)
         self.running: dict[Path, subprocess.Popen] = {}
 
@@ -80,7 +83,7 @@ class _Study:
                 for process in self.running.values():
                     process.wait()
                 raise
-        if not study.finished(self.folder / "baseline"):
+        if not study.trained(self.folder / "baseline"):
             log = self.folder / "baseline" / "log.txt"
             raise UserError(f"the baseline has failed: see {log}, and give the same command again")
         results = self._collect()
@@ -147,24 +150,27 @@ class _Study:
         baseline = self.folder / "baseline"
         if folder == baseline:
             return True
-        if not study.finished(baseline):
+        if not study.trained(baseline):
             return False
         return folder.name == study.REFERENCE or warmup.is_kept(folder.with_name(study.REFERENCE))
 
-    def _start(self, folder: Path) -> subprocess.Popen:
-        """One run in a process of its own; its output goes to log.txt in its folder."""
+    def _command(self, folder: Path) -> list[str]:
+        """The script and the flags of the run in ``folder``."""
         data = [] if self.options.data is None else ["--data", str(self.options.data)]
         common = [*data, "--gpu", str(self.options.gpu), "--output-dir", str(folder), "--resume"]
         if folder.name == "baseline":
-            command = ["cifar10_baseline.py", *self.scale.baseline, *common]
-        else:
-            best = self.folder / "baseline" / "checkpoints" / "best.pth"
-            reference = folder.name == study.REFERENCE
-            command = ["cifar10_qat_br.py", *self.scale.qat, *(() if reference else self.scale.strength)]
-            command += [*self.options.extra, *study.ROWS[folder.name].flags]
-            command += ["--seed", folder.parent.name.removeprefix("seed"), "--pretrained-baseline", str(best)]
-            shared = ["--warmup-from", str(folder.with_name(study.REFERENCE))]
-            command += [*(["--keep-warmup"] if reference else shared), "--monitor", *common]
+            return ["cifar10_baseline.py", *self.scale.baseline, *common]
+        best = self.folder / "baseline" / "checkpoints" / "best.pth"
+        reference = folder.name == study.REFERENCE
+        command = ["cifar10_qat_br.py", *self.scale.qat, *(() if reference else self.scale.strength)]
+        command += [*self.options.extra, *study.ROWS[folder.name].flags]
+        command += ["--seed", folder.parent.name.removeprefix("seed"), "--pretrained-baseline", str(best)]
+        shared = ["--warmup-from", str(folder.with_name(study.REFERENCE))]
+        return [*command, *(["--keep-warmup"] if reference else shared), "--monitor", *common]
+
+    def _start(self, folder: Path) -> subprocess.Popen:
+        """One run in a process of its own; its output goes to log.txt in its folder."""
+        command = self._command(folder)
         environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.options.jobs)))
         folder.mkdir(parents=True, exist_ok=True)

@@ -96,10 +96,15 @@ def _set_all(model: nn.Module, batches, calibrator: _Calibrator, names, forward)
                              "least one batch (an iterator may have been used up before)")  # fmt: skip
     elif isinstance(batches, Iterable) and not isinstance(batches, Iterator):
         with contextlib.suppress(Exception):  # nothing depends on it but a warning, of who reads weights
-            _run(running.unwrapped(model), itertools.islice(batches, 1), forward, calibrator, waiting)
+            _run(running.unwrapped(model), _first(batches), forward, calibrator, waiting)
     for quantizer in waiting:
         calibrator.finish(quantizer)
     return waiting
+
+
+def _first(batches: Iterable):
+    """The first batch; a data loader draws a random number for its iterator, which is to be undone like the others."""
+    yield from itertools.islice(batches, 1)
 
 
 @contextlib.contextmanager

@@ -329,6 +329,7 @@ class LSQQuantizer(nn.Module):
         self.alpha.fill_(self.initial_alpha)
         self.init_state.zero_()
         self._initialised = self._unconfirmed = False
+        self._tries = 0
 
     def take_retained(self) -> list[BinLoss]:
         """What training forwards have collected since the last call, in order; nothing is kept."""
@@ -362,6 +363,7 @@ class LSQQuantizer(nn.Module):
 
     def __setstate__(self, state):
         defaults = {"frozen": False, "_learns": True, "_saved_elsewhere": False, "_alpha_in_graph": (),
+                    "_set_requires_grad": state["_parameters"]["alpha"].requires_grad,
                     "_unconfirmed": False, "_tries": 0}  # fmt: skip
         super().__setstate__({**defaults, **state})
         step_guard.register(self)

@@ -37,13 +37,31 @@ class StandIn(torch.fx.Proxy):
     """
 
 
+class _Type:
+    """What stands for ``type``: of a stand-in it gives the class of what that stands for."""
+
+    def __call__(self, *args, **kwargs):
+        if len(args) == 1 and type(args[0]) is StandIn:
+            return args[0].tracer.kind_of(args[0].node)
+        return type(*args, **kwargs)
+
+    def __instancecheck__(self, value) -> bool:
+        return isinstance(value, type)
+
+    def __subclasscheck__(self, kind) -> bool:
+        return issubclass(kind, type)
+
+    def __getattr__(self, name: str):
+        return getattr(type, name)
+
+
 _telling = threading.RLock()
 
 
 @contextmanager
 def told_apart(functions: Iterable[FunctionType]):
-    """In the modules of these functions, and for torch.is_tensor, isinstance takes a stand-in for what it stands for;
-    one thread at a time. Modules within torch and qbr are left out: fx has to tell its own.
+    """In the modules of these functions, and for torch.is_tensor, isinstance and type take a stand-in for what it
+    stands for; one thread at a time. Modules within torch and qbr are left out: fx has to tell its own.
 
     Not by a ``__class__`` of its own, which torch's C++ asks for as well, and would read the tensor that is not there;
     nor for everyone, since what is imported meanwhile (torch._dynamo) would keep this isinstance for Python's.
@@ -56,18 +74,20 @@ def told_apart(functions: Iterable[FunctionType]):
 
     places = {id(place): place for place in (vars(torch), *(each.__globals__ for each in functions))}
     asking = [p for p in places.values() if not str(p.get("__name__")).startswith(("torch.", "qbr."))]
+    ours = [(place, "isinstance", told) for place in asking]
+    ours += [(place, "type", _Type()) for place in asking if place is not vars(torch)]
     with _telling:
-        before = [place.get("isinstance", _telling) for place in asking]
-        for place in asking:
-            place["isinstance"] = told
+        before = [(place, name, place.get(name, _telling)) for place, name, _ in ours]
+        for place, name, value in ours:
+            place[name] = value
         try:
             yield
         finally:
-            for place, kept in zip(asking, before):
+            for place, name, kept in before:
                 if kept is _telling:
-                    del place["isinstance"]
+                    del place[name]
                 else:
-                    place["isinstance"] = kept
+                    place[name] = kept
 
 
 def _operator(function):

@@ -92,7 +92,7 @@ def _before_step(optimizer: Optimizer, args, kwargs) -> None:
         for q in frozen:
             q.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, its momentum included
     # A closure makes gradients anew, inside of the step.
-    held = [distributed.local(q.alpha) for q in frozen if q.alpha.requires_grad]
+    held = [distributed.local(q.alpha) for q in frozen if q.alpha.requires_grad and q.initialised]
     values = torch._foreach_mul(held, 1.0) if held else []
     moving = [q for q in mine if q.alpha.requires_grad and not q.frozen]
     alphas = [distributed.local(q.alpha) for q in moving]
@@ -107,6 +107,8 @@ def _before_step(optimizer: Optimizer, args, kwargs) -> None:
 
 def _confirm(quantizers: list[nn.Module]) -> None:
     """Read once whether the forward that has just set step sizes from data could."""
+    if not quantizers or torch._C._len_torch_dispatch_stack():  # under a mode, as of fake tensors: later
+        return
     quantizers = [quantizer for quantizer in quantizers if type(quantizer.init_state) is torch.Tensor]  # none is fake
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     if not quantizers or capturing or torch.compiler.is_compiling():
@@ -132,7 +134,7 @@ def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
         torch._foreach_maximum_(alphas, floors)
     if held:
         torch._foreach_copy_(held, values)
-    _confirm([quantizer for quantizer in mine if quantizer._unconfirmed])
+    _confirm([quantizer for quantizer in list(_live) if quantizer._unconfirmed])  # also what no optimizer has
     for quantizer in mine:
         if quantizer._retained:
             quantizer._retained = []

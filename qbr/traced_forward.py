@@ -115,10 +115,15 @@ class TracedForward:
                 f"ReLU as a function, and is {is_now} now: the forward goes on as it was read. Change it before "
                 "prepare, or use nn.ReLU there, or QATConfig(skip=...)"
             )
-            if type(now[name]) is type(then) and type(then) in (bool, str):
+            # A dict's new member changes nothing where the others are taken by name.
+            grown = name in self._lists and set(then) < set(now[name]) and self._is_dict(name)
+            if grown or (type(now[name]) is type(then) and type(then) in (bool, str)):
                 warnings.warn(text, stacklevel=3)
             else:
                 raise RuntimeError(text)
+
+    def _is_dict(self, path: str) -> bool:
+        return isinstance(self.owner.get_submodule(path), nn.ModuleDict)
 
     def _bind(self, args, kwargs) -> list:
         values = {**dict(zip(self.defaults, args)), **kwargs}
@@ -155,15 +160,17 @@ def _plain(owner: nn.Module, name: str):
     for kept in (owner._modules, owner._parameters, owner._buffers, owner.__dict__):
         if kept.get(name) is not None:
             return kept[name] if type(kept[name]) in _PLAIN else ...
-    return None
+    value = inspect.getattr_static(type(owner), name, None)  # what the class has for all
+    return value if type(value) in _PLAIN else None
 
 
 def _attributes_read(owner: nn.Module) -> list[str]:
     """The names that owner's forward, and the methods and properties that it names, read of owner; but ``training``."""
     kind, found = type(owner), set()
-    waiting = [function.__code__ for function, *_ in functions(owner)]
     methods = {getattr(f, "__code__", None) for base in kind.__mro__ for f in map(_unwrapped, vars(base).values())}
-    seen = set()
+    named = [function.__code__ for function, *_ in functions(owner)]
+    # A method only where self's is meant, and not what has the name of a tensor's.
+    waiting, seen = named[:1] + [code for code in named[1:] if code not in methods], set()
     while waiting:
         code = waiting.pop()
         if code in seen:
@@ -173,8 +180,9 @@ def _attributes_read(owner: nn.Module) -> list[str]:
         for name in _read_of(code, me) - found:
             found.add(name)
             attribute = getattr(kind, name, None)
-            if isinstance(attribute, property) and attribute.fget is not None:
-                waiting.append(attribute.fget.__code__)
+            attribute = attribute.fget if isinstance(attribute, property) else _unwrapped(attribute)
+            if inspect.isfunction(attribute):
+                waiting.append(attribute.__code__)
     return sorted(found - {"training"})
 
 

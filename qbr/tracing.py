@@ -162,10 +162,10 @@ def trace(
     if strict and any(names & _MODE_QUESTIONS for _, _, names in named):
         raise Untraceable("it asks whether gradients or autocast are on, which a graph does not")
     if any(_asks_for_class(function.__code__, values) for function, values, _ in named):
-        raise Untraceable("it asks for the class of a value otherwise than by isinstance, and a stand-in has its own")
+        raise Untraceable("it asks for a value's class by match, __class__ or singledispatch: a stand-in has its own")
     undone = Undone(owner)
     try:
-        with undone, torch.enable_grad(), told_apart([function for function, *_ in named]):
+        with told_apart([function for function, *_ in named]), undone, torch.enable_grad():
             owner.__dict__["training"] = training
             graph = _Tracer(names, strict, containers).trace(owner)
     except Untraceable:
@@ -246,9 +246,9 @@ def functions(owner: nn.Module) -> Iterator[tuple[types.FunctionType, list, set[
 
 
 def _asks_for_class(code: types.CodeType, values: list) -> bool:
-    """Whether a function matches values with classes, reads ``x.__class__`` or ``type(x)`` of what is not self, or
-    calls what functools.singledispatch has made."""
-    if any(hasattr(value, "dispatch") and hasattr(value, "registry") for value in values):
+    """Whether a function matches values with classes, reads ``x.__class__`` of what is not self, or calls what
+    functools.singledispatch has made."""
+    if any(isinstance(getattr(value, "registry", None), types.MappingProxyType) for value in values):
         return True
     found = [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE", "PRECALL")]
     for each, after in zip(found, [*found[1:], None]):
@@ -257,8 +257,6 @@ def _asks_for_class(code: types.CodeType, values: list) -> bool:
         if after is None or "self" in (each.argval, after.argval):
             continue
         if after.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval == "__class__":
-            return True
-        if each.opname == "LOAD_GLOBAL" and each.argval == "type" and after.opname.startswith("LOAD_"):
             return True
     return False
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 for _needed in ("tqdm", "PIL", "matplotlib"):
     pytest.importorskip(_needed)
 study, study_report = (importlib.import_module(f"cifar10.{name}") for name in ("study", "study_report"))
+study_plots = importlib.import_module("cifar10.study_plots")
 files, options = (importlib.import_module(f"cifar10.{name}") for name in ("files", "options"))
 alpha_study = importlib.import_module("alpha_study").main
 qat = importlib.import_module("cifar10_qat_br").main
@@ -69,6 +70,46 @@ def test_figures_of_a_run(folder):
     assert "acts-only" not in study.by_row(results)
 
 
+def test_layers_of_other_bits_have_an_axis_of_their_own(folder):
+    two = {"qn": -2, "qp": 1, "low": -3.5, "high": 2.5, "counts": [1] * 144}
+    eight = {"qn": -128, "qp": 127, "low": -129.5, "high": 128.5, "counts": [1] * 264}
+    for order in (("first", "conv"), ("conv", "first")):
+        layers = {name: eight if name == "first" else two for name in (*order, "last")}
+        kept = {when: {"epoch": 1, "layers": layers} for when in ("before", "after")}
+        (folder / "seed1/lsq/histograms.json").write_text(json.dumps(kept))
+        results = study.collect(folder, study.manifest("smoke", None, []))
+        (ax,) = [ax for ax in study_plots.weights(results).axes if ax.get_visible()]
+        assert [len(patch.get_data().values) for patch in ax.patches] == [144, 144]
+
+
+def test_histograms_are_of_the_first_seed_that_has_finished(folder):
+    (folder / "seed10/lsq").mkdir(parents=True)
+    (folder / "seed10/lsq/results.json").write_text(json.dumps({**_run("lsq", 10)}))
+    (folder / "seed0/lsq/results.json").write_text(json.dumps({**_run("lsq", 0), "status": "diverged"}))
+    for seed in (0, 1, 10):
+        (folder / f"seed{seed}/lsq/histograms.json").write_text(json.dumps({"seed": seed}))
+    results = study.collect(folder, study.manifest("smoke", None, []))
+    assert [run["seed"] for run in results["runs"] if "histograms" in run] == [1]
+
+
+def test_only_runs_of_one_kind_of_device_are_called_defective(folder):
+    for name, device in (("freeze", "cpu (1 threads)"), ("freeze-br-to-alpha", "cpu (2 threads)")):
+        for seed in range(3):
+            (folder / f"seed{seed}/{name}").mkdir(exist_ok=True)
+            run = {**_run("freeze", seed), "device": device}
+            run["final"] = {**run["final"], "br_w": {"end": 0.1 if name == "freeze" else 0.2}}
+            (folder / f"seed{seed}/{name}/results.json").write_text(json.dumps(run))
+    found = study_report.findings(study.collect(folder, study.manifest("smoke", None, [])))
+    assert any("not to be compared: they ran as cpu (1 threads) and cpu (2 threads)" in each for each in found)
+
+
+def test_a_baseline_that_diverged_is_none(tmp_path, capsys):
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline/results.json").write_text(json.dumps({"status": "diverged", "error": "e"}))
+    assert alpha_study(["--scale", "smoke", "--rows", "lsq", "--seeds", "0", "--output", str(tmp_path)]) == 2
+    assert "the baseline has failed: see" in capsys.readouterr().err
+
+
 def test_a_difference_is_clear_only_beyond_the_seeds_spread(folder):
     results = study.read(folder / "results.json")
     small, large = study.difference(results, "default", "lsq"), study.difference(results, "br-to-alpha", "default")
@@ -105,6 +146,9 @@ def test_what_is_no_study_is_refused(tmp_path, capsys):
     capsys.readouterr()
     assert alpha_study(["--output", str(tmp_path / "results.json" / "x")]) == 2
     assert "error: --output " in capsys.readouterr().err
+    wrong = ["--scale", "smoke", "--output", str(tmp_path / "y"), "--", "--warmup-epochs", "5"]
+    assert alpha_study(wrong) == 2 and not (tmp_path / "y").exists()  # before the baseline is trained
+    assert "--warmup-epochs 5 is beyond --qat-epochs" in capsys.readouterr().err
     (tmp_path / "study.json").write_text('{"scale": "gpu"}')
     assert alpha_study(["--scale", "smoke", "--output", str(tmp_path)]) == 2
     assert "holds another study" in capsys.readouterr().err

@@ -169,6 +169,13 @@ def test_kinds_of_batches_and_wrapped_models():
         calibrate(model, ["anything"])
 
 
+def test_looking_for_who_reads_weights_draws_nothing_from_the_callers_generator():
+    model = qbr.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), qbr.QATConfig(act_bits=None))
+    before = torch.get_rng_state()
+    calibrate(model, torch.utils.data.DataLoader(torch.randn(8, 4, generator=torch.Generator().manual_seed(0))))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_bad_input():
     model = make()
     before = alphas(model)

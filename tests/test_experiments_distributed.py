@@ -67,6 +67,8 @@ def _on_rank(folder: Path) -> dict:
         "resumed": _run(folder / "resumed", stop=(2, 3)),
         "rank": _run(folder / "rank", "--br-bins", "rank"),
         "refused": _run(folder / "refused", "--batch-size", "69"),
+        # The first forward sets the steps, and nothing has before, on whatever rank the weights are counted.
+        "no warm-up": _run(folder / "no warm-up", "--warmup-epochs", "0", "--qat-epochs", "1"),
         "distilled": _run(folder / "distilled", "--distill", "0.5", "--pretrained-baseline", str(_float(folder))),
     }
 
@@ -133,6 +135,11 @@ def test_a_resumed_run_in_two_processes_equals_the_uninterrupted_one(codes, fold
     assert {k: v for k, v in resumed["final"].items() if k != "seconds"} == {
         k: v for k, v in whole["final"].items() if k != "seconds"
     }
+
+
+def test_a_run_without_warm_up_ends(codes, folder):
+    assert [c["no warm-up"] for c in codes] == [[0], [0]]
+    assert set(json.loads((folder / "no warm-up" / "histograms.json").read_text())) == {"before", "after"}
 
 
 def test_bins_per_rank_by_choice(codes, folder):

@@ -134,6 +134,34 @@ def test_an_optimizer_looks_once(monkeypatch):
         assert len(guard.reads) == (1 if step == 0 else 0)
 
 
+def test_first_data_without_use_is_noticed_where_no_optimizer_has_the_step():
+    """Frozen, and left out of the optimizer, as requires_grad asks many to: the next forward tries again."""
+    model = _model()
+    qbr.AlphaControl(freeze_acts=True, freeze_weights=True).attach(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    for x in (torch.zeros(16, 6), _x()):
+        with torch.no_grad():
+            model[0].bias.fill_(0.0)
+        model(x).sum().backward()
+        optimizer.step()
+    assert _alphas(model) == _from_data_without_bias()
+
+
+def _from_data_without_bias() -> list[float]:
+    model = _model()
+    with torch.no_grad():
+        model[0].bias.fill_(0.0)
+    model(_x())
+    return _alphas(model)
+
+
+def test_starting_over_counts_anew():
+    quantizer = quantizers(_model())["0.weight_quantizer"]
+    quantizer._tries = 3
+    quantizer.reset_parameters()
+    assert quantizer._tries == 0
+
+
 def test_calibration_without_usable_data_leaves_it_to_training():
     model = _model()
     with torch.no_grad():

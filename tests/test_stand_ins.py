@@ -326,10 +326,32 @@ def test_a_forward_that_asks_for_a_class_otherwise_is_not_read(make):
     torch.manual_seed(0)
     model, x = make(), torch.randn(8, 4)
     expected = model(x)
-    with pytest.warns(UserWarning, match="it asks for the class of a value otherwise than by isinstance"):
+    with pytest.warns(UserWarning, match="a stand-in has its own|it asks for the type of what it has computed"):
         qbr.prepare(model, qbr.QATConfig(weight_bits=None, act_bits=8))
     qbr.calibrate(model, [x], method="mse")
     torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
+
+
+class AsksForItsLayers(nn.Module):
+    """type() of children and of a default is the float model's own; of the input that of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 4)])
+
+    def forward(self, x, scale=1.0):
+        if type(scale) is not float or type(x) is not torch.Tensor or not isinstance(type(self), type):
+            raise TypeError(f"{type(x)}")
+        for layer in self.layers:
+            x = F.relu(layer(x)) if type(layer) is nn.Linear else layer(x)
+        return x
+
+
+def test_a_forward_that_asks_for_the_class_of_its_layers_is_read():
+    model = qbr.prepare(AsksForItsLayers(), qbr.QATConfig(act_bits=8))
+    assert {"functional_relu_1", "functional_relu_2"} <= dict(model.named_modules()).keys()
+    assert "type" not in globals() and "isinstance" not in globals()
+    model(torch.randn(3, 4))
 
 
 class NamesItself(Layers):

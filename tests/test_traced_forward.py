@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -23,6 +24,40 @@ class Listed(nn.Module):
             x = F.relu(layer(x))
         x = self.blocks(F.dropout(x, self.p, self.training))
         return x if self.aux is None else self.aux(x)
+
+
+class ByName(nn.Module):
+    """Names of the class, a method that has the name of a tensor's, and a dict of which one member is used."""
+
+    scale, use_aux = 2.0, False
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.trainer, self.heads = nn.Linear(4, 4), None, nn.ModuleDict({"main": nn.Linear(4, 2)})
+
+    def log(self):
+        return self.trainer
+
+    def forward(self, x):
+        y = F.relu(self.first(x)) * self.scale
+        return (y, y) if self.use_aux else self.heads["main"]((y + 1).log())
+
+
+def test_what_changes_nothing_is_no_error():
+    model = prepare(ByName(), QATConfig(weight_bits=2, act_bits=2))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    model.scale, model.use_aux, model.trainer = 2.0, False, object()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(x), expected)
+    model.heads["aux"] = nn.Linear(4, 3)
+    with pytest.warns(UserWarning, match="ByName.heads was"):
+        assert torch.equal(model(x), expected)
+    del model.heads["aux"]
+    model.scale = 3.0
+    with pytest.raises(RuntimeError, match="ByName.scale was 2.0"):
+        model(x)
 
 
 def _inserted(model):

@@ -68,8 +68,11 @@ def model_state(checkpoint: dict[str, Any], path: Path, flag: str) -> dict[str, 
     return state
 
 
-def load_float(model: nn.Module, model_name: str, path: Path) -> None:
+def load_float(model: nn.Module, model_name: str, path: Path) -> dict[str, Any]:
     """Load a float checkpoint, named by --pretrained-baseline, into ``model``, every entry of it.
+
+    Returns:
+        The options it was trained with, as far as the file tells.
 
     Raises:
         UserError: for a file that is no checkpoint, or one of another architecture.
@@ -85,15 +88,17 @@ def load_float(model: nn.Module, model_name: str, path: Path) -> None:
         for name in {**expected, **state}
         if _shape(state.get(name)) != _shape(expected.get(name))
     ]
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
     if differing:
-        args = checkpoint.get("args")
-        was = (vars(args) if isinstance(args, argparse.Namespace) else args or {}).get("model")
+        was = args.get("model")
         known = f"it was trained with --model {was}; " if was and was != model_name else ""
         raise UserError(
             f"{flag} {path}: not a {model_name} of this data's classes: {known}{len(differing)} of {len(expected)} "
             f"entries differ ({differing[0]}); set --model to what it holds"
         )
     model.load_state_dict(state)
+    return args
 
 
 def _shape(value: Tensor | None) -> str:

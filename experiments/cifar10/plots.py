@@ -204,7 +204,7 @@ def weights(histograms: dict[str, Any]) -> Figure:
     names = list(next(iter(histograms.values()))["layers"])
     columns = 4 if len(names) > 6 else min(len(names), 3)
     rows = math.ceil(len(names) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.75 * columns, 1.75 * rows + 0.7), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.75 * columns, 1.75 * rows + 0.7), squeeze=False)
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
     looks = {"before": {"color": GREY, "alpha": 0.85, "fill": True}, "after": {"color": ORANGE, "linewidth": 1.3}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ def joined(gpu: int):
             yield
     finally:
         if ours:
+            gc.collect()  # a cycle may hold a model, and that a thread of gloo's, which Python's end would abort
             dist.destroy_process_group()
 
 

@@ -119,7 +119,11 @@ class Run:
 
     def _load_float(self, path) -> None:
         """Into rank 0's model, from which DistributedDataParallel gives it to the others."""
-        processes.on_main(checkpoints.load_float, self.model, self.options.model, path)
+        was = processes.on_main(checkpoints.load_float, self.model, self.options.model, path)
+        left, mine = (was or {}).get("val_fraction"), self.options.val_fraction
+        if left is not None and left < mine:
+            print(f"warning: {path} was trained with --val-fraction {left:g}, and so on some of the validation images "
+                  f"of --val-fraction {mine:g}: what is chosen by them is chosen by images that were seen")  # fmt: skip
 
     def _quick_baseline(self) -> Run:
         """The float run that --quick starts from, in baseline/ under this one's folder."""
@@ -206,7 +210,10 @@ class Run:
 
     def _finished_results(self) -> dict[str, Any] | None:
         path = self.folder / "results.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            results = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError:  # damaged: written again, from last.pth
+            results = {}
         return results if results.get("status") == "finished" and len(results["epochs"]) == self.epochs else None
 
     def _trainer(self) -> Trainer:
@@ -321,8 +328,8 @@ class Run:
         return {name: m for name, m in self.model.named_modules() if isinstance(m, qbr.LSQQuantizer)}
 
     def _keep_histograms(self, when: str, epoch: int) -> None:
-        layers = histograms.weight_histograms(self.model) if processes.rank() == 0 else None
-        if layers:
+        layers = histograms.weight_histograms(self.model)  # on every rank: it may set steps, from all of them
+        if layers and processes.rank() == 0:
             path = self.folder / "histograms.json"
             kept = json.loads(path.read_text()) if path.exists() else {}
             write_json(path, {**kept, when: {"epoch": epoch, "layers": layers}})

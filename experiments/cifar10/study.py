@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +93,12 @@ def read(path: Path) -> dict[str, Any]:
     return read_json(path, "name the --output of a study")
 
 
+def trained(folder: Path) -> bool:
+    """Whether the run in ``folder`` has ended well."""
+    path = folder / "results.json"
+    return path.exists() and read(path)["status"] == "finished"
+
+
 def finished(folder: Path) -> bool:
     """Whether the run in ``folder`` needs no more training: it has ended, or it has diverged."""
     path = folder / "results.json"
@@ -104,15 +109,18 @@ def collect(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     """Gather the runs under ``folder`` into its results.json, and return what that holds."""
     baseline = read(folder / "baseline" / "results.json")
     runs = []
-    for path in sorted(folder.glob("seed*/*/results.json")):
+    paths = {(int(path.parts[-3].removeprefix("seed")), path.parts[-2]): path
+             for path in folder.glob("seed*/*/results.json")}  # fmt: skip
+    for (seed, row), path in sorted(paths.items()):
         run = read(path)
-        seed, row = int(path.parts[-3].removeprefix("seed")), path.parts[-2]
-        entry = {"row": row, "seed": seed, **{key: run[key] for key in ("status", "command", "device", "versions")}}
+        entry = {"row": row, "seed": seed}
+        entry |= {key: run.get(key) for key in ("status", "command", "device", "versions", "data")}
         entry["epochs"] = [_trimmed(epoch) for epoch in run["epochs"]]
         entry["warmup_epochs"], entry["final"] = run["warmup_epochs"], run.get("final")
         histograms = path.with_name("histograms.json")
-        if histograms.exists() and row not in {each["row"] for each in runs if "histograms" in each}:
-            entry["histograms"] = json.loads(histograms.read_text())
+        first = row not in {each["row"] for each in runs if "histograms" in each}
+        if first and run["status"] == "finished" and histograms.exists():
+            entry["histograms"] = read_json(histograms, "delete it: the report then lacks this row's weights")
         runs.append(entry)
     kept = ("command", "device", "versions", "data", "final", "options")
     about = {**about, "seeds": sorted({run["seed"] for run in runs})}

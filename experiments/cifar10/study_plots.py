@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -116,14 +117,17 @@ def alphas(results: dict[str, Any], index: int, side: str) -> Figure:
 
 
 def weights(results: dict[str, Any]) -> Figure:
-    """One panel for each row: weights / alpha before BR and at the end, over all layers, first seed."""
+    """One panel for each row: weights / alpha before BR and at the end, over the layers of most layers' bits, first
+    seed."""
     rows = {row: run for row, runs in by_row(results).items() for run in runs if "histograms" in run}
     figure, axes = _panels(rows, 1.8, sharex=True)
     for ax, (row, run) in zip(axes, rows.items()):
         for when, look in (("before", {"color": GREY, "fill": True}), ("after", {"color": ORANGE, "linewidth": 1.2})):
-            layers = list(run["histograms"].get(when, {"layers": {}})["layers"].values())
-            if not layers:
+            found = run["histograms"].get(when, {"layers": {}})["layers"].values()
+            if not found:
                 continue
+            ((range_, _),) = Counter((each["qn"], each["qp"]) for each in found).most_common(1)
+            layers = [each for each in found if (each["qn"], each["qp"]) == range_]  # others have another axis
             low, high, bins = layers[0]["low"], layers[0]["high"], len(layers[0]["counts"])
             width = (high - low) / bins
             shares = [sum(each["counts"][i] / sum(each["counts"]) for each in layers) for i in range(bins)]

@@ -36,8 +36,8 @@ CAPTIONS = {
     "alphas_weights": "alpha of each layer's weights relative to its value when warm-up ended, first seed; dark: first "
     "layers.",
     "alphas_activations": "The same of activations.",
-    "weights": "Weights in units of alpha, all layers together (each weighing the same), first seed: before BR (grey) "
-    "and at the end (orange); dashed: the levels.",
+    "weights": "Weights in units of alpha, all layers of most layers' bits together (each weighing the same), first "
+    "seed: before BR (grey) and at the end (orange); dashed: the levels.",
 }
 
 
@@ -76,7 +76,8 @@ def table(results: dict[str, Any]) -> list[list[str]]:
         line = [ROWS[row].title]
         for key, (_, digits) in COLUMNS.items():
             found = mean_and_spread([each[key] for each in figures])
-            line.append("" if found is None else f"{found[0]:.{digits}f} ± {found[1]:.{digits}f}")
+            spread = f" ± {found[1]:.{digits}f}" if found and len(runs) > 1 else ""
+            line.append("" if found is None else f"{found[0]:.{digits}f}{spread}")
         cells.append([*line, str(len(runs)), "" if ROWS[row].guide is None else f"{ROWS[row].guide:g}"])
     return cells
 
@@ -112,8 +113,13 @@ def findings(results: dict[str, Any]) -> list[str]:
                 each.pop("seconds")
         same = "the same in every figure: freezing wins"
         if both[0] != both[1]:
-            on_cpu = all(run["device"].startswith("cpu") for run in results["runs"])
-            same = "not the same: a defect" if on_cpu else "the same but for rounding, which is not repeatable on a GPU"
+            devices = {run["device"] for row in ("freeze", "freeze-br-to-alpha") for run in rows[row]}
+            if not all(device.startswith("cpu") for device in devices):
+                same = "the same but for rounding, which is not repeatable on a GPU"
+            elif len(devices) > 1:
+                same = f"not to be compared: they ran as {' and '.join(sorted(devices))}, which round differently"
+            else:
+                same = "not the same: a defect"
         found.append(f"Frozen alphas with and without BR's gradient: {same}.")
     guided = [row for row in rows if ROWS[row].guide is not None]
     if len(guided) > 1:
@@ -126,7 +132,7 @@ def findings(results: dict[str, Any]) -> list[str]:
 
 def _facts(results: dict[str, Any]) -> list[str]:
     run, baseline = results["runs"][0], results["baseline"]
-    data, tests = baseline["data"], baseline["final"]["best"]["test_acc"]
+    data, tests = run.get("data") or baseline["data"], baseline["final"]["best"]["test_acc"]
     devices = sorted({each["device"] for each in results["runs"]})
     return [
         f"Scale {results['scale']}: float baseline {' '.join(results['baseline_flags'])} ({tests:.2f} % test), from "

@@ -107,7 +107,7 @@ def _before_step(optimizer: Optimizer, args, kwargs) -> None:
 
 def _confirm(quantizers: list[nn.Module]) -> None:
     """Read once whether the forward that has just set step sizes from data could."""
-    if not quantizers or torch._C._len_torch_dispatch_stack():  # under a mode, as of fake tensors: later
+    if not quantizers or torch._guards.active_fake_mode() is not None:
         return
     quantizers = [quantizer for quantizer in quantizers if type(quantizer.init_state) is torch.Tensor]  # none is fake
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -111,7 +111,7 @@ def _confirm(quantizers: list[nn.Module]) -> None:
         return
     quantizers = [quantizer for quantizer in quantizers if type(quantizer.init_state) is torch.Tensor]  # none is fake
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if not quantizers or capturing or torch.compiler.is_compiling():
+    if not quantizers or capturing:
         return
     device = quantizers[0].init_state.device
     states = torch.stack([quantizer.init_state[0].to(device) for quantizer in quantizers]).tolist()
@@ -134,7 +134,8 @@ def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
         torch._foreach_maximum_(alphas, floors)
     if held:
         torch._foreach_copy_(held, values)
-    _confirm([quantizer for quantizer in list(_live) if quantizer._unconfirmed])  # also what no optimizer has
+    if not torch.compiler.is_compiling():
+        _confirm([quantizer for quantizer in list(_live) if quantizer._unconfirmed])  # also what no optimizer has
     for quantizer in mine:
         if quantizer._retained:
             quantizer._retained = []

@@ -35,7 +35,8 @@ def calibrate(
     uses the batch), without gradients; afterwards buffers and random number generators are as before. Each activation
     is set from all batches seen so far and quantized with that step on its way to the next layer, so that a layer is
     calibrated on what the quantized layers before it give: after one batch, method "lsq" has set every alpha to what
-    the first training forward on that batch would have. At the end statistics of all ranks are summed (one collective
+    the first training forward on that batch would have (in one process; several quantize by their own share meanwhile,
+    and differ by a few percent). At the end statistics of all ranks are summed (one collective
     per quantizer, so ranks may have different numbers of batches) and every rank sets the same steps from them.
 
     Methods (binary tensors always take mean|x|, their least-squares step):

@@ -87,6 +87,18 @@ def test_first_steps_from_data_stay_where_a_closure_sets_them(bits):
     assert alphas(model) == alphas(expected)
 
 
+def test_first_steps_of_frozen_alphas_stay_where_a_closure_sets_them(monkeypatch):
+    """Under torch.distributed a frozen alpha has a gradient, and what it was before the closure was a placeholder."""
+    monkeypatch.setattr(qbr.distributed, "is_initialised", lambda: True)
+    monkeypatch.setattr(qbr.distributed, "ranks", lambda: 1)
+    model, expected = made(2), made(2)
+    expected(batch()[0])
+    qbr.AlphaControl(freeze_weights=True, freeze_acts=True).attach(model)
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.1, weight_decay=0.1), momentum=0.9)
+    optimizer.step(closure_of(model, optimizer))
+    assert alphas(model) == alphas(expected)
+
+
 @pytest.mark.parametrize("warmup", [0, 1])
 @pytest.mark.parametrize("first", [True, False])
 def test_distributed_checkpoints_resume_a_frozen_run(warmup, first, tmp_path):

@@ -36,7 +36,7 @@ class Ready(NamedTuple):
 
     weight: Tensor
     alpha: Tensor
-    versions: tuple[int, int]
+    versions: tuple[tuple[int, int], tuple[int, int]]
     with_grad: bool
     xhat: Tensor
     entry: BinLoss | None
@@ -49,8 +49,8 @@ def quantize_together(model: nn.Module, *_) -> None:
     groups: dict[bool, list] = {}
     for quantizer, owner, name in weights(model):
         weight = owner._parameters.get(name)
-        if quantizer.alone or weight is None or not is_there(weight):
-            continue
+        if quantizer.alone or weight is None or not is_there(weight) or owner._forward_pre_hooks:
+            continue  # a hook may write to the weight's .data, which no version tells
         if quantizer.training and not quantizer.initialised:
             continue  # its first forward sets alpha
         alpha = quantizer.alpha
@@ -91,19 +91,21 @@ def _quantize(members: list, with_bins: bool) -> None:
         made = [(xhat, None) for xhat in functional.foreach_fake_quantize(xs, alphas, specs, alpha_grad=alpha_grads)]
     with_grad = torch.is_grad_enabled()
     for (quantizer, weight, alpha), (xhat, entry) in zip(members, made):
-        versions = weight._version, alpha._version
+        versions = _state(weight), _state(alpha)
         assign(quantizer, "_ready", Ready(weight, alpha, versions, with_grad, xhat, entry))
         assign(quantizer, "_ready_used", False)
 
 
 def take(quantizer, weight: Tensor) -> Ready | None:
     """What the group left for this quantizer, if it is what the quantizer would make of ``weight`` now and here."""
+    if torch.compiler.is_compiling():  # a part of a model whose root is not: versions would be guarded, and change
+        return None
     ready, alpha = quantizer._ready, quantizer.alpha
     if (
         ready is None
         or ready.weight is not weight
         or ready.alpha is not alpha
-        or ready.versions != (weight._version, alpha._version)
+        or ready.versions != (_state(weight), _state(alpha))
         or ready.with_grad != torch.is_grad_enabled()
         or (ready.entry is not None) != quantizer.makes_bins()
         or are_saves_hooked()
@@ -112,6 +114,11 @@ def take(quantizer, weight: Tensor) -> Ready | None:
         return None
     assign(quantizer, "_ready_used", True)
     return ready
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What changes with a tensor's values: its version, and with ``tensor.data = ...`` its place."""
+    return tensor._version, tensor.data_ptr()
 
 
 def drop(model: nn.Module, args=(), output=None) -> None:

@@ -341,7 +341,11 @@ class LSQQuantizer(nn.Module):
         return f"{self.kind}, bits={self.spec.bits}, codes {self.spec.qn}..{self.spec.qp}{axis}"
 
     def _apply(self, fn, recurse=True):
-        return super()._apply(keeping_dtype(fn), recurse)
+        made = self.alpha.is_meta
+        super()._apply(keeping_dtype(fn), recurse)
+        if made and not self.alpha.is_meta:  # to_empty(): memory that holds anything
+            self.reset_parameters()
+        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

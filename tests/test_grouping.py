@@ -293,3 +293,45 @@ def test_layers_behind_an_exception_are_quantized_together_again():
     with pytest.raises(ValueError, match="once"):
         model(torch.randn(2, 4))
     assert not any(q.alone for q in model.modules() if hasattr(q, "alone"))
+
+
+@pytest.mark.parametrize("write", ["data", "data in place"])
+def test_a_hook_that_writes_to_data_is_seen(write):
+    """As for a weight's norm to be bounded before each use: .data has no version."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    qbr.prepare(model, qbr.QATConfig(weight_bits=4, act_bits=4))
+    x = torch.randn(8, 4)
+    model(x)
+
+    def halve(layer, args):
+        if write == "data":
+            layer.weight.data = layer.weight.data * 0.5
+        else:
+            layer.weight.data.mul_(0.5)
+
+    model[0].register_forward_pre_hook(halve)
+    got = model(x)
+    alone = nn.functional.linear(x, model[0].weight_quantizer(model[0].weight), model[0].bias)
+    expected = model[2](model[1](alone))
+    assert torch.equal(got, expected)
+
+
+def test_a_part_that_is_compiled_alone_is_not_compiled_at_every_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+    qbr.prepare(model, qbr.QATConfig(weight_bits=4, act_bits=4))
+    x = torch.randn(8, 4)
+    model(x)
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.01, weight_decay=0.0))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model[2].compile(backend=backend, fullgraph=True)
+    for _ in range(4):
+        model(x).sum().backward()
+        optimizer.step()
+    assert len(graphs) <= 2  # with and without what its root has made ready

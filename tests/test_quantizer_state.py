@@ -155,6 +155,17 @@ def _from_data_without_bias() -> list[float]:
     return _alphas(model)
 
 
+def test_memory_that_to_empty_gives_is_no_step_size():
+    with torch.device("meta"):
+        model = _model()
+    model.to_empty(device="cpu")
+    for quantizer in quantizers(model).values():
+        assert quantizer.alpha.item() == pytest.approx(quantizer.initial_alpha) and quantizer.init_state.item() == 0
+    model.load_state_dict(_float().state_dict(), strict=False)
+    model(_x())
+    assert _alphas(model) == _from_data()
+
+
 def test_starting_over_counts_anew():
     quantizer = quantizers(_model())["0.weight_quantizer"]
     quantizer._tries = 3

@@ -16,8 +16,9 @@ from qbr.spec import QuantSpec
 
 _PER_OCTAVE, _OCTAVES = 512, 64  # a bin is a third of a step wide at the largest of 256 levels
 _BINS = _PER_OCTAVE * _OCTAVES
-_COARSE = 2.0 ** torch.linspace(-12, 0.25, 99, dtype=torch.float64, device="cpu")  # of the step that reaches the largest |x|
-_FINE = 2.0 ** torch.linspace(-0.125, 0.125, 33, dtype=torch.float64, device="cpu")  # around the best of those
+# Of the step that reaches the largest |x|, and around the best of those.
+_COARSE = 2.0 ** torch.linspace(-12, 0.25, 99, dtype=torch.float64, device="cpu")
+_FINE = 2.0 ** torch.linspace(-0.125, 0.125, 33, dtype=torch.float64, device="cpu")
 
 
 class Mean:

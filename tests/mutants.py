@@ -210,7 +210,7 @@ MUTANTS = [
            "                module._retained = []\n            fresh", "                pass\n            fresh",
            "quantizers"),
     Mutant("grouping: a weight that has changed since", "qbr/grouping.py",
-           "or ready.versions != (weight._version, alpha._version)", "or ready.versions[1] != alpha._version",
+           "or ready.versions != (_state(weight), _state(alpha))", "or ready.versions[1] != _state(alpha)",
            "quantizers"),
     Mutant("distributed: activations' gradients do not shrink", QUANTIZERS,
            'return 1.0 if self.kind == "weight" else distributed.ranks() ** -0.5', "return 1.0", "distributed"),

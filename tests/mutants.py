@@ -212,6 +212,8 @@ MUTANTS = [
     Mutant("grouping: a weight that has changed since", "qbr/grouping.py",
            "or ready.versions != (_state(weight), _state(alpha))", "or ready.versions[1] != _state(alpha)",
            "quantizers"),
+    Mutant("grouping: a weight that lies elsewhere since", "qbr/grouping.py", "tensor._version, tensor.data_ptr()",
+           "tensor._version, 0", "quantizers"),
     Mutant("distributed: activations' gradients do not shrink", QUANTIZERS,
            'return 1.0 if self.kind == "weight" else distributed.ranks() ** -0.5', "return 1.0", "distributed"),
     # ---- alphas' control, schedules ----

@@ -157,16 +157,23 @@ def test_a_weight_that_is_replaced_or_changed_meanwhile_is_not_taken_from_the_gr
     got = torch.func.functional_call(model, weights, (images(),))
     assert torch.equal(got, torch.func.functional_call(single, weights, (images(),)))
 
-    def double(module, _):
+    def in_place(layer):
         with torch.no_grad():
-            module.weight.mul_(2)
+            layer.weight.mul_(2)
 
-    for each in (model, single):
-        each[2].register_forward_pre_hook(double)
-    assert torch.equal(model(images()), single(images()))
-    model[2]._forward_pre_hooks.clear()
+    def elsewhere(layer):
+        layer.weight.data = layer.weight.data * 2
+
+    for change in (in_place, elsewhere):
+        for each in (model, single):
+            each[1].register_forward_hook(lambda *_, layer=each[2], change=change: change(layer))
+        assert torch.equal(model(images()), single(images()))
+        model[1]._forward_hooks.clear()
+        single[1]._forward_hooks.clear()
+        model(images()), single(images())
+        for quantizer in quantizers(model).values():
+            quantizer.alone = False
     model[0].weight = nn.Parameter(torch.ones_like(model[0].weight))
-    single[2]._forward_pre_hooks.clear()
     single[0].weight = nn.Parameter(torch.ones_like(single[0].weight))
     assert torch.equal(model(images()), single(images()))
 

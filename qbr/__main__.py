@@ -162,7 +162,7 @@ def _loaded(path: Path, options: argparse.Namespace) -> nn.Module:
     try:
         model.load_state_dict(checkpoint.state)
     except RuntimeError as error:
-        _, *differences = str(error).splitlines()  # a line for each tensor
+        differences = str(error).splitlines()[1:]  # a line for each tensor
         more = f", and {len(differences) - 1} more such lines" if len(differences) > 1 else ""
         first = differences[0].strip()[:300] if differences else str(error)
         raise ValueError(f"{path} does not fit --model {options.model}: {first}{more}") from error

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from qbr import distributed, grouping, running
 from qbr.observed import WeightReads, read_elsewhere
 from qbr.quantizers import LSQQuantizer, require_quantizers
-from qbr.sketch import Bins, Mean, Sketch, elements, mean_step, mse_step, quantile_step
+from qbr.sketch import Mean, Sketch, elements, mean_step, mse_step, mse_step_of, quantile_step
 
 METHODS = ("lsq", "mse", "percentile")
+_IN_CACHE = 1 << 16  # elements of a weight that are searched at once
 
 
 def calibrate(
@@ -63,7 +64,7 @@ def calibrate(
     Warns:
         UserWarning: of activations that no batch reached (the first training forward sets those) or whose data had no
             usable step (all 0, or not finite: their alpha stays as it was); of weights that the forward of another
-            module than their layer reads, in float.
+            module than their layer reads, in float; of unsigned quantizers that were given values below 0.
     """
     found = require_quantizers(model)
     if method not in METHODS:
@@ -80,6 +81,7 @@ def calibrate(
     with _all_or_none(names):
         waiting = _set_all(model, batches, calibrator, names, forward or running.run)
     _report(names, waiting, calibrator)
+    _report_signs(running.unwrapped(model), names, calibrator)
     return model
 
 
@@ -172,12 +174,23 @@ def _report(names: dict[LSQQuantizer, str], waiting: list[LSQQuantizer], calibra
         warnings.warn(message, stacklevel=3)
 
 
+def _report_signs(model: nn.Module, names: dict[LSQQuantizer, str], calibrator: _Calibrator) -> None:
+    """Warn of unsigned quantizers that lose what is below 0, but of those that config has made so."""
+    config = getattr(model, "qat_config", None)
+    lost = [names[quantizer] for quantizer, any_ in calibrator.below_zero.items() if bool(any_)]
+    lost = [name for name in lost if config is None or config.layer(name.rpartition(".")[0]).input_signed is None]
+    if lost:
+        message = f"{lost} are unsigned and were given values below 0, which become 0: prepare with input_signed=True"
+        warnings.warn(f"{message} for their layers (QATConfig, or its overrides)", stacklevel=3)
+
+
 class _Calibrator:
     """Statistics of each quantizer's inputs, and the steps that follow from them.
 
     Attributes:
         done: {quantizer: which of its steps could be set}, tensors of bool on the device.
         read_elsewhere: {weight: name of the module that has read it past its layer in the first batch}.
+        below_zero: {unsigned quantizer without a ReLU: whether it was given values below 0}, bool on the device.
     """
 
     def __init__(self, method: str, quantile: float) -> None:
@@ -185,6 +198,7 @@ class _Calibrator:
         self.quantile = quantile
         self.done: dict[LSQQuantizer, Tensor] = {}
         self.read_elsewhere: dict[str, str] = {}
+        self.below_zero: dict[LSQQuantizer, Tensor] = {}
         self._statistics: dict[LSQQuantizer, Mean | Sketch] = {}
 
     def set_weight(self, quantizer: LSQQuantizer, weight: Tensor) -> None:
@@ -197,8 +211,12 @@ class _Calibrator:
             self._set(quantizer, self._step(quantizer, statistics))
             return
         rows = weight.detach().movedim(axis, 0).flatten(1)
-        step = self._search(quantizer, elements(rows))
-        self._set(quantizer, _sum(step) / distributed.ranks())
+        parts = rows.split(max(_IN_CACHE // max(rows.shape[1], 1), 1))
+        if self.method == "mse":
+            steps = [mse_step_of(part, quantizer.spec) for part in parts]
+        else:
+            steps = [quantile_step(elements(part), quantizer.spec, self.quantile) for part in parts]
+        self._set(quantizer, _sum(torch.cat(steps).double()) / distributed.ranks())
 
     def see(self, quantizer: LSQQuantizer, args, kwargs) -> None:
         """A pre-hook of the quantizer: note its input, and set alpha from all that was seen here."""
@@ -209,6 +227,8 @@ class _Calibrator:
             return
         if kwargs.get("relu"):
             x = x.clamp(min=0, max=kwargs.get("clip"))
+        elif quantizer.spec.qn == 0:
+            self.below_zero[quantizer] = (x < 0).any() | self.below_zero.get(quantizer, False)
         if quantizer.kind == "weight" and quantizer in self._statistics:
             return
         statistics = self._statistics.setdefault(quantizer, self._new(quantizer))
@@ -233,9 +253,7 @@ class _Calibrator:
         if self.method == "lsq" or quantizer.spec.binary:
             return mean_step(statistics, quantizer.spec)
         few_levels = self.method == "mse" and max(quantizer.spec.qp, -quantizer.spec.qn) <= 32
-        return self._search(quantizer, statistics.bins(8 if few_levels else 1))  # a bin: a third of a step at most
-
-    def _search(self, quantizer: LSQQuantizer, bins: Bins) -> Tensor:
+        bins = statistics.bins(8 if few_levels else 1)  # a bin: a third of a step at most
         if self.method == "mse":
             return mse_step(bins, quantizer.spec)
         return quantile_step(bins, quantizer.spec, self.quantile)

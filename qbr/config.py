@@ -58,7 +58,8 @@ class QATConfig:
             act_regularizer=None: the same for both. qbr.set_regularizer keeps them up to date.
         overrides: {pattern: {field: value}} for the fields in ``qbr.config.OVERRIDABLE``; of several patterns that
             match a module, the later one wins, field by field.
-        first_layer, last_layer: bits of the first and of the last layer with a weight, in the order of calls: for its
+        first_layer, last_layer: bits of the first and of the last layer with a weight, in the order of calls (an
+            auxiliary head that runs last is the last one: name the other in overrides): for its
             weight and, with ``quantize_inputs``, its input. 1 to 8; 32: float; None: as the others. Overrides win.
         quantize_inputs: also quantize what flows into a layer with a weight where it comes from no quantized ReLU (the
             image, a residual sum, a LayerNorm, GELU, pooled activations): ``input_quantizer``, one step per tensor.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
@@ -15,56 +15,22 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from qbr import tracing
 from qbr.calls import joined
 from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
-from qbr.stand_ins import IN_PLACE
-from qbr.tracing import Untraceable
-
-# What is known of a tensor's values, from good to bad; a join is the maximum.
-QUANTIZED, NON_NEGATIVE, SIGNED, UNKNOWN = 0, 1, 2, 3
+from qbr.tracing import Call, Untraceable
+from qbr.value_states import (
+    NON_NEGATIVE,
+    QUANTIZED,
+    SIGNED,
+    UNKNOWN,
+    VIEWING_ATTRIBUTES,
+    VIEWS,
+    after_call,
+    after_module,
+    asks_for_kind,
+    join,
+    writes,
+)
 
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-# Modules and calls whose results are values of their (first) input, moved: what was on a grid stays there.
-_MOVING_MODULES = (
-    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d,
-    nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.PixelShuffle,
-    nn.PixelUnshuffle, nn.ChannelShuffle, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
-)  # fmt: skip
-
-
-def _both(*names: str) -> set:
-    """Tensor's methods of these names, and torch's functions."""
-    return {*names, *(getattr(torch, name) for name in names if hasattr(torch, name))}
-
-
-# Those that may put out their input's own memory: what is then changed in place changes for the reader of either.
-_VIEWS = {
-    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout,
-    operator.getitem, "contiguous", "to", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda",
-    *_both(
-        "as_strided", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_to", "chunk", "conj", "detach", "diagonal",
-        "dsplit", "expand", "expand_as", "flatten", "hsplit", "imag", "moveaxis", "movedim", "narrow", "permute",
-        "ravel", "real", "reshape", "reshape_as", "select", "split", "split_with_sizes", "squeeze", "swapaxes",
-        "swapdims", "t", "tensor_split", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as",
-        "vsplit",
-    ),
-}  # fmt: skip
-_AVERAGING_MODULES = (
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-)  # fmt: skip
-_NON_NEGATIVE_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softplus, nn.ReLU, nn.ReLU6)
-_MOVING = {
-    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.cat,
-    torch.stack, torch.chunk, torch.split, operator.getitem, F.dropout, F.max_pool1d, F.max_pool2d, F.max_pool3d,
-    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.pixel_shuffle, torch.max_pool2d, "flatten", "view", "reshape",
-    "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "chunk", "split", "expand", "clone", "detach", "to",
-}  # fmt: skip
-_AVERAGING = {
-    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
-    torch.mean, "mean",
-}  # fmt: skip
-_WRITING = {*IN_PLACE, operator.setitem}
-KIND = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "size", "dim", "numel", "is_floating_point"}
-VIEWING_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag", "data"}
-_ADDING = {operator.add, torch.add, "add", "add_", *(made for made, of in IN_PLACE.items() if of is operator.iadd)}
 
 
 @dataclass
@@ -93,7 +59,7 @@ class Reading:
         inputs: {layer with a weight: the worst of what flows into it, over all calls}, in the order of first calls.
         order: those of them, and of subclasses of them, that the model's forward reaches, as far as is known.
         memory: {attention layer: the worst of the keys that are not the query and the values that are not the key}.
-        given: {owner: the ways in which its forward is called: (arguments that its graph has, others given)}.
+        given: {owner: the ways in which its forward is called}.
         in_place: {owner: the ReLU modules it calls, to be quantized, whose input in place is read afterwards}.
         spoiled: {name of a ReLU to be quantized: whose forward reads what the ReLU, in another forward, changed in
             place before}.
@@ -108,7 +74,7 @@ class Reading:
     inputs: dict[nn.Module, int] = field(default_factory=dict)
     order: list[nn.Module] = field(default_factory=list)
     memory: dict[nn.Module, int] = field(default_factory=dict)
-    given: dict[nn.Module, set[tuple]] = field(default_factory=dict)
+    given: dict[nn.Module, list[Call]] = field(default_factory=dict)
     in_place: dict[nn.Module, set[nn.Module]] = field(default_factory=dict)
     spoiled: dict[str, str] = field(default_factory=dict)
     weights: dict[int, str] = field(default_factory=dict)
@@ -116,13 +82,18 @@ class Reading:
     hidden: dict[str, str] = field(default_factory=dict)
 
 
-def read(model: nn.Module, quantized: Callable[[str, nn.Module | None], bool]) -> Reading:
+def read(
+    model: nn.Module,
+    quantized: Callable[[str, nn.Module | None], bool],
+    example: tuple[tuple, dict[str, Any]] | None = None,
+) -> Reading:
     """Follow the forwards of model and all it calls, without data.
 
     Args:
         quantized: whether the ReLU of a name (and module; None: a function) will put out quantized values.
+        example: (args, kwargs) that the model is called with: which arguments are tensors, and what the others are.
     """
-    reader = _Reader(model, quantized)
+    reader = _Reader(model, quantized, example)
     reader.visit("", model, None, {})
     reader.reached = False
     for name, module in model.named_modules():  # what nothing calls, as far as is known
@@ -132,20 +103,24 @@ def read(model: nn.Module, quantized: Callable[[str, nn.Module | None], bool]) -
 
 
 class _Reader:
-    def __init__(self, model: nn.Module, quantized) -> None:
+    def __init__(self, model: nn.Module, quantized, example) -> None:
+        self.model = model
         self.quantized = quantized
+        self.example = example
         self.names = {module: name for name, module in model.named_modules()}
         self.reading = Reading()
         self.visited: set[nn.Module] = set()
         self.reached = True  # whether the forwards that are followed are called by the model's
         self.followed: dict[tuple, int] = {}  # what a forward puts out, by what it is called with
         self.changed: dict[nn.Module, dict[str, set[str]]] = {}  # {owner: {argument: ReLUs that change it in place}}
+        self.written: dict[nn.Module, dict[str, int]] = {}  # {owner: {argument: the state of what is written to it}}
+        self.return_none: set[nn.Module] = set()
 
     def visit(self, name: str, module: nn.Module, node: Node | None, states: dict[Node, int]) -> int:
         """What a call of module puts out; what is called inside is noted. Without node: nothing is known of it."""
         self.visited.add(module)
         kind = type(module)
-        inputs = [_state(value, states) for value in (*node.args, *node.kwargs.values())] if node is not None else []
+        inputs = [join(value, states) for value in (*node.args, *node.kwargs.values())] if node is not None else []
         first = UNKNOWN if node is None else inputs[0] if inputs else SIGNED
         self._reach(module)
         if kind in WEIGHT_LAYERS or kind in ATTENTION:
@@ -156,12 +131,9 @@ class _Reader:
             return SIGNED
         if kind in RELUS and self.quantized(name, module):
             return QUANTIZED
-        if kind in _MOVING_MODULES:
-            return first
-        if kind in _AVERAGING_MODULES:
-            return max(first, NON_NEGATIVE)
-        if kind in _NON_NEGATIVE_MODULES:
-            return NON_NEGATIVE
+        after = after_module(module, first)
+        if after is not None:
+            return after
         if kind in _TRANSFORMER_LAYERS:
             return self._transformer_layer(name, module)
         if _is_torchs(kind):
@@ -183,8 +155,8 @@ class _Reader:
             return
         given = {**dict(zip(("query", "key", "value"), node.args)), **node.kwargs}
         query, key, value = (given.get(each) for each in ("query", "key", "value"))
-        self._enter(module, _state(query, states))
-        memory = [_state(each, states) for each, before in ((key, query), (value, key)) if each is not before]
+        self._enter(module, join(query, states))
+        memory = [join(each, states) for each, before in ((key, query), (value, key)) if each is not before]
         if memory:
             self.reading.memory[module] = max(*memory, self.reading.memory.get(module, QUANTIZED))
 
@@ -195,33 +167,49 @@ class _Reader:
 
     def _follow(self, name: str, owner: nn.Module, node: Node | None, outside: dict[Node, int]) -> int:
         try:
-            given = tracing.arguments(owner, node)
+            call = self._call(owner, node)
             unknown = UNKNOWN if node is None and not (self.reached and name == "") else SIGNED
-            inputs = {each: unknown if value is None else _state(value, outside) for each, value in given.items()}
-            containers = tuple(each for each, value in given.items() if isinstance(value, (list, tuple, dict)))
-            key = owner, tuple(inputs.items()), containers
+            inputs = {each: unknown if x is None else join(x, outside) for each, x in call.tensors.items()}
+            key = owner, tuple(inputs.items()), call.containers, repr(call.values)
             if key not in self.followed:
-                self.followed[key] = self._both(name, owner, inputs, containers)
-            ways = self.reading.given.setdefault(owner, set())
-            ways.add((tuple(given), tuple(tracing.others(owner, node))))
+                self.followed[key] = self._both(name, owner, inputs, call)
+            ways = self.reading.given.setdefault(owner, [])
+            if not any(way.tensors.keys() == call.tensors.keys() and way.values == call.values for way in ways):
+                ways.append(call)
             return self.followed[key]
         except Untraceable as error:
             if _has_forward(owner):
                 self.reading.untraced[name] = str(error)
+                self._unread(owner)
                 self._hide(name, owner, error)
             self._children(owner)
             return UNKNOWN
+
+    def _unread(self, owner: nn.Module) -> None:
+        """Nothing of owner's forward can be rewritten."""
+        mine = [name for name, relu in self.reading.functional.items() if relu.owner is owner]
+        for name in mine:
+            del self.reading.functional[name]
+        self.reading.in_place.pop(owner, None)
+
+    def _call(self, owner: nn.Module, node: Node | None) -> Call:
+        if node is not None:
+            return tracing.call(owner, node.args, node.kwargs)
+        if owner is self.model and self.example is not None:
+            return tracing.call(owner, *self.example)
+        return tracing.unknown_call(owner)
 
     def _hide(self, name: str, owner: nn.Module, error: Untraceable) -> None:
         if tracing.may_call_relu(owner):
             self.reading.hidden[name] = str(error)
 
-    def _both(self, name: str, owner: nn.Module, inputs: dict[str, int], containers: tuple[str, ...]) -> int:
+    def _both(self, name: str, owner: nn.Module, inputs: dict[str, int], call: Call) -> int:
         """What owner puts out, in training and in eval mode."""
-        graph = tracing.trace(owner, tuple(inputs), containers=containers)
+        given = {"containers": call.containers, "values": call.values}
+        graph = tracing.trace(owner, tuple(inputs), **given)
         state, calls = self._walk(name, owner, graph, inputs)
         try:
-            graph_of_eval = tracing.trace(owner, tuple(inputs), training=False, containers=containers)
+            graph_of_eval = tracing.trace(owner, tuple(inputs), training=False, **given)
         except Untraceable as error:
             calls_of_eval = None
             self._hide(name, owner, error)
@@ -253,6 +241,10 @@ class _Reader:
                 if type(called) in RELUS:
                     calls.setdefault(called, []).append(_source(each))
                 states[each] = self.visit(self.names[called], called, each, states)
+                if called in self.return_none and each.users and tracing.asks_for_none(owner):
+                    raise Untraceable(f"{each.target} returns None, and it asks for None")
+                for argument, state in self.written.get(called, {}).items():
+                    self._write(owner, self._call(called, each).tensors.get(argument), state, states)
                 self._in_place(owner, called, each)
             elif each in relus:
                 index = relus.index(each)
@@ -260,14 +252,24 @@ class _Reader:
                 if tracing.works_in_place(each) and states[each] == QUANTIZED:
                     self._changes(owner, each, tracing.first(each), {_functional(name, index)}, helped=True)
             elif each.op in ("call_function", "call_method"):
-                states[each] = _called(each, states)
-                if _writes(each):
-                    states.update(dict.fromkeys(self._views(owner, tracing.first(each)), states[each]))
+                states[each] = after_call(each, states)
+                if writes(each):
+                    self._write(owner, tracing.first(each), states[each], states)
             elif each.op == "get_attr" and not each.target.startswith("_tensor_constant"):
-                if not all(map(_asks_for_its_kind, each.users)):
+                if not all(map(asks_for_kind, each.users)):
                     self.reading.weights.setdefault(id(operator.attrgetter(each.target)(owner)), name)
             elif each.op == "output":
-                return _state(each.args[0], states), calls
+                if each.args[0] is None:
+                    self.return_none.add(owner)
+                return join(each.args[0], states), calls
+
+    def _write(self, owner: nn.Module, x, state: int, states: dict[Node, int]) -> None:
+        """Something in that state is written to x."""
+        views = self._views(owner, x) if isinstance(x, Node) else []
+        states.update(dict.fromkeys(views, state))
+        if views and views[0].op == "placeholder":
+            mine = self.written.setdefault(owner, {})
+            mine[views[0].target] = max(state, mine.get(views[0].target, state))
 
     def _in_place(self, owner: nn.Module, called: nn.Module, node: Node) -> None:
         """Note what ReLUs that are to be quantized change in place for those who read it after this call."""
@@ -277,7 +279,7 @@ class _Reader:
                 self.reading.in_place.setdefault(owner, set()).add(called)
             self._changes(owner, node, tracing.first(node), {name}, helped=True)
         for argument, relus in self.changed.get(called, {}).items():
-            self._changes(owner, node, tracing.arguments(called, node).get(argument), relus, helped=False)
+            self._changes(owner, node, self._call(called, node).tensors.get(argument), relus, helped=False)
 
     def _changes(self, owner: nn.Module, node: Node, x, relus: set[str], helped: bool) -> None:
         """relus change x in place at node; whoever reads x itself afterwards may be helped by a rewritten forward."""
@@ -302,7 +304,7 @@ class _Reader:
         if node.target is getattr:
             return node.args[1] in VIEWING_ATTRIBUTES
         kind = type(owner.get_submodule(node.target)) if node.op == "call_module" else node.target
-        return kind in _VIEWS
+        return kind in VIEWS
 
     def _function(self, name: str, owner: nn.Module, given: tuple[str, ...], index: int, clip: float | None) -> int:
         full = _functional(name, index)
@@ -356,40 +358,9 @@ def _functional(name: str, index: int) -> str:
     return joined(name, f"functional_relu_{index + 1}")
 
 
-def _asks_for_its_kind(user: Node) -> bool:
-    """Whether a node asks a tensor for its dtype, shape and the like only, and not for its values."""
-    return (user.target is getattr and user.args[1] in KIND) or (user.op == "call_method" and user.target in KIND)
-
-
-def _writes(node: Node) -> bool:
-    """Whether a function or method changes its first argument in place."""
-    if not isinstance(tracing.first(node), Node):
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or node.target in _WRITING
-
-
 def _source(call: Node) -> tuple:
     """What makes the input of a call, dropout aside."""
     while True:
         call = next(iter((*call.args, *call.kwargs.values())), None)
         if not isinstance(call, Node) or call.target is not F.dropout:
             return getattr(call, "op", None), getattr(call, "target", call)
-
-
-def _state(value, states: dict[Node, int]) -> int:
-    """The worst of the nodes in an argument; what is not a tensor of the graph counts as SIGNED."""
-    found: list[Node] = []
-    torch.fx.map_arg(value, found.append)
-    return max((states.get(node, SIGNED) for node in found), default=SIGNED)
-
-
-def _called(node: Node, states: dict[Node, int]) -> int:
-    operands = [*node.args, *node.kwargs.values()]
-    if node.target in _MOVING:
-        return _state(operands[0], states)
-    if node.target in _AVERAGING:
-        return max(_state(operands[0], states), NON_NEGATIVE)
-    if node.target in _ADDING and all(isinstance(v, Node) or (type(v) in (int, float) and v >= 0) for v in operands):
-        return max(_state([value for value in operands if isinstance(value, Node)], states), NON_NEGATIVE)
-    return SIGNED

@@ -8,8 +8,9 @@ from torch.overrides import TorchFunctionMode
 
 from qbr import running
 from qbr.calls import joined
-from qbr.discovery import KIND, VIEWING_ATTRIBUTES, Reading, is_layer
+from qbr.discovery import Reading, is_layer
 from qbr.layers import RELUS
+from qbr.value_states import KIND, VIEWING_ATTRIBUTES
 
 
 class _Stack:

@@ -5,21 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.fx
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from qbr import discovery, distributed, observed, plan_warnings
+from qbr import discovery, distributed, observed, plan_warnings, running
 from qbr.calls import joined
 from qbr.config import LayerConfig, QATConfig, matches
-from qbr.discovery import QUANTIZED, SIGNED, UNKNOWN, FunctionalReLU, Reading
+from qbr.discovery import FunctionalReLU, Reading
+from qbr.graph_modules import RewrittenGraphs
 from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
 from qbr.quantizers import quantizers
 from qbr.spec import QuantSpec
 from qbr.traced_forward import TracedForward
-from qbr.tracing import Untraceable
+from qbr.tracing import Call, Untraceable
+from qbr.value_states import QUANTIZED, SIGNED, UNKNOWN
 
 # What a field of an override is said of.
 _TAKES = {
@@ -90,7 +93,7 @@ class Plan:
     weights: list[PlannedWeight] = field(default_factory=list)
     relus: list[PlannedReLU] = field(default_factory=list)
     inputs: list[PlannedInput] = field(default_factory=list)
-    forwards: dict[nn.Module, TracedForward] = field(default_factory=dict)
+    forwards: dict[nn.Module, TracedForward | RewrittenGraphs] = field(default_factory=dict)
     rows: list[tuple[str, ...]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -109,7 +112,8 @@ def plan(model: nn.Module, config: QATConfig | None = None, *, example: Any = No
         config: QATConfig() if not given.
         example: one batch, as in ``calibrate``. It is run once where a forward does not trace, to count how often it
             calls a ReLU module (without it such a module has one step for all calls), and to learn which layers come
-            first and last. Buffers and random number generators are as before afterwards.
+            first and last. Without it the model's own forward counts as called with tensors for all that has no
+            default, and with nothing else. Buffers and random number generators are as before afterwards.
 
     Raises:
         ValueError: if the model was prepared before, has nothing to quantize on a side that config quantizes, if a
@@ -136,7 +140,7 @@ class _Planner:
         self.names = {module: name for name, module in model.named_modules()}
         self.given_up: dict[str, str] = {}  # ReLUs that need a rewritten forward which cannot be had, and why
         self.spoiled: set[str] = set()  # those of them that work in place for the reader of another forward
-        self.reading = self._read(model)
+        self.reading = self._read(model, None if example is None else running.arguments(example))
         self.ran = example is not None and bool(self.reading.untraced)
         if self.ran:
             observed.add_calls(model, example, self.reading)
@@ -163,10 +167,10 @@ class _Planner:
 
     # What there is
 
-    def _read(self, model: nn.Module) -> Reading:
+    def _read(self, model: nn.Module, example: tuple[tuple, dict[str, Any]] | None) -> Reading:
         """The reading of model, with a rewritten forward where ReLUs to be quantized need one."""
         while True:
-            reading = discovery.read(model, lambda name, module: self._bits_of_relu(name) is not None)
+            reading = discovery.read(model, lambda name, module: self._bits_of_relu(name) is not None, example)
             failed = self._rewrite(reading)
             if not failed and not reading.spoiled:
                 return reading
@@ -195,11 +199,12 @@ class _Planner:
                     failed |= dict.fromkeys([*mine, *(self.names[relu] for relu in in_place)], str(error))
         return failed
 
-    def _forward(self, owner: nn.Module, ways: set[tuple], relus: list, in_place: set[nn.Module]) -> TracedForward:
-        (given, others), *more = ways
-        if more or others:
-            raise Untraceable("it is called with different arguments, or with others than its defaults")
-        return TracedForward(owner, given, relus, in_place)
+    def _forward(self, owner: nn.Module, ways: list[Call], relus: list, in_place: set[nn.Module]):
+        call, *more = ways
+        if more:
+            raise Untraceable("it is called with different arguments")
+        kind = RewrittenGraphs if isinstance(owner, torch.fx.GraphModule) else TracedForward
+        return kind(owner, tuple(call.tensors), relus, in_place, call.values)
 
     def _policy(self, layer: nn.Module) -> int | None:
         first, last = layer is self.order[0], layer is self.order[-1]
@@ -253,7 +258,7 @@ class _Planner:
         for attribute, state in states.items():
             signed = state >= SIGNED if config.input_signed is None else config.input_signed
             self.plan.inputs.append(PlannedInput(name, module, attribute, config.act_bits, signed))
-            kind = "signed" if signed else "unsigned"
+            kind = ("signed" if signed else "unsigned") + (", input unknown" if state == UNKNOWN else "")
             kinds.append(f"{attribute.partition('_')[0]} {config.act_bits} bits {kind}")
         return kinds
 
@@ -295,8 +300,11 @@ class _Planner:
 
     def _rewritten(self, owner: nn.Module | None) -> str:
         forward = self.plan.forwards.get(owner)
+        forward = forward.forward if isinstance(forward, RewrittenGraphs) else forward
         left = [name for name in forward.defaults if name not in forward.given] if forward else []
-        return "part of a rewritten forward" + (f", with {', '.join(left)} at the default" if left else "")
+        fixed = [f"{name}={forward.values[name]!r}" for name in left if name in forward.values]
+        fixed += [f"{name} at the default" for name in left if name not in forward.values]
+        return "part of a rewritten forward" + (f", with {', '.join(fixed)}" if fixed else "")
 
     def _row_of_a_kind(self, name: str, module: nn.Module) -> None:
         """The row of a module that is of none of the exact types, and stays in float, if there is something to it."""

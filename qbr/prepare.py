@@ -10,6 +10,7 @@ from torch import nn
 
 from qbr.calls import count_calls
 from qbr.config import QATConfig
+from qbr.graph_modules import keep_in_copies
 from qbr.layers import ATTENTION, WEIGHT_LAYERS, QuantizedClippedReLU, QuantizedTransformerDecoderLayer
 from qbr.plan import Plan, PlannedReLU, plan
 from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, quantizers
@@ -57,8 +58,8 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any =
         each.module.add_module(each.attribute, quantizer.train(each.module.training))
     for each in planned.relus:
         _quantize_relu(each, device_beside(model, each.name))
-    for owner, forward in planned.forwards.items():
-        owner.forward = forward
+    for forward in planned.forwards.values():
+        forward.install()
     count_calls({each.module: list(each.places.items()) for each in planned.relus if each.steps > 1})
     _mend_transformers(model)
     for quantizer in quantizers(model).values():
@@ -66,6 +67,7 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any =
         quantizer.regularizer = config.regularizer_of(quantizer.kind)
     watch(model)
     model.qat_config = config  # what packed files keep, so that they load into a float model
+    keep_in_copies(model)
     return model
 
 

@@ -49,10 +49,15 @@ def copied(model: nn.Module) -> nn.Module:
     try:
         for attributes, name, value in in_graph:
             attributes[name] = value.detach()
-        return copy.deepcopy(model)
+        twin = copy.deepcopy(model)
     finally:
         for attributes, name, value in in_graph:
             attributes[name] = value
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in twin.named_modules():  # torchvision's GraphModules begin in training mode
+        if module.training != modes[name]:
+            module.train(modes[name])
+    return twin
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -77,6 +82,22 @@ def device_beside(model: nn.Module, name: str) -> torch.device:
     return device_of(model)
 
 
+def arguments(batch) -> tuple[tuple, dict]:
+    """(args, kwargs) of a call of a model with a batch: a tensor, the first of a tuple or list, a dict's items.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    raise TypeError(f"a batch is a {type(batch).__name__}: expected a tensor, a tuple or list that starts with the "
+                    "model's input, or a dict of the model's arguments; or name forward=")  # fmt: skip
+
+
 def run(model: nn.Module, batch) -> None:
     """model(batch) for a tensor, model(batch[0]) for a tuple or list, model(**batch) for a dict; on model's device.
 
@@ -84,16 +105,9 @@ def run(model: nn.Module, batch) -> None:
         TypeError: for anything else, and for what model's forward does not take.
     """
     device = device_of(model)
-    if isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    if isinstance(batch, Tensor):
-        args, kwargs = (batch.to(device),), {}
-    elif isinstance(batch, Mapping):
-        args = ()
-        kwargs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    else:
-        raise TypeError(f"a batch is a {type(batch).__name__}: expected a tensor, a tuple or list that starts with the "
-                        "model's input, or a dict of the model's arguments; or name forward=")  # fmt: skip
+    args, kwargs = arguments(batch)
+    args = tuple(value.to(device) for value in args)
+    kwargs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
     try:
         model(*args, **kwargs)
     except TypeError:

@@ -7,6 +7,7 @@ A Sketch is a histogram with 512 bins for each octave of |x| between 2^-32 and 2
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -112,19 +113,34 @@ def mse_step(bins: Bins, spec: QuantSpec) -> Tensor:
     if not bins.count.numel():
         return bins.count.new_full(bins.count.shape[:1], math.nan)
     value = bins.total / bins.count.clamp(min=1)
-    largest = value.abs().amax(1)
+
+    def error(alpha: Tensor) -> Tensor:  # all of a bin take the code of the bin's mean
+        level = (value / alpha).round_().clamp_(spec.qn, spec.qp) * alpha
+        return (bins.square - 2 * level * bins.total + level.square() * bins.count).sum(1)
+
+    return _search(value.abs().amax(1), spec, error)
+
+
+def mse_step_of(rows: Tensor, spec: QuantSpec) -> Tensor:
+    """mse_step of a tensor [C, n] that is at hand: of its elements, in float32; what is not finite counts nowhere."""
+    x = torch.where(torch.isfinite(rows), rows, 0).float()
+    largest = x.abs().amax(1) if x.numel() else x.new_zeros(len(x))
+    x = x / torch.where(largest > 0, largest, 1)[:, None]  # so that no square is too small for float32
+
+    def error(alpha: Tensor) -> Tensor:
+        return (x / alpha).round_().clamp_(spec.qn, spec.qp).mul_(alpha).sub_(x).square_().sum(1)
+
+    return _search((largest > 0).float(), spec, error) * largest
+
+
+def _search(largest: Tensor, spec: QuantSpec, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """The step with the least error, [C]; NaN where the largest |x| is 0."""
     best = largest / max(spec.qp, 1)  # beyond it, no code but the outermost gets closer
     for factors in (_COARSE, _FINE):
-        candidates = best[:, None] * factors.to(best.device)
-        errors = torch.stack([_error(bins, value, alpha[:, None], spec) for alpha in candidates.unbind(1)], 1)
+        candidates = best[:, None] * factors.to(best)
+        errors = torch.stack([error(alpha[:, None]) for alpha in candidates.unbind(1)], 1)
         best = candidates.gather(1, errors.argmin(1, keepdim=True))[:, 0]
     return torch.where(largest > 0, best, math.nan)
-
-
-def _error(bins: Bins, value: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:
-    """Sum of (x - xhat)^2, [C]; all of a bin take the code of the bin's mean ``value``."""
-    level = (value / alpha).round_().clamp_(spec.qn, spec.qp) * alpha
-    return (bins.square - 2 * level * bins.total + level.square() * bins.count).sum(1)
 
 
 def quantile_step(bins: Bins, spec: QuantSpec, quantile: float) -> Tensor:

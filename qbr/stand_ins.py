@@ -33,15 +33,31 @@ class StandIn(torch.fx.Proxy):
     """A Proxy whose += and the like stay writes in place (fx makes additions of them, which an alias does not see),
     and which inside of ``told_apart`` is a Tensor to whoever asks by isinstance or torch.is_tensor.
 
-    The tracer's ``kind_of(node)`` says what type is meant, or raises.
+    The tracer's ``kind_of(node)`` says what type is meant, or raises. What it gives for an attribute is such a
+    stand-in, too; an attribute that is set would be lost, and is refused.
     """
+
+    def __getattr__(self, name: str) -> Part:
+        return Part(self, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name not in _OWN:
+            raise TypeError(f"it sets .{name} of a tensor, which a graph does not keep")
+        super().__setattr__(name, value)
+
+
+class Part(torch.fx.proxy.Attribute, StandIn):
+    """What stands for an attribute of a tensor; called, for a method's result."""
+
+
+_OWN = {"tracer", "node", "root", "attr", "_node"}  # what fx's own Proxy and Attribute set
 
 
 class _Type:
     """What stands for ``type``: of a stand-in it gives the class of what that stands for."""
 
     def __call__(self, *args, **kwargs):
-        if len(args) == 1 and type(args[0]) is StandIn:
+        if len(args) == 1 and isinstance(args[0], StandIn):
             return args[0].tracer.kind_of(args[0].node)
         return type(*args, **kwargs)
 
@@ -68,7 +84,7 @@ def told_apart(functions: Iterable[FunctionType]):
     """
 
     def told(value, kinds) -> bool:
-        if type(value) is StandIn:
+        if isinstance(value, StandIn):
             return issubclass(value.tracer.kind_of(value.node), kinds)
         return isinstance(value, kinds)
 

@@ -9,6 +9,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,9 +42,10 @@ class TracedForward:
 
     Args:
         owner: whose forward it is.
-        given: the arguments that the graphs have; others must keep their defaults.
+        given: the arguments that the graphs have.
         relus: the name that a ReLU module has in owner for each functional call, in order; None leaves one alone.
         in_place: ReLU modules that owner calls, which work in place and will no longer.
+        values: {argument: what every call has to give it}; all others must keep their defaults.
 
     Raises:
         Untraceable: if a mode does not trace, the modes call different ReLUs, or forward does what a graph does not
@@ -51,13 +53,19 @@ class TracedForward:
     """
 
     def __init__(
-        self, owner: nn.Module, given: tuple[str, ...], relus: list[str | None], in_place: Container[nn.Module] = ()
+        self,
+        owner: nn.Module,
+        given: tuple[str, ...],
+        relus: list[str | None],
+        in_place: Container[nn.Module] = (),
+        values: dict[str, Any] | None = None,
     ) -> None:
         self.owner = owner
         self.given = given
+        self.values = values or {}
         self.defaults = parameters(owner)
-        self._are_first = tuple(self.defaults)[: len(given)] == given
-        graphs = {mode: trace(owner, given, mode, strict=True) for mode in (True, False)}
+        self._are_first = tuple(self.defaults)[: len(given)] == given and not self.values
+        graphs = {mode: trace(owner, given, mode, strict=True, values=values) for mode in (True, False)}
         self._tensors = {i for graph in graphs.values() for i, node in enumerate(graph.nodes) if "asked" in node.meta}
         if len({tuple(map(bound, relu_calls(graph))) for graph in graphs.values()}) > 1:
             raise Untraceable("it calls different ReLUs in training and in eval mode")
@@ -66,6 +74,10 @@ class TracedForward:
         self._code = {mode: _rewritten(owner, graph, relus, in_place) for mode, graph in graphs.items()}
         self._read = self._as_it_is()
         self._compile()
+
+    def install(self) -> None:
+        """Take the place of owner's forward."""
+        self.owner.forward = self
 
     def _compile(self) -> None:
         self._functions = {}
@@ -84,7 +96,7 @@ class TracedForward:
     def __call__(self, *args, **kwargs):
         if not torch.compiler.is_compiling():
             self._refuse_changes()
-        if kwargs or len(args) != len(self.given) or not self._are_first:
+        if kwargs or len(args) != len(self.given) or not self._are_first or any(each is None for each in args):
             args = self._bind(args, kwargs)
         for i in self._tensors:
             if not isinstance(args[i], torch.Tensor):
@@ -126,15 +138,25 @@ class TracedForward:
         return isinstance(self.owner.get_submodule(path), nn.ModuleDict)
 
     def _bind(self, args, kwargs) -> list:
-        values = {**dict(zip(self.defaults, args)), **kwargs}
-        if len(args) > len(self.defaults) or len(values) < len(args) + len(kwargs):
+        found = {**dict(zip(self.defaults, args)), **kwargs}
+        if len(args) > len(self.defaults) or len(found) < len(args) + len(kwargs) or found.keys() - self.defaults:
             raise TypeError(f"{type(self.owner).__name__}.forward was called with arguments that it does not have")
-        for name, value in values.items():
-            if name not in self.given and not is_same(value, self.defaults.get(name, self)):
-                call = f"{type(self.owner).__name__}.forward({name}=<{type(value).__name__}>)"
-                raise TypeError(f"{call}: this forward calls a ReLU as a function and was read by torch.fx with "
-                                f"{name!r} at its default; use nn.ReLU there, or QATConfig(skip=...)")  # fmt: skip
-        return [values[name] if name in values else self.defaults[name] for name in self.given]
+        for name, default in self.defaults.items():
+            value, read = found.get(name, default), self.values.get(name, default)
+            if name in self.given:
+                if value is not default and value is not None:
+                    continue
+                read = "a tensor"
+            elif is_same(value, read):
+                continue
+            else:
+                read = repr(read) if name in self.values else "its default"
+            shown = "" if value is inspect.Parameter.empty else f"{name}=<{type(value).__name__}>"
+            call = f"{type(self.owner).__name__}.forward({shown})"
+            raise TypeError(f"{call}: this forward calls a ReLU as a function and was read by torch.fx with {read} for "
+                            f"{name!r}; use nn.ReLU there, or name in prepare(example=...) what the model is called "
+                            "with, or QATConfig(skip=...)")  # fmt: skip
+        return [found[name] for name in self.given]
 
     def __getstate__(self):
         code = {
@@ -226,7 +248,17 @@ class _Module:
 
 
 def _rewritten(owner: nn.Module, graph: Graph, relus: list[str | None], in_place: Container[nn.Module]) -> tuple:
-    """(source of a function ``forward(self, ...)``, the names it uses) of graph with modules for its ReLU calls."""
+    """(source of a function ``forward(self, ...)``, the names it uses) of the rewritten graph."""
+    rewrite(owner, graph, relus, in_place)
+    code = graph.python_code("self")
+    return code.src, dict(code.globals)
+
+
+def rewrite(owner: nn.Module, graph: Graph, relus: list[str | None], in_place: Container[nn.Module]) -> None:
+    """Change a graph of owner: modules for its ReLU calls, and readers of the result where these work in place.
+
+    Args, Raises: as TracedForward's.
+    """
     if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in graph.nodes):
         raise Untraceable("its forward makes a tensor of its own, which would never change again")
     calls = relu_calls(graph)
@@ -247,5 +279,3 @@ def _rewritten(owner: nn.Module, graph: Graph, relus: list[str | None], in_place
             graph.erase_node(node)
         for user in readers:  # they have read what was written to x
             user.replace_input_with(x, result)
-    code = graph.python_code("self")
-    return code.src, dict(code.globals)

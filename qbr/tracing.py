@@ -12,11 +12,12 @@ import functools
 import inspect
 import types
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
@@ -34,6 +35,24 @@ class Untraceable(Exception):
     """Why a forward could not be read."""
 
 
+class Call(NamedTuple):
+    """What a forward is called with.
+
+    Attributes:
+        tensors: {argument: what its caller's graph, or the example, has for it}; None where all that is known is that
+            it has no default.
+        values: {argument: a value without tensors, if it is not the default}.
+    """
+
+    tensors: dict[str, Any]
+    values: dict[str, Any]
+
+    @property
+    def containers(self) -> tuple[str, ...]:
+        """The arguments that are lists, tuples or dicts and not tensors."""
+        return tuple(each for each, value in self.tensors.items() if isinstance(value, (list, tuple, dict)))
+
+
 def _modes() -> dict[str, object]:
     autocast = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
     return {"gradients or autocast": (torch.is_grad_enabled(), autocast),
@@ -41,16 +60,17 @@ def _modes() -> dict[str, object]:
 
 
 class _Tracer(torch.fx.Tracer):
-    """Every child is a leaf; arguments that are not named keep their default.
+    """Every child is a leaf; arguments that are neither named nor among the values keep their default.
 
     With ``strict``, buffers are stand-ins as well, and what a graph would not keep is refused: a call under another
     gradient or autocast mode or under hooks for saved tensors (checkpointing, offloading), a question for the type of
     what it has computed, a result of a class of its own that fx takes for a dict.
     """
 
-    def __init__(self, names: tuple[str, ...], strict: bool, containers: Container[str]) -> None:
+    def __init__(self, names: tuple[str, ...], strict: bool, containers: Container[str], values: dict) -> None:
         super().__init__()
         self.names = names
+        self.values = values
         self.containers = containers
         self.strict = strict
         self.modes = _modes() if strict else None
@@ -84,7 +104,11 @@ class _Tracer(torch.fx.Tracer):
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in self.names}
-        return (lambda root, *values: root_fn(root, **dict(zip(self.names, values)))), [self.root, *proxies.values()]
+
+        def on_stand_ins(root, *given):
+            return root_fn(root, **dict(zip(self.names, given)), **self.values)
+
+        return on_stand_ins, [self.root, *proxies.values()]
 
 
 def parameters(owner: nn.Module) -> dict[str, object]:
@@ -105,37 +129,48 @@ def parameters(owner: nn.Module) -> dict[str, object]:
     return {p.name: p.default for p in found}
 
 
-def arguments(owner: nn.Module, node: Node | None) -> dict[str, object]:
-    """{argument: graph node} that a call passes to owner's forward; of all arguments without a default at the root."""
-    names = parameters(owner)
-    if node is None:
-        return {name: None for name, default in names.items() if default is inspect.Parameter.empty}
-    given = {**dict(zip(names, node.args)), **node.kwargs}
-    return {
-        name: given.get(name)
-        for name, default in names.items()
-        if default is inspect.Parameter.empty or _has_nodes(given.get(name))
-    }
+def call(owner: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
+    """owner's forward, called with nodes of a graph, or with tensors, and with other values."""
+    defaults = parameters(owner)
+    given = {**dict(zip(defaults, args)), **kwargs}
+    tensors = {name: given[name] for name in defaults if _holds_tensors(given.get(name))}
+    values = {name: _thawed(value) for name, value in given.items() if name not in tensors}
+    return Call(tensors, {name: value for name, value in values.items() if not is_same(value, defaults.get(name))})
 
 
-def others(owner: nn.Module, node: Node | None) -> list[str]:
-    """The arguments that a call passes values of its own to which are in no graph and not the defaults."""
-    names = parameters(owner)
-    given = {} if node is None else {**dict(zip(names, node.args)), **node.kwargs}
-    graph = arguments(owner, node)
-    return [name for name, value in given.items() if name not in graph and not is_same(value, names.get(name))]
+def unknown_call(owner: nn.Module) -> Call:
+    """owner's forward, called with tensors for all that has no default."""
+    return Call({name: None for name, default in parameters(owner).items() if default is inspect.Parameter.empty}, {})
 
 
 def is_same(value, default) -> bool:
-    """Whether value is the default, or a number or string that is equal to it."""
-    alike = type(value) is type(default) and isinstance(value, (bool, int, float, str))
-    return value is default or (alike and value == default)
+    """Whether value is the default, or equal to it: a number, a string, or a list or tuple of such."""
+    if value is default:
+        return True
+    if type(value) is not type(default):
+        return False
+    if isinstance(value, (list, tuple)):
+        return len(value) == len(default) and all(map(is_same, value, default))
+    return isinstance(value, (bool, int, float, str)) and value == default
 
 
-def _has_nodes(value) -> bool:
-    found = []
-    torch.fx.map_arg(value, found.append)
-    return bool(found)
+def _holds_tensors(value) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, slice):
+        return _holds_tensors([value.start, value.stop, value.step])
+    return isinstance(value, (Node, Tensor))
+
+
+def _thawed(value):
+    """Lists and dicts as a caller makes them, of torch.fx's that refuse changes."""
+    if isinstance(value, list):
+        return [_thawed(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _thawed(each) for key, each in value.items()}
+    return tuple(map(_thawed, value)) if type(value) is tuple else value
 
 
 def trace(
@@ -144,30 +179,32 @@ def trace(
     training: bool = True,
     strict: bool = False,
     containers: Container[str] = (),
+    values: dict[str, Any] | None = None,
 ) -> Graph:
     """The graph of owner's forward in training or in eval mode, with all its children as leaves.
 
     Nothing is left behind: attributes, tensors, owner's mode and the random number generators are as before.
 
     Args:
-        names: the arguments that are given; all others keep their defaults.
+        names: the arguments that are given as tensors.
         strict: refuse what a graph cannot repeat; in the graph, buffers are read anew, as parameters always are.
-        containers: the arguments that are lists, tuples or dicts and not tensors.
+        containers: those of them that are lists, tuples or dicts of tensors.
+        values: what other arguments are given; all others keep their defaults.
 
     Raises:
         Untraceable: with torch.fx's reason; or that random numbers were drawn, so that it may call other things the
-            next time.
+            next time; or that forward changes one of the values.
     """
     named = list(functions(owner))
     if strict and any(names & _MODE_QUESTIONS for _, _, names in named):
         raise Untraceable("it asks whether gradients or autocast are on, which a graph does not")
     if any(_asks_for_class(function.__code__, values) for function, values, _ in named):
         raise Untraceable("it asks for a value's class by match, __class__ or singledispatch: a stand-in has its own")
-    undone = Undone(owner)
+    undone, mine = Undone(owner), _thawed(values or {})
     try:
         with told_apart([function for function, *_ in named]), undone, torch.enable_grad():
             owner.__dict__["training"] = training
-            graph = _Tracer(names, strict, containers).trace(owner)
+            graph = _Tracer(names, strict, containers, mine).trace(owner)
     except Untraceable:
         raise
     except Exception as error:  # the forward is anyone's code, run on stand-ins for tensors: it may raise anything
@@ -175,6 +212,8 @@ def trace(
         raise Untraceable(f"{type(error).__name__}: {reason}" if reason else type(error).__name__) from error
     if undone.drew:
         raise Untraceable("it draws random numbers, and may do something else the next time")
+    if repr(mine) != repr(values or {}):
+        raise Untraceable("it changes a list or dict that it is called with")
     if strict and undone.unrepeatable:
         raise Untraceable(f"{undone.unrepeatable[0]}, which a graph does not repeat")
     return graph
@@ -243,6 +282,13 @@ def functions(owner: nn.Module) -> Iterator[tuple[types.FunctionType, list, set[
             for value in values
             if inspect.isfunction(value) and not str(value.__module__).startswith("torch.")
         ]
+
+
+def asks_for_none(owner: nn.Module) -> bool:
+    """Whether owner's forward, or what it names, asks whether anything is None: of a stand-in the answer is no."""
+    codes = (function.__code__ for function, *_ in functions(owner))
+    asking = (each.opname for code in codes for each in dis.get_instructions(code))
+    return any(name == "IS_OP" or (name.startswith("POP_JUMP") and name.endswith("NONE")) for name in asking)
 
 
 def _asks_for_class(code: types.CodeType, values: list) -> bool:

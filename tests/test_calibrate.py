@@ -111,7 +111,11 @@ def test_mse_finds_the_best_step_from_bins_and_from_elements(bits, signed):
         bins.add(part)
     for merged in (1, 8) if bits <= 5 else (1,):
         assert error(x, sketch.mse_step(bins.bins(merged), spec), spec) < 1.003 * least
-    assert error(x, sketch.mse_step(sketch.elements(x[None]), spec), spec) < 1.003 * least
+    rows = torch.stack([x, torch.zeros_like(x), x * 1e-30, x.roll(1) * 1e30])
+    rows = torch.cat([rows, torch.full((4, 2), torch.inf)], 1)  # which counts nowhere
+    one, zero, small, large = sketch.mse_step_of(rows, spec)
+    assert error(x, one, spec) < 1.003 * least and zero.isnan()
+    torch.testing.assert_close(torch.stack([small * 1e30, large / 1e30]), torch.stack([one, one]))
 
 
 def test_the_percentile_lands_on_the_outermost_level():

@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 
 import qbr
 from qbr import QATConfig
-from qbr.export import load_packed, save_packed
+from qbr.export import load_packed, read_checkpoint, save_packed
 from qbr.export.packed import read_packed
 from qbr.quantizers import quantizers
 
@@ -90,6 +90,37 @@ def test_round_trip_at_every_width(bits, per_channel, tmp_path):
     assert load_packed(given, path) is given
     assert torch.equal(given(IMAGES), model(IMAGES))
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+class _Versioned(nn.Sequential):
+    """Loads a state_dict of its own version only, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__(*_net())
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"version={local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_classes_that_ask_for_their_version(prefix, tmp_path):
+    model = _trained(_Versioned, IMAGES, weight_bits=4, act_bits=4)
+    save_packed(model, tmp_path / "m.safetensors")
+    assert torch.equal(load_packed(_Versioned().eval(), tmp_path / "m.safetensors")(IMAGES), model(IMAGES))
+    state = (nn.DataParallel(model) if prefix else model).state_dict()
+    assert all(name.startswith(prefix) for name in state)
+    torch.save({"model_state_dict": state, "config": model.qat_config.to_json()}, tmp_path / "m.pth")
+    fresh = qbr.prepare(_Versioned(), model.qat_config)
+    fresh.load_state_dict(read_checkpoint(tmp_path / "m.pth").state)
+    assert torch.equal(fresh.eval()(IMAGES), model(IMAGES))
+    del state._metadata
+    torch.save({"model_state_dict": state, "config": model.qat_config.to_json()}, tmp_path / "plain.pth")
+    with pytest.raises(ValueError, match="version=None"):
+        fresh.load_state_dict(read_checkpoint(tmp_path / "plain.pth").state)
 
 
 @pytest.mark.parametrize("make", [_Words, _Tied])

@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -213,14 +214,23 @@ def load_packed(model: nn.Module | Callable[[], nn.Module], path: str | os.PathL
     if not quantizers(target):
         if packed.config is None:
             raise ValueError(f"{path} has no config, and model has no quantizers: qbr.prepare(model, config) first")
-        _check_fits(prepare(copy.deepcopy(target), packed.config), packed, path)
+        trial = prepare(copy.deepcopy(target), packed.config)
+        _check_fits(trial, packed, path)
+        _load(trial, packed)
         prepare(target, packed.config)
     _check_fits(target, packed, path)
-    target.load_state_dict(packed.state_dict())
+    _load(target, packed)
     for each in quantized_weights(target):
         if getattr(each.module, "max_norm", None) is not None:
             each.module.max_norm = None
     return model
+
+
+def _load(model: nn.Module, packed: Packed) -> None:
+    """With the versions of model's own classes, without which some (torchvision's MNASNet) load nothing."""
+    state = OrderedDict(packed.state_dict())
+    state._metadata = model.state_dict()._metadata
+    model.load_state_dict(state)
 
 
 def _check_fits(model: nn.Module, packed: Packed, path) -> None:

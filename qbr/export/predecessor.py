@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ class Checkpoint:
     """What a checkpoint holds of a model.
 
     Attributes:
-        state: its state_dict, on the CPU, without the prefixes of DataParallel and torch.compile; loads into
-            ``qbr.prepare(model, config)`` with strict=True.
+        state: its state_dict, on the CPU, without the prefixes of DataParallel and torch.compile, with the versions in
+            its metadata; loads into ``qbr.prepare(model, config)`` with strict=True.
         config: what it was quantized with; None for a float model.
         predecessor: whether the predecessor wrote it.
     """
@@ -125,7 +126,7 @@ def read_checkpoint(
     if not steps(state):
         return Checkpoint(state, None, predecessor)
     # Half-precision checkpoints hold their steps so, too; a quantizer's are float32.
-    state = {**state, **{name: state[name].float() for name in steps(state) if state[name].is_floating_point()}}
+    state.update({name: state[name].float() for name in steps(state) if state[name].is_floating_point()})
     config = config or _recorded(content, path)
     if config is None:
         config = _config(args, state, weight_bits, act_bits, clip, path)
@@ -169,9 +170,22 @@ def state_of(content: dict) -> dict[str, Tensor] | None:
     state = next((content[name] for name in ("model_state_dict", "state_dict", "model") if name in content), content)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         return None
+    versions = _versions(state)
     while wrapper := next((each for each in _WRAPPERS if all(str(name).startswith(each) for name in state)), None):
         state = {name.removeprefix(wrapper): value for name, value in state.items()}
+        versions = {f"{name}.".removeprefix(wrapper)[:-1]: value for name, value in versions.items()}
+    state = OrderedDict(state)
+    state._metadata = OrderedDict({name: {"version": version} for name, version in versions.items()})
     return state
+
+
+def _versions(state: dict) -> dict[str, int]:
+    """{module: version of its class} of a state_dict that has its metadata; some classes (torchvision's MNASNet) load
+    nothing without."""
+    metadata = getattr(state, "_metadata", None)
+    found = metadata.items() if isinstance(metadata, dict) else ()
+    versions = {name: each.get("version") for name, each in found if isinstance(each, dict)}
+    return {str(name): version for name, version in versions.items() if isinstance(version, int)}
 
 
 def _state(content: dict, path: Path, size: int) -> dict[str, Tensor]:
@@ -184,7 +198,8 @@ def _state(content: dict, path: Path, size: int) -> dict[str, Tensor]:
         claimed = tensor.numel() * tensor.element_size()
         if claimed > size:
             raise ValueError(f"{path}: {name} claims {claimed} bytes, in a file of {size}")
-    return {name: value.detach() for name, value in state.items()}
+        state[name] = tensor.detach()
+    return state
 
 
 def _recorded(content: dict, path: Path) -> QATConfig | None:

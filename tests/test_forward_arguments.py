@@ -1,0 +1,267 @@
+"""What a forward is called with decides what it calls: flags, None, numbers and lists that a parent or the example
+gives."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import qbr
+from qbr import QATConfig
+from qbr.quantizers import quantizers
+
+INPUTS = QATConfig(weight_bits=4, act_bits=4, quantize_inputs=True)
+
+
+class Decoder(nn.Module):
+    """A block of a U-Net: of its skip connection it asks whether there is one."""
+
+    def __init__(self, channels: int, scale: int) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(channels, 4, 3, padding=1), scale
+
+    def forward(self, x, skip, size=None):
+        x = F.interpolate(x, scale_factor=self.scale) if size is None else F.interpolate(x, size=size)
+        if skip is not None:
+            x = torch.cat([x, skip], 1)
+        return F.relu(self.conv(x))
+
+
+class UNet(nn.Module):
+    def __init__(self, size=None) -> None:
+        super().__init__()
+        self.down, self.up, self.last, self.size = nn.Conv2d(3, 4, 1, stride=2), Decoder(7, 2), Decoder(4, 1), size
+
+    def forward(self, x):
+        return self.last(self.up(F.relu(self.down(x)), x, size=self.size), None)
+
+
+@pytest.mark.parametrize("size", [None, (8, 8), [8, 8]], ids=str)
+def test_each_block_is_read_with_what_it_is_given(size):
+    model, x = UNet(size), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    table = str(qbr.plan(model, QATConfig(weight_bits=8, act_bits=8)))
+    assert "with skip=None, size at the default" in table
+    assert (f"with size={size!r}" if size else "with size at the default") in table
+    prepared = qbr.prepare(model, QATConfig(weight_bits=8, act_bits=8))
+    qbr.calibrate(prepared, [x], method="mse")
+    assert (prepared(x) - expected).abs().max() < 0.05 * expected.abs().max()
+    for twin in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        assert torch.equal(twin(x), prepared(x))
+
+
+def test_a_rewritten_forward_refuses_what_it_was_not_read_with():
+    model = qbr.prepare(UNet(), QATConfig(weight_bits=8, act_bits=8))
+    y, x = torch.randn(2, 4, 4, 4), torch.randn(2, 3, 8, 8)
+    assert model.up(y, x).shape == model.up(skip=x, x=y).shape == (2, 4, 8, 8)
+    assert model.last(y, None).shape == model.last(y, skip=None, size=None).shape == (2, 4, 4, 4)
+    for wrong, match in (
+        (lambda: model.up(y, None), r"forward\(skip=<NoneType>\).* with a tensor for 'skip'.*prepare\(example=...\)"),
+        (lambda: model.up(y), "with a tensor for 'skip'"),
+        (lambda: model.up(y, x, (8, 8)), r"forward\(size=<tuple>\).* with its default for 'size'"),
+        (lambda: model.last(y, y), r"forward\(skip=<Tensor>\).* with None for 'skip'"),
+        (lambda: model.last(y), "with None for 'skip'"),
+        (lambda: model.up(y, x, other=1), "arguments that it does not have"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            wrong()
+
+
+class Block(nn.Module):
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(i, o, 1), nn.ReLU()
+
+    def forward(self, x, act=True):
+        x = self.conv(x)
+        return self.act(x) if act else x
+
+
+class Flagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.linear, self.last = Block(3, 4), Block(4, 4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.linear(self.first(x), act=False))
+
+
+def _inputs(model, config=INPUTS, **kwargs) -> dict[str, bool]:
+    return {each.name: each.signed for each in qbr.plan(model, config, **kwargs).inputs}
+
+
+def test_a_flag_that_leaves_a_relu_out_leaves_signed_values():
+    assert _inputs(Flagged()) == {"first.conv": True, "last": True}
+
+
+class Conditioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embed, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, condition=None, scale: float = 1.0):
+        x = F.relu(self.conv(x))
+        if condition is not None:
+            x = x + self.embed(condition)
+        return self.last(x * scale)
+
+
+def test_the_example_tells_what_the_model_is_called_with():
+    x = torch.randn(2, 3, 4, 4)
+    assert _inputs(Conditioned()) == {"conv": True, "embed": True, "last": False}
+    assert _inputs(Conditioned(), example=x) == {"conv": True, "embed": True, "last": False}
+    both = {"x": x, "condition": x}
+    assert _inputs(Conditioned(), example=both) == {"conv": True, "embed": True, "last": True}
+    assert _inputs(Conditioned(), example={"x": x, "scale": -1.0})["last"] is True
+    model = qbr.prepare(Conditioned(), INPUTS, example=both)
+    assert model(**both).shape == model(x, x, 1.0).shape
+    with pytest.raises(TypeError, match="with a tensor for 'condition'"):
+        model(x)
+    with pytest.raises(TypeError, match="a batch is a int"):
+        qbr.plan(Conditioned(), example=3)
+
+
+class Sorts(nn.Module):
+    def forward(self, x, order):
+        order.sort()
+        return F.relu(x.permute(order))
+
+
+class GivesAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.sorts = nn.Linear(4, 4), Sorts()
+
+    def forward(self, x):
+        return self.sorts(self.linear(x), [1, 0])
+
+
+def test_a_forward_that_changes_the_list_it_is_given_is_not_rewritten():
+    with pytest.raises(ValueError, match="it changes a list or dict that it is called with"):
+        qbr.plan(GivesAList())
+    assert GivesAList()(torch.randn(2, 4)).shape == (2, 4)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.linear, self.on = nn.Linear(4, 4), on
+
+    def forward(self, x):
+        return self.linear(x) if self.on else None
+
+
+class Returned(nn.Module):
+    """Asks whether a child has given it anything."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.linear, self.auxiliary = nn.Linear(4, 4), Auxiliary(on)
+
+    def forward(self, x):
+        x = F.relu(self.linear(x))
+        more = self.auxiliary(x)
+        return x if more is None else x + more
+
+
+class HandsOn(Returned):
+    def forward(self, x):
+        x = F.relu(self.linear(x))
+        return x, self.auxiliary(x)
+
+
+def test_whether_a_child_returns_none_is_not_asked_of_a_stand_in():
+    config, x = QATConfig(weight_bits=8, act_bits=8), torch.randn(3, 4)
+    assert [each.name for each in qbr.plan(Returned(True), config).relus] == ["functional_relu_1"]
+    with pytest.raises(ValueError, match="auxiliary returns None, and it asks for None"):
+        qbr.plan(Returned(False), config)
+    for on in (True, False):
+        assert [each.name for each in qbr.plan(HandsOn(on), config).relus] == ["functional_relu_1"]
+    model = qbr.prepare(Returned(False), QATConfig(weight_bits=8, act_bits=None))
+    assert model(x).shape == (3, 4)
+
+
+class Shifts(nn.Module):
+    def forward(self, x):
+        x.view(-1).sub_(1.0)
+
+
+class ShiftsWithin(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shifts = Shifts()
+
+    def forward(self, x):
+        self.shifts(x)
+
+
+@pytest.mark.parametrize("shifts", [Shifts, ShiftsWithin])
+def test_what_a_child_writes_to_its_argument_is_seen_by_its_parent(shifts):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.relu, self.shifts, self.last = nn.Linear(4, 4), nn.ReLU(), shifts(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.relu(self.first(x)) * 1.0
+            self.shifts(x)
+            return self.last(x)
+
+    assert _inputs(Net()) == {"first": True, "last": True}
+
+
+def _set(x):
+    x.data = x.data - 5
+    return x
+
+
+def _alias(x):
+    y = x.data
+    y -= 5
+    return x
+
+
+_THEN = {"set": _set, "alias": _alias}
+
+
+def test_attributes_of_tensors_that_are_set_or_written_to():
+    class Net(nn.Module):
+        def __init__(self, then) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.then = then
+
+        def forward(self, x):
+            return self.last(_THEN[self.then](F.relu(self.first(x))))
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    with pytest.raises(ValueError, match="it sets .data of a tensor"):
+        qbr.plan(Net("set"))
+    model = Net("alias")
+    expected = model(x)
+    assert _inputs(model)["last"] is True
+    qbr.calibrate(qbr.prepare(model, QATConfig(weight_bits=8, act_bits=8)), [x], method="mse")
+    assert (model(x) - expected).abs().max() < 0.1
+
+
+def test_calibration_warns_of_unsigned_inputs_below_zero():
+    def calibrated(**kwargs) -> list[str]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Softplus(), nn.Linear(4, 4))
+        model = qbr.prepare(model, QATConfig(act_bits=4, quantize_inputs=True, **kwargs))
+        model[1].register_forward_hook(lambda module, args, y: y - 5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            qbr.calibrate(model, [torch.randn(8, 4)])
+        assert not quantizers(model)["2.input_quantizer"].spec.signed
+        return [str(each.message) for each in caught]
+
+    (warning,) = calibrated()
+    assert "['2.input_quantizer'] are unsigned and were given values below 0" in warning and "input_signed" in warning
+    assert calibrated(overrides={"2": {"input_signed": False}}) == []

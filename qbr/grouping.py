@@ -11,7 +11,9 @@ the tensor that it would have made itself:
 - inside activation checkpointing, forward and recomputation;
 - for a weight that is not there before the layer runs (FSDP: a DTensor, or no storage), from then on also one whose
   layer did not run in the last forward;
-- for a weight that is no dense tensor, or one made under torch.inference_mode, which has no version to compare.
+- for a weight that is no dense tensor, or one made under torch.inference_mode, which has no version to compare;
+- for a layer with forward pre-hooks, which may write to ``weight.data``. Who else writes to it, in place, during a
+  forward (a parent, a hook further up) is not seen: under torch.no_grad() ``weight.mul_(...)`` is.
 
 Losses of different weights may have backwards of their own all the same: qbr/saved.py.
 """
@@ -49,7 +51,7 @@ def quantize_together(model: nn.Module, *_) -> None:
     groups: dict[bool, list] = {}
     for quantizer, owner, name in weights(model):
         weight = owner._parameters.get(name)
-        if quantizer.alone or weight is None or not is_there(weight) or owner._forward_pre_hooks:
+        if quantizer.alone or weight is None or not is_there(weight) or _has_hooks(owner):
             continue  # a hook may write to the weight's .data, which no version tells
         if quantizer.training and not quantizer.initialised:
             continue  # its first forward sets alpha
@@ -63,6 +65,11 @@ def quantize_together(model: nn.Module, *_) -> None:
             _quantize(members, with_bins)
             grouped += [quantizer for quantizer, *_ in members]
     assign(model, "_qbr_grouped", grouped)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether a layer has forward pre-hooks beside those of qbr, which it has as the root of a model."""
+    return any(not hook.__module__.startswith("qbr.") for hook in layer._forward_pre_hooks.values())
 
 
 def weights(model: nn.Module) -> list[tuple[nn.Module, nn.Module, str]]:

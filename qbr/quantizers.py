@@ -36,7 +36,7 @@ _SET_OUTSIDE = (
     "tensor is set from data in every such call, the module's own never: call qbr.calibrate(model, batches) first"
 )
 _UNUSABLE = (
-    f"a quantizer has met no usable data (all 0, or not finite) before {TRIES} optimizer steps: its step size stays "
+    "a quantizer has met no usable data (all 0, or not finite) before its first optimizer steps: its step size stays "
     "what it was before data, and learns from there; qbr.calibrate(model, batches) or quantizer.set_alpha sets it"
 )
 _NEVER_SET = (
@@ -143,7 +143,8 @@ class LSQQuantizer(nn.Module):
         return levels[0] if self.spec.channel_axis is None else levels
 
     def forward(self, x: Tensor, *, relu: bool = False, clip: float | None = None) -> Tensor:
-        """xhat, in x's shape and dtype; of min(max(x, 0), clip) with ``relu``. Never waits for the device."""
+        """xhat, in x's shape and dtype; of min(max(x, 0), clip) with ``relu``. Waits for the device only while alpha is
+        unset: in eval mode, and among several processes."""
         if not self._initialised and not self._was_sent():
             if self.training:
                 self.initialise(x, relu=relu, clip=clip, force=False)
@@ -358,7 +359,7 @@ class LSQQuantizer(nn.Module):
             state_dict = {**state_dict, prefix + "alpha": alpha.to(torch.float32)}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if init_state is not None and not init_state.is_meta:
-            self._initialised, self._unconfirmed = bool((init_state != 0).all()), False
+            self._initialised, self._unconfirmed, self._tries = bool((init_state != 0).all()), False, 0
             quantizer_state.warn_of(self.spec, init_state, local_metadata)
 
     def __getstate__(self):

@@ -54,7 +54,8 @@ _OWN = {"tracer", "node", "root", "attr", "_node"}  # what fx's own Proxy and At
 
 
 class _Type:
-    """What stands for ``type``: of a stand-in it gives the class of what that stands for."""
+    """What stands for ``type``: of a stand-in it gives the class of what that stands for. It is equal to type, but not
+    type itself to who asks by ``is``."""
 
     def __call__(self, *args, **kwargs):
         if len(args) == 1 and isinstance(args[0], StandIn):
@@ -69,6 +70,18 @@ class _Type:
 
     def __getattr__(self, name: str):
         return getattr(type, name)
+
+    def __eq__(self, other) -> bool:
+        return other is type or isinstance(other, _Type)
+
+    def __hash__(self) -> int:
+        return hash(type)
+
+    def __or__(self, other):
+        return type | other
+
+    def __ror__(self, other):
+        return other | type
 
 
 _telling = threading.RLock()
@@ -92,18 +105,15 @@ def told_apart(functions: Iterable[FunctionType]):
     asking = [p for p in places.values() if not str(p.get("__name__")).startswith(("torch.", "qbr."))]
     ours = [(place, "isinstance", told) for place in asking]
     ours += [(place, "type", _Type()) for place in asking if place is not vars(torch)]
+    ours = [(place, name, value) for place, name, value in ours if name not in place]  # what is the module's own stays
     with _telling:
-        before = [(place, name, place.get(name, _telling)) for place, name, _ in ours]
         for place, name, value in ours:
             place[name] = value
         try:
             yield
         finally:
-            for place, name, kept in before:
-                if kept is _telling:
-                    del place[name]
-                else:
-                    place[name] = kept
+            for place, name, _ in ours:
+                del place[name]
 
 
 def _operator(function):

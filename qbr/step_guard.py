@@ -11,8 +11,8 @@ import weakref
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports torch._dynamo at once, which takes seconds
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.weak import TensorWeakRef
 
 from qbr import distributed
 
@@ -21,7 +21,8 @@ SMALLEST_ALPHA = 1e-8  # ... and never less than this, so that x / alpha stays f
 
 _live: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _before: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
-_beside: weakref.WeakKeyDictionary[nn.Module, list[TensorWeakRef]] = weakref.WeakKeyDictionary()
+# {quantizer: (owner, name) of the parameters beside it}; a reference to one would forbid torch.utils.swap_tensors.
+_beside: weakref.WeakKeyDictionary[nn.Module, list[tuple]] = weakref.WeakKeyDictionary()
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _hooks: list = []
 
@@ -38,13 +39,18 @@ def remember(model: nn.Module, quantizers: dict[str, nn.Module]) -> None:
     For a weight that is itself; for an activation all of the smallest module around it that has any.
     """
     check_again()  # an optimizer may have stepped before these were there
-    alphas = {id(quantizer.alpha) for quantizer in quantizers.values()}
     for name, quantizer in quantizers.items():
         beside = []
         while name and not beside:
             name = name.rpartition(".")[0]
-            beside = [p for p in model.get_submodule(name).parameters() if id(p) not in alphas]
-        _beside[quantizer] = [TensorWeakRef(p) for p in (beside[:1] if quantizer.kind == "weight" else beside)]
+            beside = [
+                (weakref.ref(owner), parameter)
+                for owner in model.get_submodule(name).modules()
+                if owner not in _live
+                for parameter, value in owner._parameters.items()
+                if value is not None
+            ]
+        _beside[quantizer] = beside[:1] if quantizer.kind == "weight" else beside
 
 
 def check_again() -> None:
@@ -52,9 +58,10 @@ def check_again() -> None:
     _checked.clear()
 
 
-def _are_moved(parameters: list[TensorWeakRef], owned: set[int]) -> bool:
-    """Whether the optimizer of these ids has the parameters, all that are trained."""
-    alive = [p for p in (ref() for ref in parameters) if p is not None]
+def _are_moved(parameters: list[tuple], owned: set[int]) -> bool:
+    """Whether the optimizer of these ids has the parameters (owner, name), all that are trained."""
+    found = [getattr(owner(), "_parameters", {}).get(name) for owner, name in parameters]
+    alive = [p for p in found if p is not None]
     return any(id(p) in owned for p in alive) and all(id(p) in owned or not p.requires_grad for p in alive)
 
 
@@ -80,6 +87,7 @@ def _check_optimizer(optimizer: Optimizer, owned: set[int]) -> None:
         )
 
 
+@_disable_dynamo  # a compiled step would be compiled anew whenever a quantizer comes or goes
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, args, kwargs) -> None:
     """Note the values of this optimizer's frozen alphas, and the least that each of the others may have afterwards."""
@@ -109,7 +117,8 @@ def _confirm(quantizers: list[nn.Module]) -> None:
     """Read once whether the forward that has just set step sizes from data could."""
     if not quantizers or torch._guards.active_fake_mode() is not None:
         return
-    quantizers = [quantizer for quantizer in quantizers if type(quantizer.init_state) is torch.Tensor]  # none is fake
+    # Neither fake nor on meta, as copies of a model that is in use may be.
+    quantizers = [q for q in quantizers if type(q.init_state) is torch.Tensor and not q.init_state.is_meta]
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     if not quantizers or capturing:
         return
@@ -119,6 +128,7 @@ def _confirm(quantizers: list[nn.Module]) -> None:
         quantizer.confirm(state)
 
 
+@_disable_dynamo
 @torch.no_grad()
 def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
     """Keep alpha positive after any torch.optim step: alpha = max(alpha, alpha before the step / 10, 1e-8); and a
@@ -134,8 +144,7 @@ def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
         torch._foreach_maximum_(alphas, floors)
     if held:
         torch._foreach_copy_(held, values)
-    if not torch.compiler.is_compiling():
-        _confirm([quantizer for quantizer in list(_live) if quantizer._unconfirmed])  # also what no optimizer has
+    _confirm([quantizer for quantizer in list(_live) if quantizer._unconfirmed])  # also what no optimizer has
     for quantizer in mine:
         if quantizer._retained:
             quantizer._retained = []

@@ -21,6 +21,7 @@ from qbr.tracing import (
     first,
     functions,
     is_same,
+    loaded,
     parameters,
     readers_after,
     relu_calls,
@@ -37,8 +38,8 @@ class TracedForward:
 
     An attribute that the original forward reads, other than parameters, buffers, modules and ``training``, has the
     value of the time of reading. A call after a number among them has changed, something came for None or the other way
-    round, or the modules in a list that was read, raises; one after a flag or a string has, warns; compiled code does
-    neither. What a ReLU changed in place is read from its result.
+    round, or the modules in a list that was called whole, raises; one after a flag, a string or a list that was called
+    in part has, warns; compiled code does neither. What a ReLU changed in place is read from its result.
 
     Args:
         owner: whose forward it is.
@@ -69,7 +70,7 @@ class TracedForward:
         self._tensors = {i for graph in graphs.values() for i, node in enumerate(graph.nodes) if "asked" in node.meta}
         if len({tuple(map(bound, relu_calls(graph))) for graph in graphs.values()}) > 1:
             raise Untraceable("it calls different ReLUs in training and in eval mode")
-        self._names = [name for name in _attributes_read(owner) if type(_plain(owner, name)) in _PLAIN]
+        self._names = _attributes_read(owner)
         self._lists = _lists(owner, graphs.values())
         self._code = {mode: _rewritten(owner, graph, relus, in_place) for mode, graph in graphs.items()}
         self._read = self._as_it_is()
@@ -106,8 +107,9 @@ class TracedForward:
         return self._functions[self.owner.training](self.owner, *args)
 
     def _as_it_is(self) -> dict[str, object]:
-        """What the graphs have of owner and do not read anew: attributes with plain values, and lists' names."""
-        found = {name: _plain(self.owner, name) for name in self._names}
+        """What the graphs have of owner and do not read anew: plain values, ``...`` for any other but None, and lists'
+        names."""
+        found = {name: _plain(self.owner, name) for name in self._names if name not in self._lists}
         for path in self._lists:
             with contextlib.suppress(AttributeError):  # of what is gone the graph's own call tells
                 module = self.owner.get_submodule(path)
@@ -121,15 +123,16 @@ class TracedForward:
             then = self._read[name]
             if now[name] is then or now[name] == then or (now[name] != now[name] and then != then):
                 continue
-            is_now = repr(now[name]) if name in self._lists or type(now[name]) in _PLAIN else "something else"
+            was, is_now = ("an object" if value is ... else repr(value) for value in (then, now[name]))
             text = (
-                f"{type(self.owner).__name__}.{name} was {then!r} when qbr.prepare read this forward, which calls a "
+                f"{type(self.owner).__name__}.{name} was {was} when qbr.prepare read this forward, which calls a "
                 f"ReLU as a function, and is {is_now} now: the forward goes on as it was read. Change it before "
                 "prepare, or use nn.ReLU there, or QATConfig(skip=...)"
             )
-            # A dict's new member changes nothing where the others are taken by name.
+            # A dict's new member changes nothing where the others are taken by name, as may be where not all are.
             grown = name in self._lists and set(then) < set(now[name]) and self._is_dict(name)
-            if grown or (type(now[name]) is type(then) and type(then) in (bool, str)):
+            flag = type(now[name]) is type(then) and type(then) in (bool, str)
+            if flag or grown or not self._lists.get(name, True):
                 warnings.warn(text, stacklevel=3)
             else:
                 raise RuntimeError(text)
@@ -218,23 +221,26 @@ def _read_of(code: types.CodeType, me: str) -> set[str]:
     found = set().union(*inner)
     instructions = [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE")]
     for before, each in zip(instructions, instructions[1:]):
-        of = before.argval[-1] if isinstance(before.argval, tuple) else before.argval
-        if of == me and before.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")):
+        if loaded(before) == me:
             asked = each.opname == "LOAD_CONST" and isinstance(each.argval, str) and each.argval.isidentifier()
             if each.opname in ("LOAD_ATTR", "LOAD_METHOD") or asked:
                 found.add(each.argval)
     return found
 
 
-def _lists(owner: nn.Module, graphs) -> list[str]:
-    """The paths of the containers in owner of which its graphs call every member by itself."""
+def _lists(owner: nn.Module, graphs) -> dict[str, bool]:
+    """{path of a container in owner of which its graphs call every member by itself, or several: whether all}."""
     used: dict[str, set[str]] = {}
     for node in (node for graph in graphs for node in graph.nodes if node.op == "call_module"):
         names = node.target.split(".")
         for end in range(1, len(names)):
             used.setdefault(".".join(names[:end]), set()).add(names[end])
     containers = {path: owner.get_submodule(path) for path in used}
-    return [path for path, m in containers.items() if isinstance(m, _CONTAINERS) and used[path] == {*m._modules}]
+    return {
+        path: used[path] == {*module._modules}
+        for path, module in containers.items()
+        if isinstance(module, _CONTAINERS) and (used[path] == {*module._modules} or len(used[path]) > 1)
+    }
 
 
 class _Module:

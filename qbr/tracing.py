@@ -198,7 +198,7 @@ def trace(
     named = list(functions(owner))
     if strict and any(names & _MODE_QUESTIONS for _, _, names in named):
         raise Untraceable("it asks whether gradients or autocast are on, which a graph does not")
-    if any(_asks_for_class(function.__code__, values) for function, values, _ in named):
+    if any(_asks_for_class(function.__code__, values, {*owner._modules}) for function, values, _ in named):
         raise Untraceable("it asks for a value's class by match, __class__ or singledispatch: a stand-in has its own")
     undone, mine = Undone(owner), _thawed(values or {})
     try:
@@ -273,9 +273,10 @@ def functions(owner: nn.Module) -> Iterator[tuple[types.FunctionType, list, set[
         values += [each for value in values if type(value) in (list, tuple) for each in value]
         values += [each for value in values if type(value) is dict for each in value.values()]
         values = [_inner(value) for value in values]
-        yield function, values, names
-        methods = [vars(base).get(name) for name in names for base in kind.__mro__ if base not in nn.Module.__mro__]
-        methods = [getattr(method, "__func__", method) for method in methods]
+        of_class = [vars(base).get(name) for name in names for base in kind.__mro__ if base not in nn.Module.__mro__]
+        modules = [value for value in values if inspect.ismodule(value) and not value.__name__.startswith("torch")]
+        yield function, [*values, *of_class, *(vars(m).get(name) for m in modules for name in names)], names
+        methods = [getattr(method, "__func__", method) for method in of_class]
         waiting += [method for method in methods if inspect.isfunction(method)]
         waiting += [
             value
@@ -291,20 +292,40 @@ def asks_for_none(owner: nn.Module) -> bool:
     return any(name == "IS_OP" or (name.startswith("POP_JUMP") and name.endswith("NONE")) for name in asking)
 
 
-def _asks_for_class(code: types.CodeType, values: list) -> bool:
-    """Whether a function matches values with classes, reads ``x.__class__`` of what is not self, or calls what
-    functools.singledispatch has made."""
-    if any(isinstance(getattr(value, "registry", None), types.MappingProxyType) for value in values):
+def _asks_for_class(code: types.CodeType, values: list, children: set[str]) -> bool:
+    """Whether a function matches values with classes, reads ``x.__class__`` of what is not self or one of its children,
+    or calls what functools.singledispatch has made."""
+    if any(map(_dispatches, values)):
         return True
     found = [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE", "PRECALL")]
-    for each, after in zip(found, [*found[1:], None]):
+    path: list[str | None] = []  # the variable, and its attributes that are read one after another
+    for each in found:
         if each.opname == "MATCH_CLASS":
             return True
-        if after is None or "self" in (each.argval, after.argval):
-            continue
-        if after.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval == "__class__":
+        if each.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            path = [loaded(each)]
+        elif each.argval == "__class__" and (path[:1] != ["self"] or not children.issuperset(path[1:2])):
             return True
-    return False
+        else:
+            path.append(each.argval)
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return any(_asks_for_class(each, [], children) for each in inner)
+
+
+def loaded(instruction: dis.Instruction) -> str | None:
+    """The local variable that an instruction leaves on top of the stack; of the two that one of Python 3.13 names, the
+    last."""
+    name = instruction.opname
+    if not name.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")) and "_LOAD_FAST" not in name:
+        return None
+    return instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+
+
+def _dispatches(value) -> bool:
+    """Whether a value is what functools.singledispatch or singledispatchmethod has made."""
+    if isinstance(value, functools.singledispatchmethod):
+        return True
+    return isinstance(value, types.FunctionType) and isinstance(vars(value).get("registry"), types.MappingProxyType)
 
 
 def _inner(value):

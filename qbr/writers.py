@@ -111,7 +111,7 @@ class CSVWriter:
         whole = text[: text.rfind("\n") + 1]
         rows = list(csv.reader(io.StringIO(whole)))
         if not rows:
-            if not text.startswith("step"[: len(text)]):  # else a header that was cut short
+            if not text.startswith("step,"[: len(text)]):  # else a header that was cut short
                 raise ValueError(no_such)
             kept = ""
         else:

@@ -183,6 +183,7 @@ def test_outputs_that_are_no_classes(tmp_path):
     model = _trained(_Maps(), X, weight_bits=4, act_bits=4)
     path = to_onnx(model, X[:1], tmp_path / "m.onnx")
     found = compare(model, path, X)
+    assert sum([found, found], runtime.Comparison()).rows == (found + runtime.Comparison()).rows + 4 == 8
     assert found.rows == 4 and found.top1_equal is None and found.unplaced == 0 and "top-1" not in str(found)
     with torch.no_grad():
         model.last.quantizer.alpha.mul_(1.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import warnings
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from guards import no_host_reads
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
@@ -47,12 +49,11 @@ def _silent(model, *inputs):
         return model(*inputs)
 
 
-def _step(model: nn.Module, optimizer, x: torch.Tensor, update: bool = True) -> float:
+def _step(model: nn.Module, optimizer, x: torch.Tensor) -> float:
     optimizer.zero_grad()
     loss = (model(x) - 1).square().mean()
     loss.backward()
-    if update:
-        optimizer.step()
+    optimizer.step()
     return loss.item()
 
 
@@ -93,7 +94,7 @@ def test_after_three_steps_a_placeholder_counts_as_set_and_says_so():
         warnings.simplefilter("error")
         for _ in range(2):
             _step(model, optimizer, _x())
-    with pytest.warns(UserWarning, match="no usable data .* before 3 optimizer steps"):
+    with pytest.warns(UserWarning, match="no usable data .* before its first optimizer steps"):
         _step(model, optimizer, _x())
     assert model[1].quantizer.init_state.item() == 1 and model[1].quantizer.alpha.item() == placeholder
     _silent(qbr.convert, model)
@@ -124,7 +125,7 @@ def test_weights_that_begin_at_0_resume_as_they_were_left(kind, saved_after, tmp
     _silent(qbr.convert, model)
 
 
-def test_an_optimizer_looks_once(monkeypatch):
+def test_an_optimizer_looks_once():
     model = _model()
     optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.01, weight_decay=0.0))
     for step in range(3):
@@ -288,9 +289,51 @@ def test_a_step_on_fake_tensors_reads_none():
         optimizer.step()
 
 
-def test_a_compiled_first_step_runs():
+def test_a_compiled_step_is_compiled_once_whatever_other_quantizers_do():
+    others = [_model() for _ in range(3)]
+    model = _model()
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.1, weight_decay=0.0))
+    graphs = CompileCounter()
+    step = torch.compile(optimizer.step, backend=graphs)
+    for _ in range(3):
+        model(_x()).sum().backward()
+        step()
+        assert all(quantizer.initialised for quantizer in quantizers(model).values())
+        others.pop()
+        gc.collect()
+    assert graphs.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_a_copy_on_meta_is_not_looked_at():
     model = _model()
     optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.1, weight_decay=0.0))
     model(_x()).sum().backward()
-    torch.compile(optimizer.step, backend="eager")()
+    skeleton = copy.deepcopy(model).to("meta")
+    optimizer.step()
     assert all(quantizer.initialised for quantizer in quantizers(model).values())
+    assert next(iter(quantizers(skeleton).values())).alpha.is_meta
+
+
+def test_a_state_dict_starts_the_tries_over():
+    model = _model()
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.1, weight_decay=0.0))
+    before = copy.deepcopy(model.state_dict())
+    for tries in range(2):
+        if tries:
+            model.load_state_dict(before)
+        for _ in range(2):
+            _step(model, optimizer, torch.full((4, 6), math.nan))
+    quantizer = model[1].quantizer
+    assert not quantizer.initialised
+
+
+def test_swapped_parameters_are_known_by_their_place(monkeypatch):
+    """torch.utils.swap_tensors refuses tensors with weak references."""
+    model = _model()
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model.double()
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "alpha" not in n], lr=0.1)
+    model(_x().double()).sum().backward()
+    with pytest.raises(RuntimeError, match="step sizes .alpha. are in no optimizer"):
+        optimizer.step()

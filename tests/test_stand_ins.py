@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import copy
-import functools
 import pickle
 import subprocess
 import sys
@@ -284,83 +283,3 @@ print(torch.compile(asks, backend="eager", fullgraph=True)(torch.ones(1)).item()
 def test_what_is_imported_while_a_forward_is_read_has_python_s_isinstance():
     done = subprocess.run([sys.executable, "-c", DYNAMO_MEANWHILE], capture_output=True, text=True)
     assert done.stdout == "2.0\n", done.stderr[-800:]
-
-
-class Matches(Layers):
-    def forward(self, x):
-        match x:
-            case torch.Tensor():
-                return self.act(self.b(F.relu(self.a(x))))
-        return x
-
-
-@functools.singledispatch
-def halved(x):
-    return x
-
-
-@halved.register
-def _(x: torch.Tensor):
-    return x / 2
-
-
-class Dispatches(Layers):
-    def forward(self, x):
-        return self.act(self.b(halved(F.relu(self.a(x)))))
-
-
-class ReadsClass(Layers):
-    def forward(self, x):
-        h = F.relu(self.a(x))
-        return self.act(self.b(h if h.__class__ is torch.Tensor else 0 * h))
-
-
-class ReadsType(Layers):
-    def forward(self, x):
-        h = F.relu(self.a(x))
-        return self.act(self.b(h if type(h) is torch.Tensor else 0 * h))
-
-
-@pytest.mark.parametrize("make", [Matches, Dispatches, ReadsClass, ReadsType])
-def test_a_forward_that_asks_for_a_class_otherwise_is_not_read(make):
-    torch.manual_seed(0)
-    model, x = make(), torch.randn(8, 4)
-    expected = model(x)
-    with pytest.warns(UserWarning, match="a stand-in has its own|it asks for the type of what it has computed"):
-        qbr.prepare(model, qbr.QATConfig(weight_bits=None, act_bits=8))
-    qbr.calibrate(model, [x], method="mse")
-    torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
-
-
-class AsksForItsLayers(nn.Module):
-    """type() of children and of a default is the float model's own; of the input that of a tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 4)])
-
-    def forward(self, x, scale=1.0):
-        if type(scale) is not float or type(x) is not torch.Tensor or not isinstance(type(self), type):
-            raise TypeError(f"{type(x)}")
-        for layer in self.layers:
-            x = F.relu(layer(x)) if type(layer) is nn.Linear else layer(x)
-        return x
-
-
-def test_a_forward_that_asks_for_the_class_of_its_layers_is_read():
-    model = qbr.prepare(AsksForItsLayers(), qbr.QATConfig(act_bits=8))
-    assert {"functional_relu_1", "functional_relu_2"} <= dict(model.named_modules()).keys()
-    assert "type" not in globals() and "isinstance" not in globals()
-    model(torch.randn(3, 4))
-
-
-class NamesItself(Layers):
-    def forward(self, x):
-        if self.training is None:
-            raise RuntimeError(f"{type(self).__name__} or {self.__class__.__name__}: {x.dim()} dimensions")
-        return self.act(self.b(F.relu(self.a(x))))
-
-
-def test_a_forward_that_names_its_own_class_is_read():
-    model = qbr.prepare(NamesItself(), qbr.QATConfig(weight_bits=None, act_bits=8))
-    assert "functional_relu_1" in dict(model.named_modules())

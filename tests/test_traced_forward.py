@@ -72,7 +72,7 @@ CHANGES = {
     "appended": (lambda m: m.layers.append(nn.Linear(4, 4)), r"Listed.layers was \['0', '1', '2'\]"),
     "inserted": (_inserted, r"is \['0', '1', '2', '3'\] now"),
     "deleted": (_deleted, r"is \['0', '1'\] now"),
-    "a module for None": (lambda m: setattr(m, "aux", nn.Linear(4, 4)), "Listed.aux was None .* is something else now"),
+    "a module for None": (lambda m: setattr(m, "aux", nn.Linear(4, 4)), "Listed.aux was None .* is an object now"),
     "a number": (lambda m: setattr(m, "p", 0.5), r"Listed.p was 0.0 .* is 0.5 now"),
 }
 
@@ -132,7 +132,7 @@ INDIRECT = {
     "in a comprehension": (lambda m: setattr(m, "scale", 2.0), "Indirect.scale was 1.0"),
     "by a property": (lambda m: setattr(m, "_shift", 2.0), "Indirect._shift was 0.0"),
     "by getattr": (lambda m: setattr(m, "gain", 2.0), "Indirect.gain was 1.0"),
-    "a buffer for None": (_masked, "Indirect.mask was None .* is something else now"),
+    "a buffer for None": (_masked, "Indirect.mask was None .* is an object now"),
 }
 
 
@@ -161,6 +161,47 @@ def test_flags_and_wrappers_and_members_that_nobody_calls_stop_nothing():
     y = listed(x)
     listed.layers = Wrapped(listed.layers)
     assert torch.equal(listed(x), y)
+
+
+def _negative(x):
+    return -x
+
+
+class Partly(nn.Module):
+    """Empty tuples, an object, a list of which the first member is not called, members of a dict in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.then, self.p = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)]), _negative, 0.0
+        self.heads = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        found = () if self.p else (x,)
+        for layer in self.layers[1:]:
+            found = (*found, F.relu(layer(found[-1])))
+        for head in self.heads.values():
+            found += () if self.then is None else (self.then(head(found[-1])),)
+        return found[-1]
+
+
+def test_an_object_that_becomes_none():
+    model = prepare(Partly(), QATConfig(weight_bits=2, act_bits=2))
+    model(torch.rand(2, 4))
+    model.then = None
+    with pytest.raises(RuntimeError, match="Partly.then was an object .* is None now"):
+        model(torch.rand(2, 4))
+
+
+@pytest.mark.parametrize("change", [
+    (lambda m: m.layers.append(nn.Linear(4, 4)), r"Partly.layers was \['0', '1', '2'\]"),
+    (lambda m: m.heads.update({"three": nn.Linear(4, 4)}), r"Partly.heads was \['one', 'two'\]"),
+], ids=["a list", "a dict"])  # fmt: skip
+def test_a_list_that_is_called_in_part_warns(change):
+    model, x = prepare(Partly(), QATConfig(weight_bits=2, act_bits=2)), torch.rand(2, 4)
+    expected = model(x)
+    change[0](model)
+    with pytest.warns(UserWarning, match=change[1] + ".* the forward goes on as it was read"):
+        assert torch.equal(model(x), expected)
 
 
 class Wrapped(nn.Module):

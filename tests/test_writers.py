@@ -103,7 +103,7 @@ def test_csv_survives_being_killed(tmp_path):
 def test_other_files_are_not_touched(tmp_path):
     path = tmp_path / "notes.csv"
     path.write_text("name,value\nx,1\n")
-    for content in (b"a line of notes without an end", b"\xff\xfe\x00\n", b"step,a.loss\none,2.0\n"):
+    for content in (b"a line of notes without an end", b"steps to take", b"\xff\xfe\x00\n", b"step,a.loss\none,2.0\n"):
         other = tmp_path / "other.csv"
         other.write_bytes(content)
         with pytest.raises(ValueError, match="other.csv is not a CSVWriter's file"):

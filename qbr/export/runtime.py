@@ -91,8 +91,8 @@ class Comparison:
 
     def __add__(self, other: Comparison) -> Comparison:
         """Of two batches through one file: counts add up, differences are the larger ones."""
-        if not self.rows:
-            return other
+        if not self.rows or not other.rows:
+            return other if other.rows else self
         if self.codes and other.codes and self.codes.keys() != other.codes.keys():
             raise ValueError("comparisons of two different files do not add up")
         codes = {

@@ -118,7 +118,7 @@ class Indirect(nn.Module):
 
     def forward(this, x):  # noqa: N805
         x = F.relu(this.a(x)) + this.shift
-        x = sum([x * this.scale for _ in range(2)]) * getattr(this, "gain", 1.0)
+        x = sum([this.scale * v for v in (x, x)]) * getattr(this, "gain", 1.0)
         if this.verbose:
             print("a forward")
         return this.blocks[0](x if this.mask is None else x * this.mask)

@@ -104,7 +104,7 @@ def to_onnx(
             optimize=False, verbose=False, input_names=input_names, output_names=output_names,
         )  # fmt: skip
     optimizer = need("onnxscript.optimizer")
-    optimizer.optimize_ir(onnx_program.model)  # constants; it fuses nothing
+    optimizer.optimize_ir(onnx_program.model)  # constants; of what is in float also BatchNorms
     Lowering(onnx_program.model, version, fold_batchnorm)
     optimizer.optimize_ir(onnx_program.model)
     need("onnx_ir.passes.common").ClearMetadataAndDocStringPass()(onnx_program.model)  # it names this machine's files

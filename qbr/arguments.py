@@ -54,6 +54,11 @@ def check(x: Tensor, alpha, spec: QuantSpec, relu: bool, clip: float | None) -> 
     return x if is_dense(x) else x.contiguous(), alpha, plain
 
 
+def usable(steps: Tensor) -> Tensor:
+    """Which step sizes are positive and finite: bool, in their shape."""
+    return torch.isfinite(steps) & (steps > 0)
+
+
 def check_alpha_grad(alpha_grad: float) -> None:
     """Raise TypeError or ValueError unless alpha's gradient can be multiplied by it."""
     if not isinstance(alpha_grad, numbers.Real):

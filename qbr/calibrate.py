@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from qbr import distributed, grouping, running
+from qbr import arguments, distributed, grouping, running
 from qbr.observed import WeightReads, read_elsewhere
 from qbr.quantizers import LSQQuantizer, require_quantizers
 from qbr.sketch import Mean, Sketch, elements, mean_step, mse_step, mse_step_of, quantile_step
@@ -94,7 +93,7 @@ def _set_all(model: nn.Module, batches, calibrator: _Calibrator, names, forward)
     waiting = [quantizer for quantizer in names if quantizer not in calibrator.done]
     if waiting:
         count = _run(running.unwrapped(model), batches, forward, calibrator, waiting)
-        if not _sum(torch.tensor(float(count), device=waiting[0].alpha.device)).item():
+        if not distributed.total(torch.tensor(float(count), device=waiting[0].alpha.device)).item():
             raise ValueError(f"batches has no batch, and {len(waiting)} step sizes are to be set from data: pass at "
                              "least one batch (an iterator may have been used up before)")  # fmt: skip
     elif isinstance(batches, Iterable) and not isinstance(batches, Iterator):
@@ -207,16 +206,16 @@ class _Calibrator:
         if axis is None or self.method == "lsq" or quantizer.spec.binary:
             statistics = self._new(quantizer)
             statistics.add(weight.detach())
-            statistics.reduce(_sum)
+            statistics.reduce(distributed.total)
             self._set(quantizer, self._step(quantizer, statistics))
             return
-        rows = weight.detach().movedim(axis, 0).flatten(1)
+        rows = weight.detach().movedim(axis, 0)[..., None].flatten(1)
         parts = rows.split(max(_IN_CACHE // max(rows.shape[1], 1), 1))
         if self.method == "mse":
             steps = [mse_step_of(part, quantizer.spec) for part in parts]
         else:
             steps = [quantile_step(elements(part), quantizer.spec, self.quantile) for part in parts]
-        self._set(quantizer, _sum(torch.cat(steps).double()) / distributed.ranks())
+        self._set(quantizer, distributed.total(torch.cat(steps).double()) / distributed.ranks())
 
     def see(self, quantizer: LSQQuantizer, args, kwargs) -> None:
         """A pre-hook of the quantizer: note its input, and set alpha from all that was seen here."""
@@ -240,7 +239,7 @@ class _Calibrator:
         if quantizer in self.done and quantizer not in self._statistics:
             return
         statistics = self._statistics.get(quantizer) or self._new(quantizer)
-        statistics.reduce(_sum)
+        statistics.reduce(distributed.total)
         if bool(statistics.count.sum() > 0):
             self._set(quantizer, self._step(quantizer, statistics))
 
@@ -261,13 +260,5 @@ class _Calibrator:
     @torch.no_grad()
     def _set(self, quantizer: LSQQuantizer, step: Tensor) -> None:
         step = step.to(quantizer.alpha.dtype).reshape(quantizer.alpha.shape)
-        self.done[quantizer] = usable = torch.isfinite(step) & (step > 0)
+        self.done[quantizer] = usable = arguments.usable(step)
         quantizer.write_alpha(torch.where(usable, step, quantizer.alpha), usable)
-
-
-def _sum(values: Tensor) -> Tensor:
-    """The sum over all ranks, the same bits on each."""
-    if distributed.ranks() > 1:
-        values = values.contiguous()
-        dist.all_reduce(values)
-    return values

@@ -120,16 +120,19 @@ class ActivationHookManager:
         return {name: clipped_relu(x, clip) for name, (x, clip) in self._inputs.items()}
 
     def clear_activations(self) -> None:
+        """Drop what was kept; calls count from 1 again."""
         self.activations.clear()
         self._inputs.clear()
         self._calls.clear()
 
     def remove_hooks(self) -> None:
+        """Watch no longer; what was kept stays."""
         for handle in self.hooks:
             handle.remove()
         self.hooks.clear()
 
     def get_registered_layers(self) -> list[str]:
+        """The names that are watched, a copy of ``registered_layers``."""
         return list(self.registered_layers)
 
     def set_training_mode(self, mode: bool) -> None:

@@ -35,15 +35,13 @@ _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 @dataclass
 class FunctionalReLU:
-    """A ReLU that owner's forward calls as a function: the ``index``-th there, from 0.
+    """A ReLU that owner's forward calls as a function.
 
     ``given`` are the arguments of that forward that its graph has; None where the ReLU is the ``activation`` of a
     torch.nn transformer layer, which is an attribute.
     """
 
     owner: nn.Module
-    name: str
-    index: int
     clip: float | None
     given: tuple[str, ...] | None
 
@@ -84,13 +82,13 @@ class Reading:
 
 def read(
     model: nn.Module,
-    quantized: Callable[[str, nn.Module | None], bool],
+    quantized: Callable[[str], bool],
     example: tuple[tuple, dict[str, Any]] | None = None,
 ) -> Reading:
     """Follow the forwards of model and all it calls, without data.
 
     Args:
-        quantized: whether the ReLU of a name (and module; None: a function) will put out quantized values.
+        quantized: whether the ReLU of a name, a module's or a function's, will put out quantized values.
         example: (args, kwargs) that the model is called with: which arguments are tensors, and what the others are.
     """
     reader = _Reader(model, quantized, example)
@@ -129,7 +127,7 @@ class _Reader:
             else:
                 self._enter(module, first)
             return SIGNED
-        if kind in RELUS and self.quantized(name, module):
+        if kind in RELUS and self.quantized(name):
             return QUANTIZED
         after = after_module(module, first)
         if after is not None:
@@ -247,10 +245,10 @@ class _Reader:
                     self._write(owner, self._call(called, each).tensors.get(argument), state, states)
                 self._in_place(owner, called, each)
             elif each in relus:
-                index = relus.index(each)
-                states[each] = self._function(name, owner, tuple(inputs), index, tracing.bound(each))
+                full = joined(name, f"functional_relu_{relus.index(each) + 1}")
+                states[each] = self._function(full, FunctionalReLU(owner, tracing.bound(each), tuple(inputs)))
                 if tracing.works_in_place(each) and states[each] == QUANTIZED:
-                    self._changes(owner, each, tracing.first(each), {_functional(name, index)}, helped=True)
+                    self._changes(owner, each, tracing.first(each), {full}, helped=True)
             elif each.op in ("call_function", "call_method"):
                 states[each] = after_call(each, states)
                 if writes(each):
@@ -274,7 +272,7 @@ class _Reader:
     def _in_place(self, owner: nn.Module, called: nn.Module, node: Node) -> None:
         """Note what ReLUs that are to be quantized change in place for those who read it after this call."""
         name = self.names[called]
-        if type(called) in RELUS and called.inplace and self.quantized(name, called):
+        if type(called) in RELUS and called.inplace and self.quantized(name):
             if tracing.readers_after(node):
                 self.reading.in_place.setdefault(owner, set()).add(called)
             self._changes(owner, node, tracing.first(node), {name}, helped=True)
@@ -306,10 +304,9 @@ class _Reader:
         kind = type(owner.get_submodule(node.target)) if node.op == "call_module" else node.target
         return kind in VIEWS
 
-    def _function(self, name: str, owner: nn.Module, given: tuple[str, ...], index: int, clip: float | None) -> int:
-        full = _functional(name, index)
-        self.reading.functional.setdefault(full, FunctionalReLU(owner, name, index, clip, given))
-        return QUANTIZED if self.quantized(full, None) else NON_NEGATIVE
+    def _function(self, name: str, relu: FunctionalReLU) -> int:
+        self.reading.functional.setdefault(name, relu)
+        return QUANTIZED if self.quantized(name) else NON_NEGATIVE
 
     def _transformer_layer(self, name: str, layer: nn.Module) -> int:
         """torch.nn's own layers do not trace; what they call, once each, is known."""
@@ -318,13 +315,10 @@ class _Reader:
         if isinstance(activation, nn.Module):
             self.visited.add(activation)
             if type(activation) in RELUS:
-                full = self.names[activation]
-                state = QUANTIZED if self.quantized(full, activation) else NON_NEGATIVE
+                state = QUANTIZED if self.quantized(self.names[activation]) else NON_NEGATIVE
         elif activation in tracing.RELU_FUNCTIONS:
-            full = joined(name, "activation")
-            clip = tracing.RELU_FUNCTIONS[activation]
-            self.reading.functional[full] = FunctionalReLU(layer, name, 0, clip, None)
-            state = QUANTIZED if self.quantized(full, None) else NON_NEGATIVE
+            relu = FunctionalReLU(layer, tracing.RELU_FUNCTIONS[activation], None)
+            state = self._function(joined(name, "activation"), relu)
         for child in layer.children():
             self.visited.add(child)
             self._reach(child)
@@ -354,13 +348,9 @@ def _is_torchs(kind: type) -> bool:
     return kind.__module__.startswith(("torch.nn.", "torch.ao.")) and kind is not nn.Sequential
 
 
-def _functional(name: str, index: int) -> str:
-    return joined(name, f"functional_relu_{index + 1}")
-
-
 def _source(call: Node) -> tuple:
     """What makes the input of a call, dropout aside."""
     while True:
-        call = next(iter((*call.args, *call.kwargs.values())), None)
+        call = tracing.first(call)
         if not isinstance(call, Node) or call.target is not F.dropout:
             return getattr(call, "op", None), getattr(call, "target", call)

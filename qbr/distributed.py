@@ -27,6 +27,14 @@ def is_initialised() -> bool:
     return _AVAILABLE and dist.is_initialized()
 
 
+def total(values: Tensor) -> Tensor:
+    """The sum over all ranks, the same bits on each; every rank has to come here. values may be written to."""
+    if ranks() > 1:
+        values = values.contiguous()
+        dist.all_reduce(values)
+    return values
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, in the same memory; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -179,6 +179,7 @@ def _reached(at_epoch, at_step, tolerance, decided, epoch: int, step: int) -> bo
 
 
 def check_count(value: int, name: str, least: int) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless value is an int of ``least`` or more."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r}: expected an int")
     if value < least:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from qbr import distributed, functional, metrics
-from qbr.functional import Bins
 from qbr.layers import QuantizedClippedReLU
 from qbr.metrics import BinMetrics
 from qbr.quantizers import LSQQuantizer
@@ -64,7 +63,7 @@ class Summary:
 class _Values(NamedTuple):
     """What one row is made from, on the device."""
 
-    bins: Bins
+    table: Tensor  # of functional.Bins
     clipped: Tensor | None  # how many values are beyond the range
 
 
@@ -100,7 +99,7 @@ def _weights(weights: dict[LSQQuantizer, Tensor]) -> list[_Values]:
     steps, specs = [distributed.whole(q.alpha) for q in weights], [q.spec for q in weights]
     tensors = [distributed.whole(weight) for weight in weights.values()]
     results = functional.foreach_bin_loss(tensors, steps, specs)
-    return [_Values(each.bins, _clipped(*of)) for each, of in zip(results, zip(tensors, steps, specs))]
+    return [_Values(each.bins.table, _clipped(*of)) for each, of in zip(results, zip(tensors, steps, specs))]
 
 
 def _clipped(x: Tensor, alpha: Tensor, spec: QuantSpec, clip: float | None = None) -> Tensor:
@@ -117,8 +116,8 @@ def _activations(model: nn.Module, inputs, found: dict[str, LSQQuantizer]) -> di
         def hook(quantizer: LSQQuantizer, args, kwargs) -> None:
             x, clip = args[0], kwargs.get("clip")
             y = x.clamp(min=0) if kwargs.get("relu") else x
-            bins = functional.bin_loss(x, quantizer.alpha, quantizer.spec, **kwargs).bins
-            met.setdefault(name, []).append(_Values(bins, _clipped(y, quantizer.alpha, quantizer.spec, clip)))
+            table = functional.bin_loss(x, quantizer.alpha, quantizer.spec, **kwargs).bins.table
+            met.setdefault(name, []).append(_Values(table, _clipped(y, quantizer.alpha, quantizer.spec, clip)))
 
         return hook
 
@@ -139,26 +138,19 @@ def _activations(model: nn.Module, inputs, found: dict[str, LSQQuantizer]) -> di
             quantizer._retained = retained
         for module, (was_input, was_kept) in last.items():
             module._input, module._kept = was_input, was_kept
-    return {name: _pooled(calls) for name, calls in met.items()}
-
-
-def _pooled(calls: list[_Values]) -> _Values:
-    first = calls[0].bins
-    table = torch.stack([call.bins.table for call in calls]).sum(0)
-    bins = first._replace(table=table, numel=sum(call.bins.numel for call in calls))
-    return _Values(bins, torch.stack([call.clipped for call in calls]).sum())
+    return {name: _Values(*(torch.stack(each).sum(0) for each in zip(*calls))) for name, calls in met.items()}
 
 
 def _kept(quantizer: LSQQuantizer) -> _Values | None:
     """The bin sums that are there without a forward: a Monitor's, or those that wait for qbr.bin_loss."""
     if quantizer.observer is not None:
-        return _Values(Bins(quantizer.observer.table, quantizer.alpha, quantizer.spec, 0), None)
+        return _Values(quantizer.observer.table, None)
     tables = [entry.bins.table for entry in quantizer._retained]
-    return _Values(Bins(torch.stack(tables).sum(0), quantizer.alpha, quantizer.spec, 0), None) if tables else None
+    return _Values(torch.stack(tables).sum(0), None) if tables else None
 
 
 def _rows(found: dict[str, LSQQuantizer], values: dict[str, _Values]) -> list[LayerSummary]:
-    parts = [t for v in values.values() for t in (v.bins.table, *(() if v.clipped is None else (v.clipped,)))]
+    parts = [t for v in values.values() for t in (v.table, *(() if v.clipped is None else (v.clipped,)))]
     numbers = iter(metrics.to_host([distributed.whole(q.alpha) for q in found.values()] + parts))
     alphas = {name: next(numbers) for name in found}
     figures: dict[str, tuple[BinMetrics, float | None]] = {}

@@ -71,7 +71,8 @@ def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
 
 
 def from_values(table: list[float], alphas: list[float], spec: QuantSpec) -> BinMetrics:
-    """The figures of a bin table and its steps, both on the host; of several tables, of one tensor each, their sum."""
+    """The figures of a bin table [3 * L + 2] and its steps, [1] or [C], both on the host. The table may be the sum of
+    several of one quantizer; ``numel`` and all means are then over all that went into them."""
     slots = spec.num_slots
     numel = int(sum(table[:slots]))
     alpha = sum(alphas) / len(alphas)

@@ -170,7 +170,7 @@ class _Planner:
     def _read(self, model: nn.Module, example: tuple[tuple, dict[str, Any]] | None) -> Reading:
         """The reading of model, with a rewritten forward where ReLUs to be quantized need one."""
         while True:
-            reading = discovery.read(model, lambda name, module: self._bits_of_relu(name) is not None, example)
+            reading = discovery.read(model, lambda name: self._bits_of_relu(name) is not None, example)
             failed = self._rewrite(reading)
             if not failed and not reading.spoiled:
                 return reading
@@ -232,7 +232,7 @@ class _Planner:
         for owner_name, owner, parameter in parameters:
             own = config if owner is module else self.config.layer(owner_name, self._policy(module))
             if own.weight_bits is not None:
-                spec = _weight_spec(owner_name, owner, parameter, own)
+                spec = _weight_spec(owner_name, owner, own)
                 self.plan.weights.append(PlannedWeight(owner_name, owner, module, parameter, spec))
                 bits = f"{own.weight_bits} bits" + (", per channel" if own.weight_per_channel else "")
             else:
@@ -353,30 +353,23 @@ class _Planner:
 
     def _check_found(self) -> None:
         config = self.config
-        sides = {"weight_bits": [each.weight_bits for each in self._configs(layers=True)],
-                 "act_bits": [each.act_bits for each in self._configs(layers=False)]}  # fmt: skip
         if not (self.plan.weights or self.plan.relus or self.plan.inputs):
             if config.weight_bits is None and config.act_bits is None:
                 message = "weight_bits=None and act_bits=None (32 means the same): nothing to quantize; name one"
                 raise ValueError(message)
-        for argument, found, what in (
-            ("weight_bits", self.plan.weights, "layer with a weight"),
-            ("act_bits", [*self.plan.relus, *self.plan.inputs], "ReLU or ReLU6"),
+        relus = sum(type(module) in RELUS for module in self.names) + len(self.reading.functional)
+        for argument, found, count, what in (
+            ("weight_bits", self.plan.weights, len(self.layers), "layer with a weight"),
+            ("act_bits", [*self.plan.relus, *self.plan.inputs], relus, "ReLU or ReLU6"),
         ):
-            bits, all_ = getattr(config, argument), sides[argument]
+            bits = getattr(config, argument)
             if bits is not None and not found:
-                reason = f"all {len(all_)} are skipped or in float" if all_ else "the model has none"
-                if argument == "act_bits" and not all_:
+                reason = f"all {count} are skipped or in float" if count else "the model has none"
+                if argument == "act_bits" and not count:
                     reason += "; quantize_inputs=True quantizes what flows into layers instead"
                 why = "".join(f"; {each}" for each in self.plan.warnings)
                 raise ValueError(f"{argument}={bits}: no {what} to quantize ({reason}); pass {argument}=None to leave "
                                  f"that side out{why}")  # fmt: skip
-
-    def _configs(self, layers: bool) -> list[LayerConfig]:
-        if layers:
-            return [self.config.layer(self.names[layer]) for layer in self.layers]
-        names = [self.names[module] for module in self.names if type(module) in RELUS]
-        return [self.config.layer(name) for name in [*names, *self.reading.functional]]
 
 
 def _left_out(module: nn.Module) -> str | None:
@@ -393,7 +386,7 @@ def _left_out(module: nn.Module) -> str | None:
     return "no quantized form" if kind is None else f"subclass of {kind.__name__}"
 
 
-def _weight_spec(name: str, module: nn.Module, parameter: str, config: LayerConfig) -> QuantSpec:
+def _weight_spec(name: str, module: nn.Module, config: LayerConfig) -> QuantSpec:
     if isinstance(module, nn.Embedding):
         if module.sparse:
             raise ValueError(f"{name} is an Embedding with sparse=True: a quantized weight has a dense gradient; "

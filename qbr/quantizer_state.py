@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor, nn
 
+from qbr.arguments import usable
 from qbr.spec import QuantSpec
 
 _AVERAGED = (
@@ -29,7 +29,7 @@ def check(quantizer: nn.Module, state_dict, prefix: str = "") -> None:
             got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{key} is {got} in the state_dict: expected float32 {tuple(mine.shape)}; "
                              "load it into a model that was prepared with the same configuration")
-        if name == "alpha" and not value.is_meta and not bool((torch.isfinite(value) & (value > 0)).all()):
+        if name == "alpha" and not value.is_meta and not bool(usable(value).all()):
             raise ValueError(f"{key}={value.tolist()} in the state_dict: expected positive, finite step sizes; "
                              f"delete it and {prefix}init_state and load with strict=False to set it from data again")
 

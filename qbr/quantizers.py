@@ -7,10 +7,9 @@ import numbers
 import warnings
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from qbr import distributed, functional, grouping, quantizer_state, step_guard
+from qbr import arguments, distributed, functional, grouping, quantizer_state, sketch, step_guard
 from qbr.functional import BinLoss, Bins
 from qbr.spec import QuantSpec, ToAlpha
 
@@ -63,8 +62,8 @@ class LSQQuantizer(nn.Module):
         alpha: Parameter [1] or [C], float32 whatever dtype the model is cast to. Positive: see qbr/step_guard.py.
         init_state: buffer [1], float32: 0 before alpha was set from data, then 1; still 0 where those data were all 0
             or not finite, which an optimizer's step notices: the next training forward then tries again.
-        collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``; None until
-            prepare() or an AlphaControl decides, and then no.
+        collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``; None,
+            which counts as no, until prepare() or an AlphaControl decides.
         br_to_alpha: how much of that loss's gradient reaches alpha: False, True, a fraction from 0 to 1, "scaled" or
             (fraction, "scaled"), as in functional.bin_loss. A frozen alpha has none.
         regularizer: which loss that is: "br" or "dampening".
@@ -120,8 +119,8 @@ class LSQQuantizer(nn.Module):
 
     @property
     def initialised(self) -> bool:
-        """Whether alpha has been set from data or from a state_dict that says so; of a forward whose data nobody has
-        looked at yet, that it was."""
+        """Whether alpha has been set: from data, by set_alpha, or by a state_dict that says so. True also between a
+        training forward that tried to set it and the optimizer's step, which reads whether it could (see confirm)."""
         return self._initialised
 
     @property
@@ -143,8 +142,10 @@ class LSQQuantizer(nn.Module):
         return levels[0] if self.spec.channel_axis is None else levels
 
     def forward(self, x: Tensor, *, relu: bool = False, clip: float | None = None) -> Tensor:
-        """xhat, in x's shape and dtype; of min(max(x, 0), clip) with ``relu``. Waits for the device only while alpha is
-        unset: in eval mode, and among several processes."""
+        """xhat, in x's shape and dtype; of min(max(x, 0), clip) with ``relu``.
+
+        Waits for the device only while nothing is known to have set alpha: in eval mode, and under torch.distributed.
+        """
         if not self._initialised and not self._was_sent():
             if self.training:
                 self.initialise(x, relu=relu, clip=clip, force=False)
@@ -185,7 +186,8 @@ class LSQQuantizer(nn.Module):
         return self._initialised
 
     def confirm(self, init_state: float) -> None:
-        """Take over what was read of init_state after a forward: one without usable data leaves alpha to the next."""
+        """Take over what was read of init_state, 0 or 1, after a forward: one without usable data leaves alpha to the
+        next, for TRIES optimizer steps in all."""
         self._unconfirmed = False
         if init_state == 0:
             self._tries += 1
@@ -273,21 +275,13 @@ class LSQQuantizer(nn.Module):
         if x.numel() == 0 and not shared:
             return
         size = (x.detach().clamp(min=0, max=clip) if relu else x.detach()).abs()
-        axis = self.spec.channel_axis
-        others = None if axis is None else [i for i in range(x.dim()) if i != axis % x.dim()]
         count = x.numel() // self.alpha.numel()
-        if count == 0:
-            mean = torch.zeros_like(self.alpha)
-        elif others == []:
-            mean = size.to(torch.float32)
-        else:
-            mean = size.mean(others, dtype=torch.float32).reshape(self.alpha.shape)
+        mean = sketch.mean_per_step(size, self.spec.channel_axis) if count else torch.zeros_like(self.alpha)
         if shared:
-            total = torch.cat([mean * count, torch.full_like(mean[:1], count)])
-            dist.all_reduce(total)
+            total = distributed.total(torch.cat([mean * count, torch.full_like(mean[:1], count)]))
             mean = total[:-1] / total[-1]
-        step = mean if self.spec.binary else mean * (2.0 / math.sqrt(max(self.spec.qp, 1)))
-        usable = torch.isfinite(step) & (step > 0)
+        step = sketch.lsq_step(mean, self.spec)
+        usable = arguments.usable(step)
         if not force:
             usable = usable & (self.init_state == 0)
         self.write_alpha(torch.where(usable, step, self.alpha), usable)
@@ -304,7 +298,7 @@ class LSQQuantizer(nn.Module):
         steps = torch.as_tensor(alpha).detach().to(self.alpha.dtype)
         if steps.numel() not in (1, self.alpha.numel()):
             raise ValueError(f"alpha has {steps.numel()} elements: expected {self.alpha.numel()}")
-        bad = steps[~(torch.isfinite(steps) & (steps > 0))]
+        bad = steps[~arguments.usable(steps)]
         if bad.numel():
             raise ValueError(f"alpha has {bad[0].item():g}: expected positive, finite step sizes")
         self.write_alpha(steps.reshape(-1))

@@ -24,6 +24,16 @@ _OWNED = re.compile(r"(?:weight_)?quantizer(?:_(?P<call>\d+))?|(?P<tensor>input|
 _LAYER_KEYS = (
     "loss", "mse", "var", "quantization_mse", "bins_used", "mean_distance", "effectiveness", "pct_near_levels",
 )  # fmt: skip
+# What the predecessor calls the figures of BinMetrics: of one tensor, and of all layers together.
+_INFO = {
+    "bins_used": "bins_used", "br_mse_loss": "mse", "br_var_loss": "var", "quantization_mse": "quantization_mse",
+    "mean_distance": "mean_distance", "effectiveness": "effectiveness", "pct_near_levels": "pct_near_levels",
+}  # fmt: skip
+_TOTAL_INFO = {
+    "avg_loss": "loss", "avg_mse": "mse", "avg_var": "var", "avg_quantization_mse": "quantization_mse",
+    "avg_mean_distance": "mean_distance", "avg_effectiveness": "effectiveness", "avg_pct_near": "pct_near_levels",
+}  # fmt: skip
+_SUMS = ("avg_loss", "avg_mse", "avg_var")  # in spite of their names; the others are means over the layers
 _NOTHING_COLLECTED = (
     "bin_loss(model): nothing was collected, and both losses are 0: call it after each training forward, with "
     "gradients, and before the optimizer's step"
@@ -303,20 +313,10 @@ class BinRegularizer:
         mse, var = metrics.mse_and_var(bins)
 
         def load() -> dict:
-            (m,) = metrics.read([bins])
-            return {
-                "bins_used": m.bins_used,
-                "br_mse_loss": m.mse,
-                "br_var_loss": m.var,
-                "quantization_mse": m.quantization_mse,
-                "mean_distance": m.mean_distance,
-                "effectiveness": m.effectiveness,
-                "pct_near_levels": m.pct_near_levels,
-            }
+            (figures,) = metrics.read([bins])
+            return {key: getattr(figures, name) for key, name in _INFO.items()}
 
-        keys = ("bins_used", "br_mse_loss", "br_var_loss", "quantization_mse", "mean_distance", "effectiveness",
-                "pct_near_levels")  # fmt: skip
-        return loss, mse, var, LazyInfo(keys, load)
+        return loss, mse, var, LazyInfo(tuple(_INFO), load)
 
     def compute_total_loss(
         self, weights_dict: Mapping[str, Tensor], alphas_dict: Mapping, backprop_to_alpha: ToAlpha = False
@@ -338,7 +338,7 @@ class BinRegularizer:
         device = next((w.device for w in weights_dict.values()), None)
         total = _sum([each.loss for each in results.values()], device)
         tables = {name: each.bins for name, each in results.items()}
-        return total, LazyInfo(_TOTAL_KEYS, lambda: _total_info(tables))
+        return total, LazyInfo((*_TOTAL_INFO, "layer_losses"), lambda: _total_info(tables))
 
     def get_bin_statistics(self, weights_dict: Mapping[str, Tensor], alphas_dict: Mapping) -> dict[str, dict]:
         """Each layer's bins, read with one synchronisation for all; lists have one entry per code, ascending.
@@ -377,12 +377,6 @@ class BinRegularizer:
         return dict(zip([name for name, *_ in named], _fixed(results)))
 
 
-_TOTAL_KEYS = (
-    "avg_loss", "avg_mse", "avg_var", "avg_quantization_mse", "avg_mean_distance", "avg_effectiveness", "avg_pct_near",
-    "layer_losses",
-)  # fmt: skip
-
-
 def _with_alphas(weights_dict: Mapping[str, Tensor], alphas_dict: Mapping):
     """(name, tensor, alpha) of the layers that have an alpha, under their own name or the one before '@'."""
     for name, weights in weights_dict.items():
@@ -396,13 +390,8 @@ def _with_alphas(weights_dict: Mapping[str, Tensor], alphas_dict: Mapping):
 def _total_info(tables: dict[str, Bins]) -> dict:
     layers = metrics.read(list(tables.values()))
     count = max(len(layers), 1)
+    sums = {key: sum(getattr(m, name) for m in layers) for key, name in _TOTAL_INFO.items()}
     return {
-        "avg_loss": sum(m.loss for m in layers),
-        "avg_mse": sum(m.mse for m in layers),
-        "avg_var": sum(m.var for m in layers),
-        "avg_quantization_mse": sum(m.quantization_mse for m in layers) / count,
-        "avg_mean_distance": sum(m.mean_distance for m in layers) / count,
-        "avg_effectiveness": sum(m.effectiveness for m in layers) / count,
-        "avg_pct_near": sum(m.pct_near_levels for m in layers) / count,
+        **{key: value if key in _SUMS else value / count for key, value in sums.items()},
         "layer_losses": {name: {key: getattr(m, key) for key in _LAYER_KEYS} for name, m in zip(tables, layers)},
     }

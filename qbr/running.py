@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qbr.quantizers import LSQQuantizer
+from qbr.side_effects import Generators
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -28,15 +29,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 @contextmanager
 def undisturbed(model: nn.Module):
     """No gradients; afterwards all buffers (those of quantizers excepted), also those that a forward assigns anew, and
-    the random number generators are as before."""
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    the global random number generators of Python, numpy and torch are as before."""
     owners = [module for module in model.modules() if not isinstance(module, LSQQuantizer)]
     buffers = [(owner, name, buffer) for owner in owners for name, buffer in owner._buffers.items()]
     before = [None if buffer is None else buffer.clone() for *_, buffer in buffers]
-    with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+    generators = Generators()
+    with torch.no_grad():
         try:
             yield
         finally:
+            generators.put_back()
             for (owner, name, buffer), values in zip(buffers, before):
                 owner._buffers[name] = buffer if buffer is None else buffer.copy_(values)
 

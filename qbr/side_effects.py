@@ -43,7 +43,7 @@ class Undone:
         for name, tensor in (*self.owner.named_parameters(), *self.owner.named_buffers()):
             if type(tensor) in (Tensor, nn.Parameter):
                 self._data.append((name, tensor, tensor.data))
-        self._generators = _Generators()
+        self._generators = Generators()
         self._watch = _Watch().__enter__()
         return self
 
@@ -99,7 +99,7 @@ class _Watch(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class _Generators:
+class Generators:
     """The state of the global random number generators, those of CUDA only where it is in use."""
 
     def __init__(self) -> None:

@@ -38,11 +38,7 @@ class Mean:
         count = x.numel() // self.total.numel()
         if count == 0:
             return
-        others = list(range(x.dim()))
-        if self.axis is not None:
-            del others[self.axis]
-        mean = x.abs().mean(others, dtype=torch.float32)  # as LSQQuantizer.initialise has it, to the bit
-        self.total += mean.reshape(self.total.shape).double() * count
+        self.total += mean_per_step(x.abs(), self.axis).double() * count
         self.count += count
 
     def reduce(self, sum_) -> None:
@@ -102,10 +98,22 @@ class Sketch:
         return Bins(*table[:, table[0] > 0][:, None])
 
 
-def mean_step(statistics: Mean, spec: QuantSpec) -> Tensor:
-    """2 * mean|x| / sqrt(max(qp, 1)), [C]; binary: mean|x|. NaN where nothing was seen."""
-    mean = (statistics.total / statistics.count).float()
+def mean_per_step(x: Tensor, axis: int | None) -> Tensor:
+    """The mean of the elements that share a step, [1] or [C] float32; x has one element at least."""
+    if axis is not None and x.dim() == 1:
+        return x.to(torch.float32)  # mean() over no dimension would be that over all
+    others = None if axis is None else [i for i in range(x.dim()) if i != axis % x.dim()]
+    return x.mean(others, dtype=torch.float32).reshape(-1)
+
+
+def lsq_step(mean: Tensor, spec: QuantSpec) -> Tensor:
+    """LSQ's first step (section 2.1), 2 * mean|x| / sqrt(max(qp, 1)); binary: mean|x|, its least-squares step."""
     return mean if spec.binary else mean * (2.0 / math.sqrt(max(spec.qp, 1)))
+
+
+def mean_step(statistics: Mean, spec: QuantSpec) -> Tensor:
+    """lsq_step() of all that was seen, [C]; NaN where that is nothing."""
+    return lsq_step((statistics.total / statistics.count).float(), spec)
 
 
 def mse_step(bins: Bins, spec: QuantSpec) -> Tensor:

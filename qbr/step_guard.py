@@ -28,6 +28,7 @@ _hooks: list = []
 
 
 def register(quantizer: nn.Module) -> None:
+    """Guard a quantizer's alpha in every optimizer's step from now on, as long as it lives."""
     _live.add(quantizer)
     if not _hooks:
         _hooks.extend([register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(guard_step)])

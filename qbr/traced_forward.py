@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dis
 import importlib
 import inspect
 import types
@@ -20,6 +19,7 @@ from qbr.tracing import (
     bound,
     first,
     functions,
+    instructions,
     is_same,
     loaded,
     parameters,
@@ -37,9 +37,10 @@ class TracedForward:
     """A forward read by torch.fx in both modes, in which some ReLUs are modules; it takes forward's place on owner.
 
     An attribute that the original forward reads, other than parameters, buffers, modules and ``training``, has the
-    value of the time of reading. A call after a number among them has changed, something came for None or the other way
-    round, or the modules in a list that was called whole, raises; one after a flag, a string or a list that was called
-    in part has, warns; compiled code does neither. What a ReLU changed in place is read from its result.
+    value of the time of reading. Where one of these has changed since, a call warns of a flag or a string and of a new
+    member of a ModuleDict, and raises for a number, for None that became something or the other way round, and for
+    other modules in a container (if it called only some of those in it, it warns); compiled code does neither. What a
+    ReLU changed in place is read from its result.
 
     Args:
         owner: whose forward it is.
@@ -142,7 +143,8 @@ class TracedForward:
 
     def _bind(self, args, kwargs) -> list:
         found = {**dict(zip(self.defaults, args)), **kwargs}
-        if len(args) > len(self.defaults) or len(found) < len(args) + len(kwargs) or found.keys() - self.defaults:
+        known = all(name in self.defaults for name in found)
+        if len(args) > len(self.defaults) or len(found) < len(args) + len(kwargs) or not known:
             raise TypeError(f"{type(self.owner).__name__}.forward was called with arguments that it does not have")
         for name, default in self.defaults.items():
             value, read = found.get(name, default), self.values.get(name, default)
@@ -162,22 +164,19 @@ class TracedForward:
         return [found[name] for name in self.given]
 
     def __getstate__(self):
-        code = {
-            mode: (source, {name: _Module(value.__name__) if inspect.ismodule(value) else value
-                            for name, value in names.items()})
-            for mode, (source, names) in self._code.items()
-        }  # fmt: skip
+        code = _changed(self._code, lambda value: _Module(value.__name__) if inspect.ismodule(value) else value)
         kept = {name: value for name, value in self.__dict__.items() if name not in ("_functions", "__signature__")}
         return {**kept, "_code": code}
 
     def __setstate__(self, state) -> None:
         self.__dict__.update(state)
-        self._code = {
-            mode: (source, {name: value.load() if isinstance(value, _Module) else value
-                            for name, value in names.items()})
-            for mode, (source, names) in self._code.items()
-        }  # fmt: skip
+        self._code = _changed(self._code, lambda value: value.load() if isinstance(value, _Module) else value)
         self._compile()
+
+
+def _changed(code: dict[bool, tuple], change) -> dict[bool, tuple]:
+    """The code of both modes, with change(value) in the place of each value that it names."""
+    return {mode: (source, {k: change(value) for k, value in names.items()}) for mode, (source, names) in code.items()}
 
 
 def _plain(owner: nn.Module, name: str):
@@ -219,8 +218,8 @@ def _read_of(code: types.CodeType, me: str) -> set[str]:
     """The names that code, and what stands inside it, reads of the variable ``me``, by getattr too."""
     inner = [_read_of(each, me) for each in code.co_consts if isinstance(each, types.CodeType)]
     found = set().union(*inner)
-    instructions = [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE")]
-    for before, each in zip(instructions, instructions[1:]):
+    steps = instructions(code)
+    for before, each in zip(steps, steps[1:]):
         if loaded(before) == me:
             asked = each.opname == "LOAD_CONST" and isinstance(each.argval, str) and each.argval.isidentifier()
             if each.opname in ("LOAD_ATTR", "LOAD_METHOD") or asked:

@@ -285,6 +285,11 @@ def functions(owner: nn.Module) -> Iterator[tuple[types.FunctionType, list, set[
         ]
 
 
+def instructions(code: types.CodeType) -> list[dis.Instruction]:
+    """What code does, without what only prepares a call in some versions of Python."""
+    return [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE", "PRECALL")]
+
+
 def asks_for_none(owner: nn.Module) -> bool:
     """Whether owner's forward, or what it names, asks whether anything is None: of a stand-in the answer is no."""
     codes = (function.__code__ for function, *_ in functions(owner))
@@ -297,9 +302,8 @@ def _asks_for_class(code: types.CodeType, values: list, children: set[str]) -> b
     or calls what functools.singledispatch has made."""
     if any(map(_dispatches, values)):
         return True
-    found = [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE", "PRECALL")]
     path: list[str | None] = []  # the variable, and its attributes that are read one after another
-    for each in found:
+    for each in instructions(code):
         if each.opname == "MATCH_CLASS":
             return True
         if each.opname not in ("LOAD_ATTR", "LOAD_METHOD"):

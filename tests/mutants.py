@@ -23,7 +23,8 @@ SUITES = {
     "control": "test_alpha_control.py test_freezing.py",
     "guard": "test_step_guard.py test_freezing.py",
     "second derivatives": "test_first_order.py",
-    "tracing": "test_stand_ins.py test_classes_asked.py test_plan_warnings.py test_traced_forward.py test_forward_arguments.py",
+    "tracing": "test_stand_ins.py test_classes_asked.py test_plan_warnings.py test_traced_forward.py "
+               "test_forward_arguments.py",
     "state": "test_quantizer_state.py",
     "distillation": "test_distillation.py",
     "schedules": "test_schedules.py",
@@ -167,8 +168,8 @@ MUTANTS = [
     Mutant("metrics: effectiveness of a whole step", "qbr/metrics.py",
            "distance / (alpha / 2)", "distance / alpha", "metrics"),
     # ---- quantizers, layers, the regularizer ----
-    Mutant("quantizers: the first step without its root", QUANTIZERS,
-           "mean * (2.0 / math.sqrt(max(self.spec.qp, 1)))", "mean * (2.0 / max(self.spec.qp, 1))", "quantizers"),
+    Mutant("quantizers: the first step without its root", SKETCH,
+           "mean * (2.0 / math.sqrt(max(spec.qp, 1)))", "mean * (2.0 / max(spec.qp, 1))", "quantizers"),
     Mutant("quantizers: a step may shrink more", GUARD,
            "LARGEST_SHRINK = 10.0", "LARGEST_SHRINK = 100.0", "quantizers"),
     Mutant("quantizers: no least step", GUARD,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -44,6 +46,56 @@ def test_one_batch_with_lsq_is_the_first_training_forward_to_the_bit(config):
     assert all(q.initialised and q.init_state.item() == 1 for q in quantizers(model).values())
     model(5 * x_(2, 3, 8, 8))
     assert all(torch.equal(alphas(model)[name], got[name]) for name in got)
+
+
+class Scaled(nn.Module):
+    """A vector with a step for each of its elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(x_(5))
+        self.weight_quantizer = qbr.LSQQuantizer(QuantSpec(4, channel_axis=0), "weight", initial_alpha=0.1, channels=5)
+
+    def forward(self, x):
+        return x * self.weight_quantizer(self.weight)
+
+
+@pytest.mark.parametrize("method", ["lsq", "mse", "percentile"])
+def test_a_vector_with_a_step_for_each_element(method):
+    model, first = Scaled(), Scaled()
+    calibrate(model, method=method)
+    first(torch.ones(5))
+    size = first.weight.detach().abs()
+    expected = {"lsq": alphas(first)["weight_quantizer"], "mse": size / 7, "percentile": size / 8}[method]
+    got = alphas(model)["weight_quantizer"]
+    if method == "mse":  # any of the steps of which the value is a multiple is as good
+        got = (size / got).round() * got
+        expected = size
+    assert torch.allclose(got, expected, rtol=0.01)
+
+
+class Drawing(nn.Module):
+    """A forward that draws from every generator there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.relu = nn.Linear(4, 4), nn.ReLU()
+
+    def forward(self, x, *more):
+        return self.relu(self.linear(x)) * random.random() * np.random.rand() * torch.rand(1)
+
+
+def test_all_random_number_generators_are_as_before():
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    model, prepared = Drawing(), prepare(Drawing())
+    for run in (lambda: qbr.plan(model, example=x_(2, 4)), lambda: calibrate(prepared, [x_(2, 4)])):
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        expected = drawn()
+        random.setstate(before[0]), np.random.set_state(before[1]), torch.set_rng_state(before[2])
+        run()
+        assert drawn() == expected
 
 
 @pytest.mark.parametrize("method", ["lsq", "mse", "percentile"])

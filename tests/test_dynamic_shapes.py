@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import qbr
 from qbr import QATConfig, calibrate, convert, prepare
@@ -89,3 +90,32 @@ def test_onnx_of_a_traced_forward(tmp_path):
     to_onnx(model, torch.randn(2, 4, 9), path)
     compared = compare(model, path, torch.randn(5, 4, 9))
     assert compared.rows == 5 and compared.quantizers and not any(compared.quantizers.values())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def test_checkpointed_parts_compile_and_collect_their_losses(graphs):
+    x = torch.randn(8, 6)
+    model = _prepared(Checkpointed(), x)
+
+    def step(run):
+        model.zero_grad()
+        y = run(x).square().mean()
+        br = qbr.bin_loss(model)
+        (y + br.weights + br.activations).backward()
+        return [br.weights.detach(), br.activations.detach(), *(p.grad for p in model.parameters())]
+
+    for mine, expected in zip(step(torch.compile(model, backend="aot_eager")), step(model)):
+        torch.testing.assert_close(mine, expected)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
+        step(torch.compile(model, backend="aot_eager", fullgraph=True))

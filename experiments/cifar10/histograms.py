@@ -29,12 +29,10 @@ def weight_histograms(model: nn.Module) -> dict[str, Any]:
         if not quantizer.initialised:  # as its first training forward would, from the same weight
             quantizer.initialise(module.weight, force=False)
         spec = quantizer.spec
-        shape = [1] * module.weight.dim()
-        if spec.channel_axis is not None:
-            shape[spec.channel_axis] = -1
+        steps = quantizer.alpha.reshape(spec.step_shape(module.weight.dim()))
         low, high = spec.qn - MARGIN, spec.qp + MARGIN
         bins = min(round((high - low) * BINS_PER_STEP), MOST_BINS)
-        scaled = (module.weight / quantizer.alpha.reshape(shape)).float().cpu().clamp(low, high)
+        scaled = (module.weight / steps).float().cpu().clamp(low, high)
         layers[name] = {
             "alpha": float(quantizer.alpha.mean()),
             "qn": spec.qn,

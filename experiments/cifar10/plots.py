@@ -12,6 +12,8 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend has to be chosen firs
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter  # noqa: E402
 
+from .study import sides  # noqa: E402
+
 INK, MUTED, GRID = "#22303c", "#8a96a3", "#e4e8ec"
 BLUE, ORANGE, GREEN, GREY = "#1f6fb2", "#d9622b", "#2f8f5b", "#b8c0c8"
 STYLE = {
@@ -168,14 +170,10 @@ def bin_losses(results: dict[str, Any]) -> Figure:
 
 def alphas(results: dict[str, Any]) -> Figure:
     """The step of every quantizer after each epoch, coloured by depth."""
-    names = list(results["epochs"][-1]["alphas"])
-    sides = [
-        ("weights", [name for name in names if name.endswith("weight_quantizer")]),
-        ("activations", [name for name in names if not name.endswith("weight_quantizer")]),
-    ]
-    sides = [side for side in sides if side[1]]
-    figure, axes = plt.subplots(1, len(sides), figsize=(4.8 * len(sides), 4.0), layout="constrained", squeeze=False)
-    for ax, (side, layers) in zip(axes[0], sides):
+    found = zip(("weights", "activations"), sides(results["epochs"][-1]["alphas"]))
+    found = [(side, layers) for side, layers in found if layers]
+    figure, axes = plt.subplots(1, len(found), figsize=(4.8 * len(found), 4.0), layout="constrained", squeeze=False)
+    for ax, (side, layers) in zip(axes[0], found):
         colors = plt.get_cmap("viridis")([i / max(len(layers) - 1, 1) * 0.92 for i in range(len(layers))])
         for color, name in zip(colors, layers):
             points = [(e["epoch"], e["alphas"][name]) for e in results["epochs"] if "alphas" in e]

@@ -63,18 +63,26 @@ def write(folder: Path) -> Path:
     if not results.get("epochs"):
         raise UserError(f"{folder / 'results.json'}: holds no epoch; nothing to report")
     (folder / "plots").mkdir(exist_ok=True)
-    images = {}
-    for name, figure in plots.draw_all(results, histograms).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        plots.plt.close(figure)
-        images[name] = buffer.getvalue()
-        with atomic_write(folder / "plots" / f"{name}.png") as file:
-            file.write(images[name])
+    images = save_figures(folder / "plots", plots.draw_all(results, histograms))
     page = folder / "report.html"
     with atomic_write(page, "w") as file:
         file.write(_page(results, images))
     return page
+
+
+def save_figures(folder: Path, figures: dict[str, Any]) -> dict[str, bytes]:
+    """Write {name: matplotlib's figure} into ``folder`` as NAME.png, and close them; what the files hold."""
+    from .plots import plt
+
+    images = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        plt.close(figure)
+        images[name] = buffer.getvalue()
+        with atomic_write(folder / f"{name}.png") as file:
+            file.write(images[name])
+    return images
 
 
 def _page(results: dict[str, Any], images: dict[str, bytes]) -> str:
@@ -89,9 +97,7 @@ def _page(results: dict[str, Any], images: dict[str, bytes]) -> str:
         parts.append(f'<p class="bad">{html.escape(results["error"])}</p>')
     parts.append(_lead(results))
     for name, image in images.items():
-        encoded = base64.b64encode(image).decode()
-        parts.append(f"<h2>{TITLES[name]}</h2><p class='note'>{PLOTS[name]}</p>")
-        parts.append(f'<img alt="{TITLES[name]}" src="data:image/png;base64,{encoded}">')
+        parts += with_image(TITLES[name], PLOTS[name], image)
     if "alpha_control" in results:
         parts.append(f"<h2>Which losses moved alpha</h2><pre>{html.escape(results['alpha_control'])}</pre>")
     parts.append(f"<h2>Epochs</h2>{_epochs(results['epochs'])}")
@@ -143,6 +149,13 @@ def _epochs(epochs: list[dict[str, Any]]) -> str:
 
 def _text(value: Any) -> str:
     return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def with_image(title: str, caption: str, image: bytes) -> list[str]:
+    """One figure's part of a page, the PNG in it; title and caption are HTML."""
+    encoded = base64.b64encode(image).decode()
+    return [f"<h2>{title}</h2><p class='note'>{caption}</p>",
+            f'<img alt="{title}" src="data:image/png;base64,{encoded}">']  # fmt: skip
 
 
 def as_table(head: list[str], rows: list[list[str]]) -> str:

@@ -27,6 +27,7 @@ from .files import UserError, check_writable, write_json
 from .models import MODELS
 from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, freeze, parse, plain, qat_config, resumed
 from .sources import commit
+from .study import sides
 
 BASELINE, QAT = "cifar10_baseline", "cifar10_qat_br"
 NOT_PRETRAINED = "warning: no --pretrained-baseline: quantization-aware training starts from random weights"
@@ -412,11 +413,9 @@ def epoch_line(figures: dict[str, Any], epochs: int) -> str:
     if "phase" in figures:
         for key in ("br_w", "br_a"):
             parts.append(f"BR_{key[-1].upper()} {figures[key]:.6f}" if key in figures else f"BR_{key[-1].upper()} off")
-        weights = [value for name, value in figures["alphas"].items() if name.endswith("weight_quantizer")]
-        acts = [value for name, value in figures["alphas"].items() if not name.endswith("weight_quantizer")]
-        for side, values in (("W", weights), ("A", acts)):
-            if values:
-                parts.append(f"alpha_{side} {sum(values) / len(values):.4f}")
+        for side, names in zip("WA", sides(figures["alphas"])):
+            if names:
+                parts.append(f"alpha_{side} {sum(figures['alphas'][name] for name in names) / len(names):.4f}")
     parts += [f"lr {figures['lr']:.4g}", f"{figures['images_per_second']:.0f} img/s", f"{figures['seconds']:.1f} s"]
     return "  ".join(parts)
 

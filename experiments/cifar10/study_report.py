@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +52,7 @@ def write(folder: Path) -> Path:
         raise UserError(f"{folder / 'results.json'}: holds no finished run; nothing to report")
     from . import study_plots  # matplotlib takes a second to import
 
-    images = {}
-    for name, figure in study_plots.draw_all(results).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        study_plots.plt.close(figure)
-        images[name] = buffer.getvalue()
-        with atomic_write(folder / f"{name}.png") as file:
-            file.write(images[name])
+    images = report.save_figures(folder, study_plots.draw_all(results))
     for name, text in (("report.md", _markdown(results, images)), ("report.html", _page(results, images))):
         with atomic_write(folder / name, "w") as file:
             file.write(text)
@@ -184,9 +175,7 @@ def _page(results: dict[str, Any], images: dict[str, bytes]) -> str:
         "</ul>",
     ]
     for name, image in images.items():
-        source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-        parts.append(f"<h2>{_titles()[name]}</h2><p class='note'>{html.escape(CAPTIONS[name])}</p>")
-        parts.append(f'<img alt="{_titles()[name]}" src="{source}">')
+        parts += report.with_image(_titles()[name], html.escape(CAPTIONS[name]), image)
     parts.append(f"<h2>Rows</h2>{report.as_table(*_split(_flags(results)))}<pre>{html.escape(_command(results))}</pre>")
     return "\n".join(parts) + "</body></html>\n"
 

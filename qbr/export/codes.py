@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qbr.arguments import usable
 from qbr.calls import joined
 from qbr.layers import renormalised
 from qbr.quantizers import LSQQuantizer
@@ -68,9 +69,9 @@ def check_parameters(model: nn.Module) -> None:
 
 def check_steps(name: str, alpha: Tensor) -> None:
     """Raise ValueError unless all step sizes are positive and finite."""
-    if not bool((torch.isfinite(alpha) & (alpha > 0)).all()):
-        bad = alpha[~(torch.isfinite(alpha) & (alpha > 0))][0].item()
-        raise ValueError(f"{name} has a step size of {bad}: expected positive, finite step sizes")
+    fine = usable(alpha)
+    if not bool(fine.all()):
+        raise ValueError(f"{name} has a step size of {alpha[~fine][0].item()}: expected positive, finite step sizes")
 
 
 def check_range(name: str, spec: QuantSpec) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qbr.arguments import usable
 from qbr.export import bits
 from qbr.export.codes import codes_of, width
 from qbr.export.files import CHECKPOINT, ONNX, PACKED, described, kind_of
@@ -105,18 +106,16 @@ def _packed(path: Path) -> Inspection:
     config = "no config" if packed.config is None else (
         f"weight_bits={packed.config.weight_bits}, act_bits={packed.config.act_bits}")  # fmt: skip
     found = Inspection("packed", f"safetensors, {config}", path.stat().st_size)
-    used = set()
-    for name, (quantizer, codes, _) in packed.weights.items():
-        spec, alpha = packed.specs[quantizer], packed.tensors[f"{quantizer}.alpha"]
-        size = bits.packed_size(codes.numel(), width(spec))
-        bins = _occupied(codes), len(spec.codes)
-        found.rows.append(Row(name, "weight", tuple(codes.shape), spec.bits, alpha, bins, size))
-        used.add(quantizer)
-    for name in packed.specs.keys() - used:
-        found.rows.append(_activation(name, packed.specs[name], packed.tensors[f"{name}.alpha"]))
-    order = {name.removesuffix("_quantizer"): i for i, name in enumerate(packed.specs)}
-    found.rows.sort(key=lambda row: order[row.name.removesuffix("_quantizer")])
-    counted = {f"{name}.alpha" for name in packed.specs.keys() - used}
+    counted = set()
+    for quantizer, spec in packed.specs.items():
+        key, name = f"{quantizer}.alpha", quantizer.removesuffix("_quantizer")
+        if name in packed.weights:
+            _, codes, _ = packed.weights[name]
+            bins, size = (_occupied(codes), len(spec.codes)), bits.packed_size(codes.numel(), width(spec))
+            found.rows.append(Row(name, "weight", tuple(codes.shape), spec.bits, packed.tensors[key], bins, size))
+        else:
+            found.rows.append(_activation(quantizer, spec, packed.tensors[key]))
+            counted.add(key)
     found.rest = _nbytes(tensor for name, tensor in packed.tensors.items() if name not in counted)
     return found
 
@@ -171,7 +170,7 @@ def _onnx(path: Path) -> Inspection:
 
 def _onnx_row(onnx, path: Path, node, tensors, notes) -> Row | None:
     step = torch.from_numpy(_array(onnx, path, tensors[node.input[1]]).astype(np.float32).reshape(-1).copy())
-    if not (torch.isfinite(step).all() and (step > 0).all()):
+    if not usable(step).all():
         raise ValueError(f"{path}: {node.input[1]} has step sizes that are not positive and finite")
     if node.op_type == "QuantizeLinear":
         name = node.name.removesuffix("/QuantizeLinear") or node.output[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -257,12 +256,11 @@ class Lowering:
         return node.outputs[0]
 
     def _cast(self, place, value, dtype, name: str):
-        mine = value.dtype if value.dtype is not None else self.ir.DataType.FLOAT
-        return value if mine == dtype else self._typed(self._op(place, "Cast", [value], name, to=int(dtype)), dtype)
-
-    def _typed(self, value, dtype):
-        value.type = self.ir.TensorType(dtype)
-        return value
+        if dtype == (self.ir.DataType.FLOAT if value.dtype is None else value.dtype):
+            return value
+        cast = self._op(place, "Cast", [value], name, to=int(dtype))
+        cast.type = self.ir.TensorType(dtype)
+        return cast
 
 
 def _call(node) -> tuple[QuantSpec, bool, float]:
@@ -271,8 +269,7 @@ def _call(node) -> tuple[QuantSpec, bool, float]:
     if values["binary"]:
         return QuantSpec(1, channel_axis=axis), bool(values["relu"]), values["clip"]
     qn, qp = values["qn"], values["qp"]
-    bits = max(1, math.ceil(math.log2(qp - qn + 1)))
-    return QuantSpec(bits, qn < 0, axis, qn, qp), bool(values["relu"]), values["clip"]
+    return QuantSpec(max(1, (qp - qn).bit_length()), qn < 0, axis, qn, qp), bool(values["relu"]), values["clip"]
 
 
 def _axis(spec: QuantSpec) -> dict[str, int]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbr.arguments import usable
 from qbr.config import QATConfig
 from qbr.export.files import CHECKPOINT, check_archive, check_output, described, kind_of
 from qbr.export.packed import write_packed
@@ -243,7 +244,7 @@ def _check(checkpoint: Checkpoint, path: Path) -> None:
         alpha, weight = state[name], name.removesuffix("_quantizer.alpha")
         if not alpha.is_floating_point() or alpha.dim() != 1:
             raise ValueError(f"{path}: {name} is {alpha.dtype} {tuple(alpha.shape)}, expected float32 (1,)")
-        if not (torch.isfinite(alpha).all() and (alpha > 0).all()):
+        if not usable(alpha).all():
             raise ValueError(f"{path}: {name} is {alpha.tolist()}: expected positive, finite step sizes (the "
                              "predecessor lets a step die); delete it and calibrate, or train again")  # fmt: skip
         if name.endswith("weight_quantizer.alpha") and weight not in state:

@@ -30,6 +30,7 @@ class BackendUnavailable(RuntimeError):
 
 
 def module(name: str):
+    """A backend's module, imported; that of "triton" needs no Triton to be imported."""
     return importlib.import_module(MODULES[name])
 
 

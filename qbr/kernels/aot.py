@@ -114,12 +114,18 @@ def compile(launch: Launch, arch: int = 90):
 
 
 class Resources(NamedTuple):
-    registers: int
+    """What one thread of a compiled kernel takes."""
+
+    registers: int  # of 32 bits
     stack_bytes: int  # local memory of a thread; 0 without arrays and spills
 
 
 def resources(compiled) -> Resources:
-    """What the machine code of a compiled kernel takes, by the cuobjdump that Triton brings."""
+    """What the machine code of triton.compile()'s result takes, by the cuobjdump that Triton brings.
+
+    Raises:
+        FileNotFoundError, subprocess.CalledProcessError: where that is missing or fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])

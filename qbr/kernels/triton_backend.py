@@ -233,6 +233,11 @@ def _bin_method(levels: int) -> int:
     return MASKED if levels <= MASKED_LEVELS or _kernels().interpreted else CELLS
 
 
+def _work(method: int | None) -> tuple[int, int]:
+    """(programs on a multiprocessor, warps of one) of a method of the forward with bins; None: of any other kernel."""
+    return (WORDS_PROGRAMS_PER_SM, WORDS_NUM_WARPS) if method == WORDS else (PROGRAMS_PER_SM, NUM_WARPS)
+
+
 def _columns(channels: int) -> int:
     """Channels that one program of a second stage adds up."""
     return 1 if channels == 1 else COLUMNS
@@ -246,7 +251,7 @@ def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_
             torch.zeros_like(alpha) if backprop_to_alpha else alpha.new_empty(0)
         )  # fmt: skip
     method = _bin_method(levels)
-    per_sm, num_warps = (WORDS_PROGRAMS_PER_SM, WORDS_NUM_WARPS) if method == WORDS else (PROGRAMS_PER_SM, NUM_WARPS)
+    per_sm, num_warps = _work(method)
     p = _plan_of(x, alpha, channel_axis, per_sm, num_warps)
     lp = max(_power_of_two(levels), 2)
     kernels = _kernels()

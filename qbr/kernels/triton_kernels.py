@@ -1,8 +1,8 @@
 """Triton kernels: LSQ forward, and the one backward of all three ops. What they share with triton_bins.py, too.
 
 The formulas, and the choices that all backends share, are in README.md here. triton_bins.py holds the forward with
-bin sums, triton_finalize.py the small kernels that add up partial sums, triton_backend.py the launchers and every
-tuning constant.
+bin sums, triton_finalize.py the small kernels that add up partial sums, triton_backend.py the launchers and the tuning
+constants (triton_lists.py those of lists).
 
 x is seen as [outer, C, inner] in storage order, in tiles [T0, T1] of one of three layouts:
     FLAT  one step per tensor: outer elements (C = inner = 1); full tiles carry no mask, which keeps loads 16 bytes wide

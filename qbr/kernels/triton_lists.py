@@ -51,9 +51,7 @@ def _groups(xs, alphas, ranges, bins: bool = False, grads=None) -> Iterator[Grou
     for i, (x, alpha, (qn, qp, binary, axis)) in enumerate(zip(xs, alphas, quants(ranges))):
         if x.numel() == 0:
             continue
-        words = bins and one._bin_method(qp - qn + 1) == one.WORDS
-        how = (one.WORDS_PROGRAMS_PER_SM, one.WORDS_NUM_WARPS) if words else (one.PROGRAMS_PER_SM, one.NUM_WARPS)
-        p = one._plan_of(x, alpha, axis, *how)
+        p = one._plan_of(x, alpha, axis, *one._work(one._bin_method(qp - qn + 1) if bins else None))
         divisible = (p.inner if p.layout == 1 else p.channels) % 16 == 0
         aligned = x.data_ptr() % 16 == 0 and (grads is None or grads[i].data_ptr() % 16 == 0)
         key = (x.dtype, aligned, qn, qp, binary, divisible, p.layout, p.t0, p.t1, p.vec)
@@ -125,14 +123,13 @@ def _bin_fwd(xhats, xs, alphas, ranges, relu, clip, backprop_to_alpha):
     for group in _groups(xs, alphas, ranges, bins=True):
         levels, n = group.levels, len(group.members)
         method = one._bin_method(levels)
-        words_method = method == one.WORDS
-        num_warps = one.WORDS_NUM_WARPS if words_method else one.NUM_WARPS
+        _, num_warps = one._work(method)
         lp = max(one._power_of_two(levels), 2)
         layouts, programs, _ = _layouts(group.plans, xs[0].device, True)
         channels = [p.channels for p in group.plans]
-        partials = new(programs, 8 if words_method else 4 * lp)
-        words = new((programs, 3, levels), dtype=torch.int64) if words_method else None
-        if words_method and kernels.interpreted:
+        partials = new(programs, 8 if method == one.WORDS else 4 * lp)
+        words = new((programs, 3, levels), dtype=torch.int64) if method == one.WORDS else None
+        if words is not None and kernels.interpreted:
             words.zero_()
         s_words = s_ends = one_step = None
         if backprop_to_alpha and channels[0] == 1:

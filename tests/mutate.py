@@ -123,6 +123,9 @@ class Copy:
     def test(self, words: list[str], limit: float) -> tuple[str, str]:
         """("passed", a count), ("failed", the first test that did), ("time limit", "") or ("no verdict", "").
 
+        Raises:
+            RuntimeError: where pytest cannot collect the tests.
+
         pytest runs in a fork of this process, which has torch at hand, so that a fault costs what its tests do. The
         limit is of the processor's time: a busy machine must not pass for a test that has found something.
         """
@@ -165,6 +168,8 @@ class Copy:
         if status == 0:
             return "passed", re.search(r"(\d+) passed", text)[0]
         found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
+        if found and "::" not in found[1]:  # a package is missing, or the fault is no Python: no test has run
+            raise RuntimeError(f"{found[1]} cannot be collected:\n{text[-3000:]}")
         return "failed", found[1] if found else f"a child that ended with {status}"
 
 

@@ -40,6 +40,9 @@ def test_refused():
         bits.unpack(packed, 2, 5)
     with pytest.raises(ValueError, match="beyond the last"):
         bits.unpack(packed, 2, 2)
+    three = bits.pack(torch.tensor([1, 2], dtype=torch.uint8), 3) | 0x80  # in the two bits that make no value
+    with pytest.raises(ValueError, match="beyond the last"):
+        bits.unpack(three, 3, 2)
 
 
 @pytest.mark.parametrize(

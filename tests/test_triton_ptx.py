@@ -209,6 +209,22 @@ def test_hostile_values_stay_inside_their_buffers(bits, alpha):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
+def test_an_infinite_step_spoils_no_bin_but_its_own(bits):
+    """Sums inside of the range are integers in units of the largest finite step."""
+    spec = QuantSpec(bits, channel_axis=1)
+    x, steps, q = values(800, spec, 0.1).reshape(40, 20), 0.1 * torch.linspace(0.5, 1.5, 20), plain(spec, 1)
+    steps[7] = math.inf  # all that it quantizes has the code 0
+    with Device():
+        _, _, bins, _ = triton_backend.lsq_bin_fwd(x, steps, *q, False)
+    expected = reference.lsq_bin_fwd(x, steps, *q, False)[2]
+    others = torch.arange(spec.num_slots) != -spec.qn
+    counts, sums, squares = bins[:-2].reshape(3, -1)
+    assert torch.equal(counts, expected[: spec.num_slots]) and bins[:-2].reshape(3, -1)[1:, others].isfinite().all()
+    for got, part in ((sums, slice(spec.num_slots, 2 * spec.num_slots)), (squares, slice(2 * spec.num_slots, -2))):
+        torch.testing.assert_close(got[others], expected[part][others], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_same_bits_in_any_order_of_blocks_and_threads(bits):
     spec = QuantSpec(bits)
     x, alpha, results = values(9001, spec, 0.1), torch.tensor([0.1]), []

@@ -124,7 +124,7 @@ def resources(compiled) -> Resources:
     """What the machine code of triton.compile()'s result takes, by the cuobjdump that Triton brings.
 
     Raises:
-        FileNotFoundError, subprocess.CalledProcessError: where that is missing or fails.
+        RuntimeError: where Triton finds no cuobjdump. subprocess.CalledProcessError: where it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

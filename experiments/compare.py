@@ -14,8 +14,10 @@ from cifar10.files import markdown_table
 def row(folder: Path) -> list[str]:
     """One run's cells: name, test accuracies, BR per epoch of the BR phase, seconds per epoch, threads and device."""
     results = json.loads((folder / "results.json").read_text())
-    if results["status"] != "finished":
-        raise ValueError(f"{folder}: its results.json says {results['status']}: finish the run with --resume")
+    status = results.get("status") if isinstance(results, dict) else None
+    if status != "finished":
+        what = "is none of a run" if status is None else f"says {status}: finish the run with --resume"
+        raise ValueError(f"{folder}: its results.json {what}")
     epochs, final = results["epochs"], results["final"]
 
     def per_epoch(key: str, digits: int) -> str:

@@ -46,6 +46,7 @@ def _refused(main, flags: list[str], folder: Path, capsys) -> str:
         (["--lr", "0"], "--lr 0.0: expected a positive number"),
         (["--momentum", "1"], "--momentum 1.0"),
         (["--batch-size", "0"], "--batch-size 0: expected 1 or more"),
+        (["--seed", str(2**63)], f"--seed {2**63}: expected less than 2^63"),
         (["--val-fraction", "1"], "--val-fraction 1.0"),
         (["--data", "no-such-folder"], "--data no-such-folder: no such folder"),
         (["--pretrained-baseline", "no-such.pth"], "--pretrained-baseline no-such.pth: no such file"),

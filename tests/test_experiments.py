@@ -262,6 +262,10 @@ def test_a_baseline_goes_on_where_its_data_has_moved_to(tmp_path, monkeypatch, c
     results = _results(run)
     assert len(results["epochs"]) == 2 and results["options"]["data"] == str(moved)
     assert compare.row(run)[3] == "–"  # no validation images
+    for content, message in (("[1]", "is none of a run"), ('{"status": "running"}', "says running: finish the run")):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            compare.row(tmp_path)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_by_accident(qat_run, qat_flags, capsys):

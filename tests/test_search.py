@@ -221,6 +221,12 @@ def test_what_cannot_be_searched_is_refused(flags, fixed, expected, tmp_path, ca
     assert expected in message and len(message.strip().splitlines()) == 1 and not (tmp_path / "search").exists()
 
 
+def test_a_search_without_validation_images_is_refused(tmp_path, capsys):
+    flags = [*FIXED, "--limit", "12", "--val-fraction", "0.01"]
+    assert main(["--output-dir", str(tmp_path / "search"), *SPACE, "--trials", "1", "--", *flags]) == 2
+    assert "--val-fraction 0.01 of so few images leaves none to choose by" in capsys.readouterr().err
+
+
 def test_another_search_is_not_continued(tmp_path, capsys):
     search = trials.Search(tmp_path, space.read(SPACE[1::2]), "random", 2, 0, 0, FIXED)
     search._write()

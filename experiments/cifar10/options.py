@@ -287,6 +287,7 @@ def check(options: argparse.Namespace) -> None:
     at_epoch = ("freeze_weight_alpha_epoch", "freeze_act_alpha_epoch")
     for name in ("lambda_br", "lambda_br_act", "weight_decay", "warmup_epochs", "seed", *at_epoch):
         require(name, not_negative, "0 or more")
+    require("seed", lambda seed: seed < 2**63, "less than 2^63")
     for name in ("momentum", "val_fraction", "lr_warmup", "label_smoothing"):
         require(name, lambda share: 0 <= share < 1, "0 or more, below 1")
     require("distill", lambda share: 0 <= share <= 1, "0 to 1")

@@ -96,13 +96,14 @@ def losses(results: dict[str, Any]) -> Figure:
     if with_br:
         ax, options = axes[0][1], results["options"]
         terms = {"epochs": [_terms(epoch, options) for epoch in results["epochs"]]}
-        _line(ax, terms, "ce", "cross-entropy", BLUE)
+        share = 1 - options.get("distill", 0)  # the teacher's part is not on record
+        _line(ax, terms, "ce", "cross-entropy" if share == 1 else f"{share:g} · cross-entropy", BLUE)
         _line(ax, terms, "br_w", f"{options['lambda_br']:g} · BR_W", ORANGE)
         _line(ax, terms, "br_a", f"{options['lambda_br_act']:g} · BR_A", GREEN)
         _epochs_axis(ax, results)
         ax.set_yscale("log")
         plain_ticks(ax)
-        ax.set_title("Terms of the training loss", pad=16)
+        ax.set_title("Terms of the training loss" + ("" if share == 1 else ", but the teacher's"), pad=16)
         ax.legend()
     return figure
 
@@ -111,7 +112,7 @@ def _terms(epoch: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     strength = {"br_w": options["lambda_br"], "br_a": options["lambda_br_act"]}
     # A term of 0 has no place on a logarithmic axis.
     weighted = {key: factor * epoch[key] or None for key, factor in strength.items() if key in epoch}
-    return {"epoch": epoch["epoch"], "ce": epoch["ce"], **weighted}
+    return {"epoch": epoch["epoch"], "ce": (1 - options.get("distill", 0)) * epoch["ce"] or None, **weighted}
 
 
 def plain_ticks(ax) -> None:

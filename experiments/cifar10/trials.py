@@ -166,6 +166,9 @@ class Search:
         splits = without_test(
             data.load(first.data, download=first.download, val_fraction=first.val_fraction, limit=first.limit)
         )
+        if not len(splits.val):
+            share = f"--val-fraction {first.val_fraction:g}"
+            raise UserError(f"{share} of so few images leaves none to choose by: raise it, or --limit")
         print(splits.describe())
         if first.pretrained_baseline is None:
             print(NOT_PRETRAINED)

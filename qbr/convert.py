@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from qbr import functional, running
@@ -14,6 +15,12 @@ from qbr.quantizers import LSQQuantizer, keeping_dtype, quantizers
 from qbr.regularizer import unwatch
 
 _FLOAT_LAYERS = {quantized: plain for plain, quantized in WEIGHT_LAYERS.items()}
+
+
+@torch.fx.wrap  # a dtype decides, which symbolic_trace of a converted model cannot ask
+def _computed(x: Tensor) -> Tensor:
+    """x as it is quantized: in float32, or float64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class FakeQuantize(Counted, nn.Module):
@@ -42,7 +49,7 @@ class FakeQuantize(Counted, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """xhat in input's shape and dtype, to the bit what the quantizer gives."""
-        y = input if input.dtype == torch.float64 else input.float()
+        y = _computed(input)
         alpha = self._alpha(y.dim()).to(y.dtype)
         if self.relu:
             y = y.clamp(min=0.0, max=self.clip)

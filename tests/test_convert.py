@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+import torch.fx
 import tv
 from torch import nn
 from torch.nn.utils import prune
@@ -230,3 +231,14 @@ def test_a_model_whose_hooks_keep_tensors_of_a_graph():
     converted = qbr.convert(model)
     assert model[0].__dict__["weight"] is kept and kept.grad_fn is not None
     assert torch.equal(converted.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_symbolic_trace_follows_a_converted_model(dtype):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU6(), nn.Flatten(), nn.Linear(144, 5)
+    model = nn.Sequential(*layers)
+    prepare(model.to(dtype), QATConfig(weight_bits=4, act_bits=4, quantize_inputs=True))
+    x = x_(2, 3, 8, 8).to(dtype)
+    plain = convert(calibrate(model, [x]).eval())
+    assert torch.equal(torch.fx.symbolic_trace(plain)(x), plain(x))

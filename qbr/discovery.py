@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -194,7 +196,10 @@ class _Reader:
         if node is not None:
             return tracing.call(owner, node.args, node.kwargs)
         if owner is self.model and self.example is not None:
-            return tracing.call(owner, *self.example)
+            args, kwargs = self.example
+            with contextlib.suppress(TypeError):  # of an example that the forward does not take, running it tells
+                inspect.signature(owner.forward).bind(*args, **kwargs)
+                return tracing.call(owner, args, kwargs)
         return tracing.unknown_call(owner)
 
     def _hide(self, name: str, owner: nn.Module, error: Untraceable) -> None:

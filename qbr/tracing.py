@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
@@ -28,6 +28,10 @@ from qbr.stand_ins import StandIn, told_apart
 RELU_FUNCTIONS = {F.relu: None, F.relu_: None, torch.relu: None, torch.relu_: None, F.relu6: 6.0}  # and their bounds
 _RELU_METHODS = ("relu", "relu_")
 _RELU_NAMES = {"relu", "relu_", "relu6"}
+_VALUES = (
+    bool, int, float, complex, str, bytes, range, type(None), type(...), torch.dtype, torch.device, torch.layout,
+    torch.memory_format,
+)  # fmt: skip
 _MODE_QUESTIONS = {"is_grad_enabled", "is_inference_mode_enabled", "is_inference", "is_autocast_enabled"}
 
 
@@ -41,7 +45,7 @@ class Call(NamedTuple):
     Attributes:
         tensors: {argument: what its caller's graph, or the example, has for it}; None where all that is known is that
             it has no default.
-        values: {argument: a value without tensors, if it is not the default}.
+        values: {argument: a plain value, or lists and the like of such, if it is not the default}.
     """
 
     tensors: dict[str, Any]
@@ -133,7 +137,7 @@ def call(owner: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
     """owner's forward, called with nodes of a graph, or with tensors, and with other values."""
     defaults = parameters(owner)
     given = {**dict(zip(defaults, args)), **kwargs}
-    tensors = {name: given[name] for name in defaults if _holds_tensors(given.get(name))}
+    tensors = {name: given[name] for name in defaults if _is_computed(given.get(name))}
     values = {name: _thawed(value) for name, value in given.items() if name not in tensors}
     return Call(tensors, {name: value for name, value in values.items() if not is_same(value, defaults.get(name))})
 
@@ -154,14 +158,15 @@ def is_same(value, default) -> bool:
     return isinstance(value, (bool, int, float, str)) and value == default
 
 
-def _holds_tensors(value) -> bool:
+def _is_computed(value) -> bool:
+    """Whether a value is a node or a tensor, or has one in it; any object but plain values counts as such."""
     if isinstance(value, (list, tuple)):
-        return any(map(_holds_tensors, value))
+        return any(map(_is_computed, value))
     if isinstance(value, Mapping):
-        return any(map(_holds_tensors, value.values()))
+        return any(map(_is_computed, value.values()))
     if isinstance(value, slice):
-        return _holds_tensors([value.start, value.stop, value.step])
-    return isinstance(value, (Node, Tensor))
+        return any(map(_is_computed, (value.start, value.stop, value.step)))
+    return not isinstance(value, _VALUES)
 
 
 def _thawed(value):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import qbr
-from qbr import QATConfig
+from qbr import QATConfig, tracing
 from qbr.quantizers import quantizers
 
 INPUTS = QATConfig(weight_bits=4, act_bits=4, quantize_inputs=True)
@@ -123,8 +123,16 @@ def test_the_example_tells_what_the_model_is_called_with():
     assert model(**both).shape == model(x, x, 1.0).shape
     with pytest.raises(TypeError, match="with a tensor for 'condition'"):
         model(x)
+    assert _inputs(Conditioned(), example={"y": x}) == _inputs(Conditioned())
     with pytest.raises(TypeError, match="a batch is a int"):
         qbr.plan(Conditioned(), example=3)
+
+
+def test_objects_are_not_handed_to_a_forward_that_is_only_read():
+    """As a cache, to which it would write stand-ins."""
+    call = tracing.call(Conditioned(), (torch.ones(1),), {"condition": [object()], "scale": (2, None)})
+    assert call.tensors.keys() == {"x", "condition"} and call.values == {"scale": (2, None)}
+    assert call.containers == ("condition",)
 
 
 class Sorts(nn.Module):

@@ -15,7 +15,7 @@ class _GradScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale):
         ctx.scale = scale
-        return x.view_as(x)
+        return x.clone()  # as (x - x * scale).detach() + x * scale is: a tensor that may be written to
 
     @staticmethod
     def backward(ctx, grad):
@@ -46,7 +46,9 @@ class ActivationHookManager:
     """Keeps what the activation modules of a model put out in a training forward, every call of every module.
 
     The calls of a module that runs more than once are ``name``, ``name@2``, ... Kept until the next forward of model,
-    ``clear_activations()`` or ``set_training_mode(False)``; nothing is kept in eval mode.
+    ``clear_activations()`` or ``set_training_mode(False)``; nothing is kept in eval mode. Where modules run outside of
+    a forward of model (``model.forward(x)``, a part of it), each one's last call is kept. Copies of model are not
+    watched.
 
     Args:
         model: its forward starts a new set.
@@ -84,8 +86,11 @@ class ActivationHookManager:
         if exclude_first_last and len(matches) > 2:
             matches = matches[1:-1]
         self.registered_layers = [name for name, _ in matches]
-        self.hooks = [model.register_forward_pre_hook(lambda *_: self.clear_activations())]
-        self.hooks += [module.register_forward_hook(self._keep(name)) for name, module in matches]
+        self._inside = False  # whether a forward of model is running
+        self.hooks = [model.register_forward_pre_hook(self._around(True))]
+        self.hooks.append(model.register_forward_hook(self._around(False), always_call=True))
+        for name, module in matches:
+            self.hooks.append(module.register_forward_hook(self._keep(name, module), with_kwargs=True))
 
     def _matches(self) -> list[tuple[str, nn.Module]]:
         modules = dict(self.model.named_modules())
@@ -98,16 +103,27 @@ class ActivationHookManager:
             warnings.warn(message, stacklevel=3)
         return [(name, module) for name, module in modules.items() if name in self.layer_names]
 
-    def _keep(self, name: str):
-        def hook(module, inputs, output):
-            if not (self.training and module.training):
+    # Hooks are functions of the manager's and not its methods, which a deepcopy of model would copy it with; the copy's
+    # modules call them, too.
+    def _around(self, starts: bool):
+        def hook(module, *_):
+            if module is self.model:
+                self._inside = starts
+                if starts:
+                    self.clear_activations()
+
+        return hook
+
+    def _keep(self, name: str, watched: nn.Module):
+        def hook(module, inputs, kwargs, output):
+            if module is not watched or not (self.training and module.training):
                 return
-            self._calls[name] = call = self._calls.get(name, 0) + 1
+            self._calls[name] = call = self._calls.get(name, 0) + 1 if self._inside else 1
             key = name if call == 1 else f"{name}@{call}"
             self.activations[key] = output.detach() if self.detach_activations else output
             if isinstance(module, QuantizedClippedReLU):
-                x = inputs[0].detach() if self.detach_activations else inputs[0]
-                self._inputs[key] = x, module.clip_value
+                x = inputs[0] if inputs else kwargs["input"]
+                self._inputs[key] = x.detach() if self.detach_activations else x, module.clip_value
 
         return hook
 

@@ -181,7 +181,8 @@ class QuantizedClippedReLU(Counted, nn.Module):
         clip_value: upper bound of the ReLU, positive; None for none.
         num_bits: of the activation, 1 to 8, unsigned.
         keep_pre_quant_activation: hold the last forward's min(max(x, 0), clip_value) until the next forward, in
-            training and in eval; one more activation of memory and one more pass.
+            training and in eval, on the way to the loss, so that gradients reach it; one more activation of memory and
+            the passes of ReLU and clip.
         device: where the quantizer's alpha is made.
     """
 
@@ -211,13 +212,16 @@ class QuantizedClippedReLU(Counted, nn.Module):
         x = input
         if not is_dense(x):
             x = x.contiguous()  # here and not below, so that the tensor that the graph saves is the one referred to
-        if self.keep_pre_quant_activation or self._kept is not None:
-            self._kept = clipped_relu(x, self.clip_value) if self.keep_pre_quant_activation else None
-        # Weak: the input lives as long as the graph that needs it, and not because of this module.
-        assign(self, "_input", None if torch.compiler.is_compiling() else TensorWeakRef(x))
         quantizer = self.quantizer
         if self.calls > 1:
             quantizer = self._modules[call_names("quantizer", self.calls)[self.next_call()]]
+        if self.keep_pre_quant_activation:
+            self._kept = clipped_relu(x, self.clip_value)
+            return quantizer(self._kept)  # on the way to the loss, so that gradients reach it
+        if self._kept is not None:
+            self._kept = None
+        # Weak: the input lives as long as the graph that needs it, and not because of this module.
+        assign(self, "_input", None if torch.compiler.is_compiling() else TensorWeakRef(x))
         return quantizer(x, relu=True, clip=self.clip_value)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -237,12 +241,18 @@ class QuantizedClippedReLU(Counted, nn.Module):
 
         There from a forward with gradients until its backward; in compiled code None. What is kept is the forward's
         input, weakly: None where nothing else holds it, as after backward or under no_grad, unless
-        ``keep_pre_quant_activation`` is set.
+        ``keep_pre_quant_activation`` is set. None may be assigned, which drops it.
         """
         if self._kept is not None:
             return self._kept
         x = self._input() if self._input is not None else None
         return None if x is None else clipped_relu(x, self.clip_value)
+
+    @pre_quant_activation.setter
+    def pre_quant_activation(self, value: None) -> None:
+        if value is not None:
+            raise AttributeError("pre_quant_activation: only None can be assigned, which drops it")
+        self._input = self._kept = None
 
     def extra_repr(self) -> str:
         return f"clip_value={self.clip_value}"
@@ -254,7 +264,10 @@ class QuantizedClippedReLU(Counted, nn.Module):
 def clipped_relu(x: Tensor, clip: float | None) -> Tensor:
     """min(max(x, 0), clip), in the graph; the gradient passes where 0 < x <= clip in every version of torch."""
     y = x.relu()
-    return y if clip is None else torch.where(x > clip, clip, y)
+    if clip is None:
+        return y
+    beyond = (x if x.dtype == torch.float64 else x.float()) > clip  # 16 bits would round clip first
+    return torch.where(beyond, clip, y)
 
 
 def call_names(name: str, calls: int) -> list[str]:

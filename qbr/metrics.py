@@ -137,6 +137,10 @@ class LazyInfo(dict):
         self._read()
         return super().__getitem__(key)
 
+    def __ior__(self, other):
+        self._read()
+        return super().__ior__(other)
+
     def __setitem__(self, key, value):
         self._read()
         super().__setitem__(key, value)

@@ -381,7 +381,7 @@ def _with_alphas(weights_dict: Mapping[str, Tensor], alphas_dict: Mapping):
     """(name, tensor, alpha) of the layers that have an alpha, under their own name or the one before '@'."""
     for name, weights in weights_dict.items():
         alpha = alphas_dict.get(name)
-        if alpha is None:
+        if alpha is None and isinstance(name, str):
             alpha = alphas_dict.get(name.partition("@")[0])
         if alpha is not None:
             yield name, weights, alpha

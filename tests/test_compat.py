@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import inspect
 import weakref
@@ -10,9 +11,11 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import qbr
 from qbr import ActivationHookManager, BinRegularizer, grad_scale, round_pass
+from qbr.layers import clipped_relu
 
 NAMES = [
     "grad_scale", "round_pass", "LSQ_WeightQuantizer", "LSQ_ActivationQuantizer", "QuantizedConv2d", "QuantizedLinear",
@@ -220,3 +223,108 @@ def test_a_predecessor_training_step():
             optimizer.step()
             losses.append(w_info["avg_loss"] + a_info["avg_loss"])
     assert losses[-1] < losses[0]
+
+
+def _kept(manager) -> tuple[list[str], float]:
+    found = manager.get_pre_quant_activations()
+    return list(found), sum(each.sum().item() for each in found.values())
+
+
+def test_forwards_that_do_not_enter_by_the_model_are_not_added_up():
+    model = _net()
+    manager = ActivationHookManager(model, exclude_first_last=False)
+    model(_x())
+    names, total = _kept(manager)
+    model.forward(_x())
+    for _ in range(2):  # a part of it, several times
+        model[1](model[0](_x()))
+    assert not [name for name in manager.activations if name not in names]
+    model(_x())
+    assert _kept(manager) == (names, total)
+
+
+def test_copies_of_a_model_are_not_watched():
+    model = _net()
+    manager = ActivationHookManager(model, exclude_first_last=False)
+    teacher, average = copy.deepcopy(model), AveragedModel(model)
+    model(_x())
+    before = _kept(manager)
+    teacher(_x(1)), average(_x(1)), teacher.eval()(_x(1))
+    assert _kept(manager) == before and before[0]
+    assert all(each.requires_grad for each in manager.get_pre_quant_activations().values())
+    manager.remove_hooks()
+    manager.clear_activations()
+    teacher.train()(_x(1))
+    assert not manager.activations
+
+
+def test_a_layer_that_is_called_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = qbr.QuantizedClippedReLU(1.0, 2)
+
+        def forward(self, x):
+            return self.relu(input=x)
+
+    model = Named()
+    manager = ActivationHookManager(model)
+    y = model(_x())
+    assert torch.equal(manager.get_activations()["relu"], y)
+    assert manager.get_pre_quant_activations()["relu"].max() <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pre_quant_activations_on_the_way_to_the_loss(dtype):
+    x = (2 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
+    relu, other = (qbr.QuantizedClippedReLU(1.5, 3, keep_pre_quant_activation=keep) for keep in (True, False))
+    y, expected = relu(x), other(x)
+    assert torch.equal(y, expected) and torch.equal(relu.quantizer.alpha, other.quantizer.alpha)
+    relu.pre_quant_activation.retain_grad()
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dx, dalpha = torch.autograd.grad(expected, (x, other.quantizer.alpha), g)
+    y.backward(g)
+    assert torch.equal(x.grad, dx) and torch.allclose(relu.quantizer.alpha.grad, dalpha, rtol=1e-5)
+    assert relu.pre_quant_activation.grad is not None
+    relu.pre_quant_activation = None
+    assert relu.pre_quant_activation is None
+    with pytest.raises(AttributeError, match="only None can be assigned"):
+        relu.pre_quant_activation = y
+
+
+def test_an_input_that_is_written_to_after_its_relu():
+    def run(keep):
+        x = torch.randn(8, requires_grad=True)
+        y = x * 1.0
+        r = qbr.QuantizedClippedReLU(keep_pre_quant_activation=keep)(y)
+        y += 1
+        (r * 2 + y).sum().backward()
+
+    run(True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run(False)
+
+
+def test_the_clip_of_16_bits_is_not_rounded_before_it_is_compared():
+    """As in the fused pass: a value between clip and what 16 bits make of it is clipped, and gets no gradient."""
+    for dtype, clip in ((torch.bfloat16, 1.1), (torch.float16, 1.0007)):
+        edge = torch.tensor(clip).to(dtype)
+        x = torch.stack([edge, torch.nextafter(edge, edge * 0)]).requires_grad_()
+        dx = torch.autograd.grad(clipped_relu(x, clip).sum(), x)[0]
+        assert dx.tolist() == [float(each <= clip) for each in x.detach().float()] and dx.tolist() == [0.0, 1.0]
+
+
+def test_layers_by_number_and_info_that_is_merged_into():
+    weights = {0: torch.randn(8), 1: torch.randn(8)}
+    loss, info = BinRegularizer().compute_total_loss(weights, {0: 0.5})
+    info |= {"avg_loss": 7.0}
+    assert info["avg_loss"] == 7.0 and set(info["layer_losses"]) == {0} and loss.item() > 0
+
+
+def test_what_grad_scale_gives_may_be_written_to():
+    alpha = torch.tensor([0.5], requires_grad=True)
+    grad_scale(alpha, 0.1).clamp_(min=1e-5).sum().backward()
+    assert alpha.grad.item() == pytest.approx(0.1)
+    with torch.no_grad():
+        grad_scale(alpha, 0.1).mul_(2)
+    assert alpha.item() == 0.5

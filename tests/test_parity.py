@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import DTYPES, ELEMENT_TOLERANCE, SHAPES, SPECS, SUM_TOLERANCE, Case, Shape
 
-from qbr import BackendUnavailable, kernels, ops
+from qbr import BackendUnavailable, QuantSpec, kernels, ops
 from qbr import functional as F
 from qbr.arguments import check
 
@@ -177,6 +177,20 @@ def test_one_bin_holds_all(backend, device, name, value, step):
     x, grad, alpha = torch.full((8197,), value), torch.ones(8197), torch.tensor([step])
     expected = run("reference", "cpu", case, x, alpha, grad)
     compare(run(backend, device, case, x, alpha, grad), expected, x, alpha, grad, case)
+
+
+@pytest.mark.parametrize("distance", [1e-3, -1e-4, 1e-5])
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+@pytest.mark.parametrize("backend, device", TARGETS)
+def test_a_bin_that_has_nearly_converged_keeps_its_mean(backend, device, bits, distance):
+    """All distances on one side, and of few of the units in which they may be added up."""
+    load(backend, device)
+    spec = QuantSpec(bits)
+    alpha = torch.tensor([0.7], device=device)
+    x = distance * torch.rand(20_000, generator=torch.Generator().manual_seed(bits)).to(device) - alpha
+    bins = F.bin_loss(x, alpha, spec, backend=backend).bins
+    expected = (x.double() + alpha.double()).sum().item()
+    assert bins.table[spec.num_slots - 1 - spec.qn].item() == pytest.approx(expected, rel=2e-4)
 
 
 @pytest.mark.parametrize("step", HOSTILE_STEPS, ids=str)

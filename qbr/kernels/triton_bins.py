@@ -130,8 +130,14 @@ def _add_bins(sums, b_b, b_d, QN: tl.constexpr, LEVELS: tl.constexpr, BINARY: tl
 
 @triton.jit
 def _to_fixed(b_t, one):
-    """b_t in units of 1 / one, as an integer; 0 for what is no distance inside the range (NaN, inf, a broken alpha)."""
-    return (tl.where(tl.abs(b_t) <= 1.0, b_t, 0.0) * one).to(tl.int64)
+    """b_t in units of 1 / one, as an integer; 0 for what is no distance inside the range (NaN, inf, a broken alpha).
+
+    To the nearest: cut off, distances of a few units would lose a part of their mean.
+    """
+    b_v = tl.where(tl.abs(b_t) <= 1.0, b_t, 0.0) * one
+    if INTERPRETED:
+        return tl.floor(b_v + 0.5).to(tl.int64)
+    return tl.inline_asm_elementwise("cvt.rni.s64.f32 $0, $1;", "=l,f", [b_v], tl.int64, True, 1)
 
 
 @triton.jit

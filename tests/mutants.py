@@ -116,6 +116,7 @@ MUTANTS = [
            "for k in range(1, LEVELS - 1):", "for k in range(1, LEVELS - 2):", "triton"),
     Mutant("triton: an infinite step is the unit", TRITON_BINS,
            '(b_a < float("inf")) & (b_a > b_max)', "(b_a > b_max)", "ptx"),
+    Mutant("triton: distances are cut off to their unit", TRITON_BINS, "cvt.rni.s64.f32", "cvt.rzi.s64.f32", "ptx"),
     Mutant("triton: a cell's square without its distance", "qbr/kernels/triton_shared.py",
            "fma.rn.f32 q, $3, $3, q;", "add.f32 q, q, $3;", "ptx"),
     # ---- CUDA's kernels, executed from PTX ----

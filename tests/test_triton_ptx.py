@@ -225,6 +225,16 @@ def test_an_infinite_step_spoils_no_bin_but_its_own(bits):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_bin_that_has_nearly_converged_keeps_its_mean(bits):
+    spec, alpha = QuantSpec(bits), torch.tensor([0.7])
+    x = 1e-5 * torch.rand(4096, generator=torch.Generator().manual_seed(bits)) - alpha
+    with Device():
+        bins = triton_backend.bin_loss_fwd(x, alpha, *plain(spec), False)[1]
+    expected = (x.double() + alpha.double()).sum().item()
+    assert bins[spec.num_slots - 1 - spec.qn].item() == pytest.approx(expected, rel=5e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_same_bits_in_any_order_of_blocks_and_threads(bits):
     spec = QuantSpec(bits)
     x, alpha, results = values(9001, spec, 0.1), torch.tensor([0.1]), []

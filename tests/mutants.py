@@ -201,7 +201,7 @@ MUTANTS = [
            "same_key, same_value = key is query, value is key", "same_key, same_value = key is query, value is query",
            "layers"),
     Mutant("layers: no gradient at the clip", LAYERS,
-           "torch.where(x > clip, clip, y)", "torch.where(x >= clip, clip, y)", "layers"),
+           "else x.float()) > clip", "else x.float()) >= clip", "layers"),
     Mutant("layers: renormalising changes the weight", LAYERS,
            "torch.embedding_renorm_(weight.clone(), rows,", "torch.embedding_renorm_(weight, rows,", "export"),
     Mutant("layers: an embedding without its padding", LAYERS,

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+
 from qbr.quantizers import check_bits, check_clip
 from qbr.spec import check_regularizer
 
@@ -158,6 +160,9 @@ class QATConfig:
         if unknown:
             raise ValueError(f"{unknown}: no fields of QATConfig; expected some of {[f.name for f in fields(cls)]}")
         return cls(**values)
+
+
+torch.serialization.add_safe_globals([QATConfig])  # plain values: checkpoints that keep their arguments load
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -69,6 +69,9 @@ class Freeze:
         return self.step is not None or self.release_step is not None
 
 
+torch.serialization.add_safe_globals([Freeze])  # plain values: checkpoints that keep their arguments load
+
+
 class Record:
     """What one side of a model has to remember to decide whether its alphas are frozen.
 

@@ -20,6 +20,7 @@ Losses of different weights may have backwards of their own all the same: qbr/sa
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -49,8 +50,11 @@ def quantize_together(model: nn.Module, *_) -> None:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_inside(model):
         return
     groups: dict[bool, list] = {}
+    known: dict[int, nn.Module] = {}
     for quantizer, owner, name in weights(model):
         weight = owner._parameters.get(name)
+        if known.setdefault(id(weight), quantizer) is not quantizer and weight is not None:
+            _warn_of_two_steps(model, weight)
         if quantizer.alone or weight is None or not is_there(weight) or _has_hooks(owner):
             continue  # a hook may write to the weight's .data, which no version tells
         if quantizer.training and not quantizer.initialised:
@@ -65,6 +69,15 @@ def quantize_together(model: nn.Module, *_) -> None:
             _quantize(members, with_bins)
             grouped += [quantizer for quantizer, *_ in members]
     assign(model, "_qbr_grouped", grouped)
+
+
+def _warn_of_two_steps(model: nn.Module, weight: Tensor) -> None:
+    if model.__dict__.get("_qbr_told_of_ties"):
+        return
+    assign(model, "_qbr_told_of_ties", True)
+    names = [name for name, each in model.named_parameters(remove_duplicate=False) if each is weight]
+    warnings.warn(f"{names} are one weight with a step size for each, which bin_loss counts as often: tie weights "
+                  "before prepare", stacklevel=4)  # fmt: skip
 
 
 def _has_hooks(layer: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import warnings
 
 from torch import Tensor, nn
 
+from qbr import distributed
 from qbr.arguments import usable
 from qbr.spec import QuantSpec
 
@@ -49,3 +50,13 @@ def warn_of(spec: QuantSpec, init_state: Tensor, metadata: dict) -> None:
         mine = f"{spec.bits} bits (codes {spec.qn}..{spec.qp})"
         warnings.warn(f"step sizes of {bits} bits (codes {qn}..{qp}) were loaded for {mine}: call "
                       "qbr.calibrate(model, batches) next", stacklevel=3)  # fmt: skip
+
+
+def leave_meta(quantizer: nn.Module) -> None:
+    """Start over with what was made on meta and got neither a state_dict nor a value since: transformers'
+    from_pretrained() gives it memory that holds anything."""
+    if quantizer.alpha.is_meta or distributed.local(quantizer.alpha) is not quantizer.alpha:
+        return
+    quantizer._made_on_meta = False
+    if not bool((quantizer.init_state == 1).all() & usable(quantizer.alpha).all()):
+        quantizer.reset_parameters()

@@ -104,6 +104,7 @@ class LSQQuantizer(nn.Module):
         self._set_requires_grad = True  # what freeze() has made of it
         self.alpha = nn.Parameter(torch.full((channels,), self.initial_alpha, dtype=torch.float32, device=device))
         self.register_buffer("init_state", torch.zeros(1, dtype=torch.float32, device=device))
+        self._made_on_meta = self.alpha.is_meta
         # init_state's value on the host: reading the buffer in forward would wait for the device.
         self._initialised = False
         self._unconfirmed = False  # whether a forward has tried to set alpha, and nobody has read whether it could
@@ -146,6 +147,8 @@ class LSQQuantizer(nn.Module):
 
         Waits for the device only while nothing is known to have set alpha: in eval mode, and under torch.distributed.
         """
+        if self._made_on_meta and not torch.compiler.is_compiling():
+            quantizer_state.leave_meta(self)
         if not self._initialised and not self._was_sent():
             if self.training:
                 self.initialise(x, relu=relu, clip=clip, force=False)
@@ -309,6 +312,8 @@ class LSQQuantizer(nn.Module):
 
         usable: which of the steps are new, bool; where none is, init_state stays as it was.
         """
+        if self._made_on_meta:
+            quantizer_state.leave_meta(self)
         self.alpha.copy_(alpha)
         if not isinstance(self.alpha, nn.Parameter) or self.alpha.is_meta:
             return  # functional_call's tensor, or nothing: the module's own alpha is as it was
@@ -363,7 +368,7 @@ class LSQQuantizer(nn.Module):
     def __setstate__(self, state):
         defaults = {"frozen": False, "_learns": True, "_saved_elsewhere": False, "_alpha_in_graph": (),
                     "_set_requires_grad": state["_parameters"]["alpha"].requires_grad,
-                    "_unconfirmed": False, "_tries": 0}  # fmt: skip
+                    "_unconfirmed": False, "_tries": 0, "_made_on_meta": False}  # fmt: skip
         super().__setstate__({**defaults, **state})
         step_guard.register(self)
 

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import types
 import warnings
+import weakref
 from collections.abc import Container
 from typing import Any
 
@@ -30,6 +31,7 @@ from qbr.tracing import (
 )
 
 _PLAIN = (bool, int, float, str, type(None))
+_KEPT = "_qbr_forward"  # the attribute of an owner that has its traced forward, whoever wraps that
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -62,7 +64,7 @@ class TracedForward:
         in_place: Container[nn.Module] = (),
         values: dict[str, Any] | None = None,
     ) -> None:
-        self.owner = owner
+        self._owner = weakref.ref(owner)  # not the owner, of which this is an attribute: it would live on as a cycle
         self.given = given
         self.values = values or {}
         self.defaults = parameters(owner)
@@ -77,14 +79,28 @@ class TracedForward:
         self._read = self._as_it_is()
         self._compile()
 
+    @property
+    def owner(self) -> nn.Module:
+        """Whose forward it is."""
+        return self._owner()
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.owner
+
+    @property
+    def __func__(self):
+        """As a bound method has: what wraps a forward (accelerate's autocast) then binds it to the owner's copies."""
+        return _of_owner
+
     def install(self) -> None:
         """Take the place of owner's forward."""
-        self.owner.forward = self
+        self.owner.forward = self.owner.__dict__[_KEPT] = self
 
     def _compile(self) -> None:
         self._functions = {}
         for mode, (source, names) in self._code.items():
-            scope = dict(names)
+            scope = {name: value.load() if isinstance(value, _Module) else value for name, value in names.items()}
             exec(compile(source, f"<forward of {type(self.owner).__name__}, read by qbr>", "exec"), scope)
             self._functions[mode] = scope["forward"]
         original = inspect.signature(type(self.owner).forward)
@@ -164,19 +180,18 @@ class TracedForward:
         return [found[name] for name in self.given]
 
     def __getstate__(self):
-        code = _changed(self._code, lambda value: _Module(value.__name__) if inspect.ismodule(value) else value)
         kept = {name: value for name, value in self.__dict__.items() if name not in ("_functions", "__signature__")}
-        return {**kept, "_code": code}
+        return {**kept, "_owner": self.owner}
 
     def __setstate__(self, state) -> None:
         self.__dict__.update(state)
-        self._code = _changed(self._code, lambda value: value.load() if isinstance(value, _Module) else value)
+        self._owner = weakref.ref(state["_owner"])
         self._compile()
 
 
-def _changed(code: dict[bool, tuple], change) -> dict[bool, tuple]:
-    """The code of both modes, with change(value) in the place of each value that it names."""
-    return {mode: (source, {k: change(value) for k, value in names.items()}) for mode, (source, names) in code.items()}
+def _of_owner(owner: nn.Module, *args, **kwargs):
+    """owner's own traced forward."""
+    return owner.__dict__[_KEPT](*args, **kwargs)
 
 
 def _plain(owner: nn.Module, name: str):
@@ -243,7 +258,7 @@ def _lists(owner: nn.Module, graphs) -> dict[str, bool]:
 
 
 class _Module:
-    """A Python module in a pickle."""
+    """A Python module, which copies and pickles cannot hold."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -256,7 +271,8 @@ def _rewritten(owner: nn.Module, graph: Graph, relus: list[str | None], in_place
     """(source of a function ``forward(self, ...)``, the names it uses) of the rewritten graph."""
     rewrite(owner, graph, relus, in_place)
     code = graph.python_code("self")
-    return code.src, dict(code.globals)
+    found = code.globals.items()
+    return code.src, {name: _Module(value.__name__) if inspect.ismodule(value) else value for name, value in found}
 
 
 def rewrite(owner: nn.Module, graph: Graph, relus: list[str | None], in_place: Container[nn.Module]) -> None:

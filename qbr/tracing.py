@@ -209,7 +209,11 @@ def trace(
     try:
         with told_apart([function for function, *_ in named]), undone, torch.enable_grad():
             owner.__dict__["training"] = training
-            graph = _Tracer(names, strict, containers, mine).trace(owner)
+            tracer = _Tracer(names, strict, containers, mine)
+            try:
+                graph = tracer.trace(owner)
+            finally:
+                tracer.root = None  # the tracer is part of cycles, in which owner would live on
     except Untraceable:
         raise
     except Exception as error:  # the forward is anyone's code, run on stand-ins for tensors: it may raise anything

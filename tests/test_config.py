@@ -39,6 +39,12 @@ def test_json_gives_the_same_config_back(config):
     assert hash(QATConfig.from_json(text)) == hash(config)
 
 
+@pytest.mark.parametrize("value", [FULL, qbr.Freeze(epoch=3)], ids=str)
+def test_checkpoints_that_hold_it_load_safely(value, tmp_path):
+    torch.save({"hyper_parameters": {"config": value}}, tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]["config"] == value
+
+
 def test_json_may_name_some_fields_and_no_others():
     assert QATConfig.from_json('{"act_bits": 32}') == QATConfig(act_bits=None)
     with pytest.raises(ValueError, match="'bits'"):

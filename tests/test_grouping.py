@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -342,3 +343,14 @@ def test_a_part_that_is_compiled_alone_is_not_compiled_at_every_step():
         model(x).sum().backward()
         optimizer.step()
     assert len(graphs) <= 2  # with and without what its root has made ready
+
+
+def test_weights_that_are_tied_after_prepare_are_told_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    qbr.prepare(model, qbr.QATConfig(act_bits=None))
+    model[1].weight = model[0].weight
+    with pytest.warns(UserWarning, match=r"\['0.weight', '1.weight'\] are one weight .* tie weights before prepare"):
+        model(torch.randn(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 4))

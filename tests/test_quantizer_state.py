@@ -315,6 +315,23 @@ def test_a_copy_on_meta_is_not_looked_at():
     assert next(iter(quantizers(skeleton).values())).alpha.is_meta
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_memory_that_from_pretrained_leaves_as_it_was(calibrated):
+    """It makes the model on meta, and puts there what the checkpoint lacks by setattr."""
+    with torch.device("meta"):
+        model = _model()
+    torch.manual_seed(0)
+    for owner, name, value in [(m, n, t) for m in model.modules() for n, t in {**m._parameters, **m._buffers}.items()]:
+        made = torch.rand(value.shape) if "alpha" not in name and name != "init_state" else torch.full((1,), 3e9)
+        setattr(owner, name, nn.Parameter(made) if isinstance(value, nn.Parameter) else made)
+    expected = qbr.prepare(_float(), qbr.QATConfig(weight_bits=2, act_bits=2))
+    expected.load_state_dict({k: v for k, v in model.state_dict().items() if "quantizer" not in k}, strict=False)
+    for each in (model, expected):
+        qbr.calibrate(each, [_x()]) if calibrated else each(_x())
+    assert _alphas(model) == _alphas(expected)
+    assert all(quantizer.init_state.item() == 1 for quantizer in quantizers(model).values())
+
+
 def test_a_state_dict_starts_the_tries_over():
     model = _model()
     optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.1, weight_decay=0.0))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
 import pickle
+import types
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import qbr
 from qbr import QATConfig, prepare
 
 
@@ -213,3 +219,59 @@ class Wrapped(nn.Module):
 
     def __getattr__(self, name):
         return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+
+class CallsReLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(F.relu(self.first(x)))
+
+
+def _wrapped(model: nn.Module) -> nn.Module:
+    """As accelerate wraps a forward in autocast."""
+    inner = model.forward.__func__
+
+    @functools.wraps(inner)
+    def around(self, *args, **kwargs):
+        return inner(self, *args, **kwargs)
+
+    model.forward = types.MethodType(around, model)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, _wrapped], ids=["as it is", "wrapped"])
+def test_copies_run_their_own_layers(wrap):
+    model, x = wrap(prepare(CallsReLU(), QATConfig(weight_bits=4, act_bits=4))), torch.rand(2, 4)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), qbr.convert(model)):
+        assert torch.equal(twin(x), expected)
+        with torch.no_grad():
+            for layer in (twin.first, twin.last):
+                layer.weight.zero_(), layer.bias.zero_()
+        assert not twin(x).any() and torch.equal(model(x), expected)
+
+
+def test_a_wrapper_that_takes_over_the_forward_s_attributes_is_copied():
+    """As accelerate's hooks for offloading do."""
+    model, x = prepare(CallsReLU(), QATConfig(weight_bits=4, act_bits=4)), torch.rand(2, 4)
+    expected = model(x)
+    inner = model.forward
+    model.forward = functools.update_wrapper(functools.partial(inner), inner)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+
+
+@pytest.mark.parametrize("make", [CallsReLU, lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU())], ids=["F", "nn"])
+def test_a_prepared_model_is_gone_when_nobody_has_it(make):
+    gc.collect()
+    gc.disable()
+    try:
+        model = prepare(make(), QATConfig(weight_bits=4, act_bits=4))
+        twin = copy.deepcopy(model)
+        gone = weakref.ref(model), weakref.ref(twin)
+        del model, twin
+        assert [each() for each in gone] == [None, None]
+    finally:
+        gc.enable()

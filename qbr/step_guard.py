@@ -24,6 +24,7 @@ _before: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary
 # {quantizer: (owner, name) of the parameters beside it}; a reference to one would forbid torch.utils.swap_tensors.
 _beside: weakref.WeakKeyDictionary[nn.Module, list[tuple]] = weakref.WeakKeyDictionary()
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_met: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # so that many (one for each parameter) search all objects once
 _hooks: list = []
 
 
@@ -66,6 +67,11 @@ def _are_moved(parameters: list[tuple], owned: set[int]) -> bool:
     return any(id(p) in owned for p in alive) and all(id(p) in owned or not p.requires_grad for p in alive)
 
 
+def _elsewhere() -> set[int]:
+    """The ids of what the optimizers have that were met so far, and live."""
+    return {id(p) for optimizer in list(_met) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _check_optimizer(optimizer: Optimizer, owned: set[int]) -> None:
     """At an optimizer's first step: raise RuntimeError if it moves weights whose step sizes no optimizer has."""
     _checked.add(optimizer)
@@ -75,11 +81,10 @@ def _check_optimizer(optimizer: Optimizer, owned: set[int]) -> None:
         for q, alpha in steps.items()
         if alpha is not None and alpha.requires_grad and id(alpha) not in owned and _are_moved(_beside[q], owned)
     }
-    if not alphas:
-        return
-    for other in gc.get_objects():  # torch keeps no list of optimizers
-        if issubclass(type(other), Optimizer):  # and not isinstance, which asks lazy objects what they stand for
-            alphas -= {id(p) for group in other.param_groups for p in group["params"]}
+    alphas -= _elsewhere()
+    if alphas:  # torch keeps no list of optimizers; issubclass, since isinstance asks lazy objects what they stand for
+        _met.update(each for each in gc.get_objects() if issubclass(type(each), Optimizer))
+        alphas -= _elsewhere()
     if alphas:
         raise RuntimeError(
             f"this {type(optimizer).__name__} has weights of a model of which {len(alphas)} step sizes (alpha) are in "

@@ -73,8 +73,8 @@ class TracedForward:
         self._tensors = {i for graph in graphs.values() for i, node in enumerate(graph.nodes) if "asked" in node.meta}
         if len({tuple(map(bound, relu_calls(graph))) for graph in graphs.values()}) > 1:
             raise Untraceable("it calls different ReLUs in training and in eval mode")
-        self._names = _attributes_read(owner)
         self._lists = _lists(owner, graphs.values())
+        self._names = [name for name in _attributes_read(owner) if name not in self._lists]
         self._code = {mode: _rewritten(owner, graph, relus, in_place) for mode, graph in graphs.items()}
         self._read = self._as_it_is()
         self._compile()
@@ -121,21 +121,25 @@ class TracedForward:
                 call = f"{type(self.owner).__name__}.forward({self.given[i]}=<{type(args[i]).__name__}>)"
                 raise TypeError(f"{call}: this forward asks for its type, and was read by torch.fx for a tensor; use "
                                 "nn.ReLU instead of the function there, or QATConfig(skip=...)")  # fmt: skip
-        return self._functions[self.owner.training](self.owner, *args)
+        owner = self.owner
+        return self._functions[owner.training](owner, *args)
 
     def _as_it_is(self) -> dict[str, object]:
         """What the graphs have of owner and do not read anew: plain values, ``...`` for any other but None, and lists'
         names."""
-        found = {name: _plain(self.owner, name) for name in self._names if name not in self._lists}
+        owner = self.owner
+        found = {name: _plain(owner, name) for name in self._names}
         for path in self._lists:
             with contextlib.suppress(AttributeError):  # of what is gone the graph's own call tells
-                module = self.owner.get_submodule(path)
+                module = owner.get_submodule(path)
                 if isinstance(module, _CONTAINERS):  # a wrapper (torch.compile's, checkpointing's) hands on the names
                     found[path] = list(module._modules)
         return found
 
     def _refuse_changes(self) -> None:
         now = self._as_it_is()
+        if now == self._read:
+            return
         for name in self._read.keys() & now.keys():
             then = self._read[name]
             if now[name] is then or now[name] == then or (now[name] != now[name] and then != then):

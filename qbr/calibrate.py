@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from qbr import arguments, distributed, grouping, running
 from qbr.observed import WeightReads, read_elsewhere
-from qbr.quantizers import LSQQuantizer, require_quantizers
+from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
 from qbr.sketch import Mean, Sketch, elements, mean_step, mse_step, mse_step_of, quantile_step
 
 METHODS = ("lsq", "mse", "percentile")
-_IN_CACHE = 1 << 16  # elements of a weight that are searched at once
+# Elements of a weight that are searched at once: in a CPU's cache; elsewhere as many as keep a device busy.
+_IN_CACHE, _ON_DEVICE = 1 << 16, 1 << 24
 
 
 def calibrate(
@@ -175,9 +176,14 @@ def _report(names: dict[LSQQuantizer, str], waiting: list[LSQQuantizer], calibra
 
 def _report_signs(model: nn.Module, names: dict[LSQQuantizer, str], calibrator: _Calibrator) -> None:
     """Warn of unsigned quantizers that lose what is below 0, but of those that config has made so."""
-    config = getattr(model, "qat_config", None)
-    lost = [names[quantizer] for quantizer, any_ in calibrator.below_zero.items() if bool(any_)]
-    lost = [name for name in lost if config is None or config.layer(name.rpartition(".")[0]).input_signed is None]
+    on_purpose = set()
+    for part in model.modules():  # prepared by itself, it may be a part of what is calibrated
+        config = vars(part).get("qat_config")
+        for name, quantizer in quantizers(part).items() if config is not None else ():
+            if config.layer(name.rpartition(".")[0]).input_signed is not None:
+                on_purpose.add(quantizer)
+    below = calibrator.below_zero.items()
+    lost = [names[quantizer] for quantizer, any_ in below if quantizer not in on_purpose and bool(any_)]
     if lost:
         message = f"{lost} are unsigned and were given values below 0, which become 0: prepare with input_signed=True"
         warnings.warn(f"{message} for their layers (QATConfig, or its overrides)", stacklevel=3)
@@ -210,7 +216,8 @@ class _Calibrator:
             self._set(quantizer, self._step(quantizer, statistics))
             return
         rows = weight.detach().movedim(axis, 0)[..., None].flatten(1)
-        parts = rows.split(max(_IN_CACHE // max(rows.shape[1], 1), 1))
+        at_once = _IN_CACHE if rows.device.type == "cpu" else _ON_DEVICE
+        parts = rows.split(max(at_once // max(rows.shape[1], 1), 1))
         if self.method == "mse":
             steps = [mse_step_of(part, quantizer.spec) for part in parts]
         else:

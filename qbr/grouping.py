@@ -82,7 +82,8 @@ def _warn_of_two_steps(model: nn.Module, weight: Tensor) -> None:
 
 def _has_hooks(layer: nn.Module) -> bool:
     """Whether a layer has forward pre-hooks beside those of qbr, which it has as the root of a model."""
-    return any(not hook.__module__.startswith("qbr.") for hook in layer._forward_pre_hooks.values())
+    modules = (getattr(hook, "__module__", None) or "" for hook in layer._forward_pre_hooks.values())
+    return any(not module.startswith("qbr.") for module in modules)
 
 
 def weights(model: nn.Module) -> list[tuple[nn.Module, nn.Module, str]]:

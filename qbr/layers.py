@@ -182,7 +182,7 @@ class QuantizedClippedReLU(Counted, nn.Module):
         num_bits: of the activation, 1 to 8, unsigned.
         keep_pre_quant_activation: hold the last forward's min(max(x, 0), clip_value) until the next forward, in
             training and in eval, on the way to the loss, so that gradients reach it; one more activation of memory and
-            the passes of ReLU and clip.
+            the passes of ReLU and clip. In 16 bits it is clipped to clip_value as they round it.
         device: where the quantizer's alpha is made.
     """
 

@@ -3,10 +3,12 @@ forwards that read the weights of other modules' layers."""
 
 from __future__ import annotations
 
+import sys
+
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qbr import running
+from qbr import grouping, running
 from qbr.calls import joined
 from qbr.discovery import Reading, is_layer
 from qbr.layers import RELUS
@@ -110,8 +112,17 @@ class WeightReads(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _see(self, reader: nn.Module, owner: nn.Module, parameter: str) -> None:
-        if reader is not owner and not type(reader).__module__.startswith(("torch.nn.", "qbr.")):
+        torchs = type(reader).__module__.startswith(("torch.nn.", "qbr."))
+        if reader is not owner and not torchs and not _is_in(grouping.quantize_together):
             self.found[joined(self.names[owner], parameter)] = self.names[reader]
+
+
+def _is_in(function) -> bool:
+    """Whether a function is running: a hook that runs before the hooks here know whose forward has begun."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _asks_for_kind(function) -> bool:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor, nn
 
-from qbr import distributed
 from qbr.arguments import usable
 from qbr.spec import QuantSpec
 
@@ -55,8 +55,10 @@ def warn_of(spec: QuantSpec, init_state: Tensor, metadata: dict) -> None:
 def leave_meta(quantizer: nn.Module) -> None:
     """Start over with what was made on meta and got neither a state_dict nor a value since: transformers'
     from_pretrained() gives it memory that holds anything."""
-    if quantizer.alpha.is_meta or distributed.local(quantizer.alpha) is not quantizer.alpha:
-        return
+    alpha, init_state = quantizer.alpha, quantizer.init_state
+    ordinary = type(alpha) is nn.Parameter and type(init_state) is Tensor and not (alpha.is_meta or init_state.is_meta)
+    if not ordinary or torch._C._are_functorch_transforms_active() or torch._guards.active_fake_mode() is not None:
+        return  # still there, sharded, traced, or the caller's own tensors (functional_call's)
     quantizer._made_on_meta = False
-    if not bool((quantizer.init_state == 1).all() & usable(quantizer.alpha).all()):
+    if not bool((init_state == 1).all() & usable(alpha).all()):
         quantizer.reset_parameters()

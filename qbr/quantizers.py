@@ -145,7 +145,8 @@ class LSQQuantizer(nn.Module):
     def forward(self, x: Tensor, *, relu: bool = False, clip: float | None = None) -> Tensor:
         """xhat, in x's shape and dtype; of min(max(x, 0), clip) with ``relu``.
 
-        Waits for the device only while nothing is known to have set alpha: in eval mode, and under torch.distributed.
+        Waits for the device only while nothing is known to have set alpha: in eval mode, under torch.distributed, and
+        once for a model that was made on meta.
         """
         if self._made_on_meta and not torch.compiler.is_compiling():
             quantizer_state.leave_meta(self)
@@ -312,7 +313,7 @@ class LSQQuantizer(nn.Module):
 
         usable: which of the steps are new, bool; where none is, init_state stays as it was.
         """
-        if self._made_on_meta:
+        if self._made_on_meta and not torch.compiler.is_compiling():
             quantizer_state.leave_meta(self)
         self.alpha.copy_(alpha)
         if not isinstance(self.alpha, nn.Parameter) or self.alpha.is_meta:
@@ -345,6 +346,7 @@ class LSQQuantizer(nn.Module):
         super()._apply(keeping_dtype(fn), recurse)
         if made and not self.alpha.is_meta:  # to_empty(): memory that holds anything
             self.reset_parameters()
+            self._made_on_meta = False
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -357,6 +359,8 @@ class LSQQuantizer(nn.Module):
         if alpha is not None and alpha.dtype != torch.float32:
             state_dict = {**state_dict, prefix + "alpha": alpha.to(torch.float32)}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if alpha is not None and not alpha.is_meta:
+            self._made_on_meta = False
         if init_state is not None and not init_state.is_meta:
             self._initialised, self._unconfirmed, self._tries = bool((init_state != 0).all()), False, 0
             quantizer_state.warn_of(self.spec, init_state, local_metadata)

@@ -12,6 +12,7 @@ import weakref
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports torch._dynamo at once, which takes seconds
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from qbr import distributed
@@ -62,9 +63,16 @@ def check_again() -> None:
 
 def _are_moved(parameters: list[tuple], owned: set[int]) -> bool:
     """Whether the optimizer of these ids has the parameters (owner, name), all that are trained."""
-    found = [getattr(owner(), "_parameters", {}).get(name) for owner, name in parameters]
-    alive = [p for p in found if p is not None]
+    alive = [p for owner, name in parameters if owner() is not None for p in _now(owner(), name)]
     return any(id(p) in owned for p in alive) and all(id(p) in owned or not p.requires_grad for p in alive)
+
+
+def _now(owner: nn.Module, name: str) -> list[nn.Parameter]:
+    """What has become of a parameter: itself, or what pruning or a parametrization has made of it."""
+    own = owner._parameters.get(name, owner._parameters.get(f"{name}_orig"))
+    if own is None and is_parametrized(owner, name):
+        return list(owner.parametrizations[name].parameters())
+    return [] if own is None else [own]
 
 
 def _elsewhere() -> set[int]:
@@ -75,7 +83,10 @@ def _elsewhere() -> set[int]:
 def _check_optimizer(optimizer: Optimizer, owned: set[int]) -> None:
     """At an optimizer's first step: raise RuntimeError if it moves weights whose step sizes no optimizer has."""
     _checked.add(optimizer)
-    steps = {q: q._parameters.get("alpha") for q in _beside}  # None while FSDP holds it
+    steps = {q: q._parameters.get("alpha") for q in _beside}  # None while FSDP1 holds it
+    if any(distributed.local(p) is not p for group in optimizer.param_groups for p in group["params"]):
+        # FSDP2's are there as ordinary tensors, which no optimizer has, from a forward to its backward.
+        steps = {q: alpha for q, alpha in steps.items() if alpha is not None and distributed.local(alpha) is not alpha}
     alphas = {
         id(alpha)
         for q, alpha in steps.items()

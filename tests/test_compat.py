@@ -278,6 +278,7 @@ def test_a_layer_that_is_called_by_name():
 def test_pre_quant_activations_on_the_way_to_the_loss(dtype):
     x = (2 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
     relu, other = (qbr.QuantizedClippedReLU(1.5, 3, keep_pre_quant_activation=keep) for keep in (True, False))
+    # 1.5 is a number of 16 bits; of another clip the kept tensor has what they make of it.
     y, expected = relu(x), other(x)
     assert torch.equal(y, expected) and torch.equal(relu.quantizer.alpha, other.quantizer.alpha)
     relu.pre_quant_activation.retain_grad()

@@ -260,16 +260,25 @@ def test_attributes_of_tensors_that_are_set_or_written_to():
 
 
 def test_calibration_warns_of_unsigned_inputs_below_zero():
-    def calibrated(**kwargs) -> list[str]:
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x)
+
+    def calibrated(wrap=lambda model: model, **kwargs) -> list[str]:
         model = nn.Sequential(nn.Linear(4, 4), nn.Softplus(), nn.Linear(4, 4))
         model = qbr.prepare(model, QATConfig(act_bits=4, quantize_inputs=True, **kwargs))
         model[1].register_forward_hook(lambda module, args, y: y - 5)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            qbr.calibrate(model, [torch.randn(8, 4)])
+            qbr.calibrate(wrap(model), [torch.randn(8, 4)])
         assert not quantizers(model)["2.input_quantizer"].spec.signed
         return [str(each.message) for each in caught]
 
     (warning,) = calibrated()
     assert "['2.input_quantizer'] are unsigned and were given values below 0" in warning and "input_signed" in warning
-    assert calibrated(overrides={"2": {"input_signed": False}}) == []
+    for wrap in (lambda model: model, nn.DataParallel, Wrapper):
+        assert calibrated(wrap, overrides={"2": {"input_signed": False}}) == []

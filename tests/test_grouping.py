@@ -354,3 +354,11 @@ def test_weights_that_are_tied_after_prepare_are_told_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(2, 4))
+
+
+def test_hooks_that_name_no_module():
+    model = make()
+    expected = model(images())
+    model[0].register_forward_pre_hook({}.setdefault)
+    model[2].register_forward_pre_hook({}.__setitem__)
+    assert torch.equal(model(images()), expected)

@@ -332,6 +332,35 @@ def test_memory_that_from_pretrained_leaves_as_it_was(calibrated):
     assert all(quantizer.init_state.item() == 1 for quantizer in quantizers(model).values())
 
 
+def _from_meta() -> nn.Module:
+    with torch.device("meta"):
+        return _model()
+
+
+def test_what_was_made_on_meta_is_looked_at_no_more_once_it_is_there():
+    model = _from_meta().to_empty(device="cpu")
+    for layer in (model[0], model[2]):
+        layer.reset_parameters()
+    torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)(_x()).sum().backward()
+    alphas = {name: torch.full_like(t, 0.07) for name, t in model.state_dict().items() if name.endswith("alpha")}
+    model.load_state_dict(alphas, strict=False)
+    model.eval()(_x())
+    assert _alphas(model) == pytest.approx([0.07] * 3)
+    torch._dynamo.reset()
+
+
+def test_a_skeleton_on_meta_takes_what_functional_call_gives_it():
+    model, skeleton = qbr.calibrate(_model(), [_x()]).eval(), _from_meta().eval()
+    state = model.state_dict()
+    for given in (state, dict(model.named_parameters()), {**state, "1.quantizer.init_state": torch.zeros(1)}):
+        before = {name: value.clone() for name, value in given.items()}
+        assert torch.equal(functional_call(skeleton, given, (_x(),)), model(_x()))
+        assert all(torch.equal(before[name], value) for name, value in given.items())
+    skeleton = _from_meta().eval()
+    skeleton.load_state_dict({k: v for k, v in state.items() if "init_state" not in k}, strict=False, assign=True)
+    assert torch.equal(skeleton(_x()), model(_x()))
+
+
 def test_a_state_dict_starts_the_tries_over():
     model = _model()
     optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.1, weight_decay=0.0))

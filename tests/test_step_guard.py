@@ -7,6 +7,7 @@ import ranks
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
 import qbr
 from qbr.quantizers import quantizers
@@ -202,3 +203,50 @@ def test_a_head_that_is_added_without_its_step_sizes_is_noticed():
         optimizer.step()
     optimizer.add_param_group({"params": [model[4].weight_quantizer.alpha], "weight_decay": 0.0})
     optimizer.step()
+
+
+def _pruned(model: nn.Module) -> None:
+    prune.l1_unstructured(model[0], "weight", 0.5)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def _parametrized(model: nn.Module) -> None:
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+
+
+@pytest.mark.parametrize("change", [_pruned, _parametrized])
+def test_weights_that_get_another_name_are_known(change):
+    model = qbr.prepare(nn.Sequential(nn.Linear(4, 4)), qbr.QATConfig(weight_bits=2, act_bits=None))
+    change(model)
+    optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if "alpha" not in name], lr=0.1)
+    model(torch.randn(2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match="1 step sizes .alpha. are in no optimizer"):
+        optimizer.step()
+
+
+def _a_look_between_backward_and_step() -> list[int]:
+    from torch.distributed.fsdp import fully_shard
+
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.randn(4, 8)
+    qbr.calibrate(qbr.prepare(model, qbr.QATConfig(weight_bits=4, act_bits=4)), [x])
+    for part in (model[0], model[2], model):
+        fully_shard(part)
+    optimizer = torch.optim.SGD(qbr.parameter_groups(model, lr=0.01, weight_decay=0.0))
+    steps = []
+    for step in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        with torch.no_grad():
+            model(x)
+        optimizer.step()
+        steps.append(step)
+    return steps
+
+
+def test_unsharded_copies_of_alphas_are_in_no_optimizer(tmp_path):
+    """FSDP2's root stays unsharded from a forward to its backward."""
+    assert ranks.run(_a_look_between_backward_and_step, tmp_path, world=1) == [[0, 1]]

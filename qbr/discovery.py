@@ -65,6 +65,7 @@ class Reading:
             place before}.
         weights: {id of a parameter: the name of a module whose forward reads its values}.
         untraced: {module name: why its forward could not be read}.
+        broken: {owner: why one of the ways in which its forward is called could not be read}: it is not rewritten.
         hidden: the same of those that seem to call a ReLU as a function, be it in one mode.
     """
 
@@ -79,6 +80,7 @@ class Reading:
     spoiled: dict[str, str] = field(default_factory=dict)
     weights: dict[int, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
+    broken: dict[nn.Module, str] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
 
 
@@ -169,28 +171,27 @@ class _Reader:
         try:
             call = self._call(owner, node)
             unknown = UNKNOWN if node is None and not (self.reached and name == "") else SIGNED
-            inputs = {each: unknown if x is None else join(x, outside) for each, x in call.tensors.items()}
-            key = owner, tuple(inputs.items()), call.containers, repr(call.values)
-            if key not in self.followed:
-                self.followed[key] = self._both(name, owner, inputs, call)
-            ways = self.reading.given.setdefault(owner, [])
-            if not any(way.tensors.keys() == call.tensors.keys() and way.values == call.values for way in ways):
-                ways.append(call)
-            return self.followed[key]
+            loose = call.with_numbers_left_open()
+            if loose.values.keys() != call.values.keys():
+                with contextlib.suppress(Untraceable):  # it looks at a number: read it with that
+                    return self._follow_call(name, owner, loose, unknown, outside)
+            return self._follow_call(name, owner, call, unknown, outside)
         except Untraceable as error:
             if _has_forward(owner):
-                self.reading.untraced[name] = str(error)
-                self._unread(owner)
+                self.reading.untraced[name] = self.reading.broken[owner] = str(error)
                 self._hide(name, owner, error)
             self._children(owner)
             return UNKNOWN
 
-    def _unread(self, owner: nn.Module) -> None:
-        """Nothing of owner's forward can be rewritten."""
-        mine = [name for name, relu in self.reading.functional.items() if relu.owner is owner]
-        for name in mine:
-            del self.reading.functional[name]
-        self.reading.in_place.pop(owner, None)
+    def _follow_call(self, name: str, owner: nn.Module, call: Call, unknown: int, outside: dict[Node, int]) -> int:
+        inputs = {each: unknown if x is None else join(x, outside) for each, x in call.tensors.items()}
+        key = owner, tuple(inputs.items()), call.containers, repr(call.values)
+        if key not in self.followed:
+            self.followed[key] = self._both(name, owner, inputs, call)
+        ways = self.reading.given.setdefault(owner, [])
+        if not any(way.tensors.keys() == call.tensors.keys() and repr(way.values) == repr(call.values) for way in ways):
+            ways.append(call)
+        return self.followed[key]
 
     def _call(self, owner: nn.Module, node: Node | None) -> Call:
         if node is not None:
@@ -210,6 +211,11 @@ class _Reader:
         """What owner puts out, in training and in eval mode."""
         given = {"containers": call.containers, "values": call.values}
         graph = tracing.trace(owner, tuple(inputs), **given)
+        asked = {node.target for node in graph.nodes if "asked" in node.meta}
+        if any(type(x) in (int, float) and name in asked for name, x in call.tensors.items()):
+            raise Untraceable("it asks for the type of a number")
+        if any(_holds_none(call.tensors[each]) for each in call.containers) and tracing.asks_for_none(owner):
+            raise Untraceable("it asks for None, and is called with a list or dict that has one")
         state, calls = self._walk(name, owner, graph, inputs)
         try:
             graph_of_eval = tracing.trace(owner, tuple(inputs), training=False, **given)
@@ -341,6 +347,13 @@ def is_layer(module: nn.Module) -> bool:
     """Whether a module is a layer with a weight, or of a subclass of one, which stays in float."""
     part_of_attention = isinstance(module, NonDynamicallyQuantizableLinear)
     return isinstance(module, (*WEIGHT_LAYERS, *ATTENTION)) and not part_of_attention
+
+
+def _holds_none(value) -> bool:
+    """Whether a list, tuple or dict has None in it."""
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_holds_none, value.values() if isinstance(value, dict) else value))
+    return value is None
 
 
 def _has_forward(owner: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch.fx import Graph
 
 from qbr.tracing import (
     Untraceable,
+    asks_for_none,
     bound,
     first,
     functions,
@@ -39,8 +40,8 @@ class TracedForward:
     """A forward read by torch.fx in both modes, in which some ReLUs are modules; it takes forward's place on owner.
 
     An attribute that the original forward reads, other than parameters, buffers, modules and ``training``, has the
-    value of the time of reading. Where one of these has changed since, a call warns of a flag or a string and of a new
-    member of a ModuleDict, and raises for a number, for None that became something or the other way round, and for
+    value of the time of reading. Where one of these has changed since, a call warns of a flag or a string, of what
+    became None and of a new member of a ModuleDict, and raises for a number, for None that became something and for
     other modules in a container (if it called only some of those in it, it warns); compiled code does neither. What a
     ReLU changed in place is read from its result.
 
@@ -68,6 +69,7 @@ class TracedForward:
         self.given = given
         self.values = values or {}
         self.defaults = parameters(owner)
+        self._asks_for_none = asks_for_none(owner)
         self._are_first = tuple(self.defaults)[: len(given)] == given and not self.values
         graphs = {mode: trace(owner, given, mode, strict=True, values=values) for mode in (True, False)}
         self._tensors = {i for graph in graphs.values() for i, node in enumerate(graph.nodes) if "asked" in node.meta}
@@ -82,7 +84,10 @@ class TracedForward:
     @property
     def owner(self) -> nn.Module:
         """Whose forward it is."""
-        return self._owner()
+        owner = self._owner()
+        if owner is None:
+            raise RuntimeError("the model of this forward is gone: keep the model, and not its forward alone")
+        return owner
 
     @property
     def __self__(self) -> nn.Module:
@@ -114,7 +119,11 @@ class TracedForward:
     def __call__(self, *args, **kwargs):
         if not torch.compiler.is_compiling():
             self._refuse_changes()
-        if kwargs or len(args) != len(self.given) or not self._are_first or any(each is None for each in args):
+        exact = not kwargs and len(args) == len(self.given) and self._are_first
+        if exact and self._asks_for_none:
+            for each in args:  # and no generator, which dynamo may meet alone
+                exact = exact and each is not None
+        if not exact:
             args = self._bind(args, kwargs)
         for i in self._tensors:
             if not isinstance(args[i], torch.Tensor):
@@ -153,6 +162,7 @@ class TracedForward:
             # A dict's new member changes nothing where the others are taken by name, as may be where not all are.
             grown = name in self._lists and set(then) < set(now[name]) and self._is_dict(name)
             flag = type(now[name]) is type(then) and type(then) in (bool, str)
+            flag = flag or (then is ... and now[name] is None)  # which may be what this mode does not call
             if flag or grown or not self._lists.get(name, True):
                 warnings.warn(text, stacklevel=3)
             else:
@@ -169,9 +179,9 @@ class TracedForward:
         for name, default in self.defaults.items():
             value, read = found.get(name, default), self.values.get(name, default)
             if name in self.given:
-                if value is not default and value is not None:
+                if name in found and not (value is None and self._asks_for_none):
                     continue
-                read = "a tensor"
+                read = "a value of its own"
             elif is_same(value, read):
                 continue
             else:
@@ -184,12 +194,16 @@ class TracedForward:
         return [found[name] for name in self.given]
 
     def __getstate__(self):
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("_functions", "__signature__")}
+        left = ("_functions", "__signature__", "_alone")
+        kept = {name: value for name, value in self.__dict__.items() if name not in left}
         return {**kept, "_owner": self.owner}
 
     def __setstate__(self, state) -> None:
         self.__dict__.update(state)
-        self._owner = weakref.ref(state["_owner"])
+        owner = state["_owner"]
+        self._owner = weakref.ref(owner)
+        # An owner that is there already has been made for this copy of its forward alone, and lives for it.
+        self._alone = owner if owner.__dict__.get(_KEPT) is self else None
         self._compile()
 
 
@@ -204,7 +218,7 @@ def _plain(owner: nn.Module, name: str):
         if kept.get(name) is not None:
             return kept[name] if type(kept[name]) in _PLAIN else ...
     value = inspect.getattr_static(type(owner), name, None)  # what the class has for all
-    return value if type(value) in _PLAIN else None
+    return value if type(value) in _PLAIN else ... if isinstance(value, property) else None
 
 
 def _attributes_read(owner: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import enum
 import functools
 import inspect
 import types
@@ -30,7 +31,7 @@ _RELU_METHODS = ("relu", "relu_")
 _RELU_NAMES = {"relu", "relu_", "relu6"}
 _VALUES = (
     bool, int, float, complex, str, bytes, range, type(None), type(...), torch.dtype, torch.device, torch.layout,
-    torch.memory_format,
+    torch.memory_format, enum.Enum,
 )  # fmt: skip
 _MODE_QUESTIONS = {"is_grad_enabled", "is_inference_mode_enabled", "is_inference", "is_autocast_enabled"}
 
@@ -50,6 +51,12 @@ class Call(NamedTuple):
 
     tensors: dict[str, Any]
     values: dict[str, Any]
+
+    def with_numbers_left_open(self) -> Call:
+        """The same, with stand-ins for the numbers among the values, which may be others in the next call."""
+        numbers = {name: value for name, value in self.values.items() if type(value) in (int, float)}
+        rest = {name: value for name, value in self.values.items() if name not in numbers}
+        return Call({**self.tensors, **numbers}, rest)
 
     @property
     def containers(self) -> tuple[str, ...]:
@@ -148,14 +155,20 @@ def unknown_call(owner: nn.Module) -> Call:
 
 
 def is_same(value, default) -> bool:
-    """Whether value is the default, or equal to it: a number, a string, or a list or tuple of such."""
+    """Whether value is the default, or equal to it: a plain value, or a list, tuple or dict of such."""
     if value is default:
         return True
+    if isinstance(value, tuple) and isinstance(default, tuple):  # a torch.Size, too
+        return len(value) == len(default) and all(map(is_same, value, default))
     if type(value) is not type(default):
         return False
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return len(value) == len(default) and all(map(is_same, value, default))
-    return isinstance(value, (bool, int, float, str)) and value == default
+    if isinstance(value, dict):
+        return value.keys() == default.keys() and all(is_same(value[key], default[key]) for key in value)
+    if isinstance(value, slice):
+        return is_same((value.start, value.stop, value.step), (default.start, default.stop, default.step))
+    return isinstance(value, _VALUES) and value == default
 
 
 def _is_computed(value) -> bool:
@@ -274,7 +287,7 @@ def functions(owner: nn.Module) -> Iterator[tuple[types.FunctionType, list, set[
         if code is None or code in seen:
             continue
         seen.add(code)
-        names = _names(code) - set(owner._modules)
+        names = _names(code, {*owner._modules}, next(iter(code.co_varnames), None))
         values = [owner.__dict__.get(name, function.__globals__.get(name)) for name in names]
         for cell in getattr(function, "__closure__", None) or ():
             with contextlib.suppress(ValueError):  # what is not there yet
@@ -301,7 +314,9 @@ def instructions(code: types.CodeType) -> list[dis.Instruction]:
 
 def asks_for_none(owner: nn.Module) -> bool:
     """Whether owner's forward, or what it names, asks whether anything is None: of a stand-in the answer is no."""
-    codes = (function.__code__ for function, *_ in functions(owner))
+    codes = [function.__code__ for function, *_ in functions(owner)]
+    for code in codes:  # codes grows
+        codes += [each for each in code.co_consts if isinstance(each, types.CodeType)]
     asking = (each.opname for code in codes for each in dis.get_instructions(code))
     return any(name == "IS_OP" or (name.startswith("POP_JUMP") and name.endswith("NONE")) for name in asking)
 
@@ -348,10 +363,16 @@ def _inner(value):
     return value
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """The names in a function's code and in that of the functions inside it."""
-    inner = [_names(each) for each in code.co_consts if isinstance(each, types.CodeType)]
-    return set(code.co_names).union(*inner)
+def _names(code: types.CodeType, children: set[str], me: str | None) -> set[str]:
+    """The names in a function's code and in that of the functions inside it, but for children read of ``me``."""
+    inner = [_names(each, children, me) for each in code.co_consts if isinstance(each, types.CodeType)]
+    found, before = set().union(*inner), None
+    for each in instructions(code):
+        mine = before is not None and me is not None and loaded(before) == me
+        if each.opcode in dis.hasname and not (mine and each.argval in children):
+            found.add(each.argval)
+        before = each
+    return found
 
 
 def works_in_place(call: Node) -> bool:

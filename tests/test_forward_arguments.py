@@ -4,6 +4,7 @@ gives."""
 from __future__ import annotations
 
 import copy
+import enum
 import pickle
 import warnings
 
@@ -62,8 +63,8 @@ def test_a_rewritten_forward_refuses_what_it_was_not_read_with():
     assert model.up(y, x).shape == model.up(skip=x, x=y).shape == (2, 4, 8, 8)
     assert model.last(y, None).shape == model.last(y, skip=None, size=None).shape == (2, 4, 4, 4)
     for wrong, match in (
-        (lambda: model.up(y, None), r"forward\(skip=<NoneType>\).* with a tensor for 'skip'.*prepare\(example=...\)"),
-        (lambda: model.up(y), "with a tensor for 'skip'"),
+        (lambda: model.up(y, None), r"forward\(skip=<NoneType>\).* a value of its own for 'skip'.*example=...\)"),
+        (lambda: model.up(y), "with a value of its own for 'skip'"),
         (lambda: model.up(y, x, (8, 8)), r"forward\(size=<tuple>\).* with its default for 'size'"),
         (lambda: model.last(y, y), r"forward\(skip=<Tensor>\).* with None for 'skip'"),
         (lambda: model.last(y), "with None for 'skip'"),
@@ -121,7 +122,7 @@ def test_the_example_tells_what_the_model_is_called_with():
     assert _inputs(Conditioned(), example={"x": x, "scale": -1.0})["last"] is True
     model = qbr.prepare(Conditioned(), INPUTS, example=both)
     assert model(**both).shape == model(x, x, 1.0).shape
-    with pytest.raises(TypeError, match="with a tensor for 'condition'"):
+    with pytest.raises(TypeError, match="with a value of its own for 'condition'"):
         model(x)
     assert _inputs(Conditioned(), example={"y": x}) == _inputs(Conditioned())
     with pytest.raises(TypeError, match="a batch is a int"):
@@ -282,3 +283,109 @@ def test_calibration_warns_of_unsigned_inputs_below_zero():
     assert "['2.input_quantizer'] are unsigned and were given values below 0" in warning and "input_signed" in warning
     for wrap in (lambda model: model, nn.DataParallel, Wrapper):
         assert calibrated(wrap, overrides={"2": {"input_signed": False}}) == []
+
+
+class Mode(enum.Enum):
+    PLAIN, LOUD = 1, 2
+
+
+def _child(function) -> nn.Module:
+    class Child(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+
+        forward = function
+
+    return Child()
+
+
+def _opts(self, x, opts):
+    return F.relu(self.conv(x)) * opts["scale"]
+
+
+def _size(self, x, size):
+    return F.relu(self.conv(F.interpolate(x, size=size)))
+
+
+def _mode(self, x, mode=Mode.PLAIN):
+    y = F.relu(self.conv(x))
+    return y * 10 if mode is Mode.LOUD else y
+
+
+def _number(self, x, t):
+    return F.relu(self.conv(x)) * (1 + t)
+
+
+def _index(self, x, i):
+    return F.relu(self.conv(x)) * [1.0, 2.0, 3.0][i]
+
+
+def _pair(self, pair):
+    y = F.relu(self.conv(pair[0]))
+    return y * 10 if pair[1] is None else y
+
+
+def _mask(self, x, mask):
+    h = x.flatten(2)
+    h = F.scaled_dot_product_attention(h, h, h, attn_mask=mask)
+    return F.relu(self.conv(h.unflatten(2, x.shape[2:])))
+
+
+def _divided(self, x, n=1):
+    return F.relu(self.conv(x)) / n
+
+
+def _checked(self, x, check=False):
+    if check and bool(x.sum() > 1e9):
+        raise ValueError
+    return self.relu(F.relu(self.conv(x)))
+
+
+CALLS = {
+    "a dict": (_opts, lambda child, x: child(x, {"scale": 2.0}), True),
+    "a size": (_size, lambda child, x: child(x, x.shape[2:]), True),
+    "a torch.Size": (_size, lambda child, x: child(x, torch.Size((4, 4))), True),
+    "an enum": (_mode, lambda child, x: child(x, mode=Mode.LOUD), True),
+    "a number in a loop": (_number, lambda child, x: child(child(child(x, 0.1), 0.2), 1), True),
+    "an index": (_index, lambda child, x: child(x, 2), True),
+    "two indices": (_index, lambda child, x: child(child(x, 2), 1), False),
+    "none in a list": (_pair, lambda child, x: child([x, None]), False),
+    "a mask that is none": (_mask, lambda child, x: child(x, None), True),
+    "a number that is the default": (_divided, lambda child, x: child(x, n=x.shape[0]), True),
+    "what cannot be read first": (_checked, lambda child, x: child(child(x, True)), False),
+    "what cannot be read last": (_checked, lambda child, x: child(child(x), True), False),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_of_a_child(name):
+    function, call, rewritten = CALLS[name]
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = _child(function)
+            self.last = nn.ReLU()
+
+        def forward(self, x):
+            return self.last(call(self.child, x))
+
+    torch.manual_seed(0)
+    model, x = Parent(), torch.randn(1, 4, 4, 4)
+    expected = model(x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        qbr.prepare(model, QATConfig(weight_bits=8, act_bits=8))
+    assert hasattr(model.child, "functional_relu_1") is rewritten
+    assert rewritten is not any("child calls a ReLU as a function" in str(each.message) for each in caught)
+    qbr.calibrate(model, [x], method="mse")
+    for each in (model, copy.deepcopy(model), qbr.convert(model)):
+        assert (each(x) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_a_number_in_the_example_may_be_another_in_the_next_call():
+    model = _child(_number)
+    x = torch.randn(1, 4, 4, 4)
+    qbr.prepare(model, QATConfig(weight_bits=8, act_bits=8), example={"x": x, "t": 3})
+    assert model(x, 4).shape == model(x, t=0.5).shape == x.shape

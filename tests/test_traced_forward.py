@@ -194,7 +194,7 @@ def test_an_object_that_becomes_none():
     model = prepare(Partly(), QATConfig(weight_bits=2, act_bits=2))
     model(torch.rand(2, 4))
     model.then = None
-    with pytest.raises(RuntimeError, match="Partly.then was an object .* is None now"):
+    with pytest.warns(UserWarning, match="Partly.then was an object .* is None now"):
         model(torch.rand(2, 4))
 
 
@@ -275,3 +275,13 @@ def test_a_prepared_model_is_gone_when_nobody_has_it(make):
         assert [each() for each in gone] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_forward_without_its_model():
+    forward, model = prepare(CallsReLU(), QATConfig(weight_bits=4, act_bits=4)).forward, None
+    with pytest.raises(RuntimeError, match="the model of this forward is gone"):
+        forward(torch.rand(2, 4))
+    model, x = prepare(CallsReLU(), QATConfig(weight_bits=4, act_bits=4)), torch.rand(2, 4)
+    expected, alone = model(x), copy.deepcopy(model.forward)
+    del model
+    assert torch.equal(alone(x), expected)

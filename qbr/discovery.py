@@ -64,8 +64,7 @@ class Reading:
         spoiled: {name of a ReLU to be quantized: whose forward reads what the ReLU, in another forward, changed in
             place before}.
         weights: {id of a parameter: the name of a module whose forward reads its values}.
-        untraced: {module name: why its forward could not be read}.
-        broken: {owner: why one of the ways in which its forward is called could not be read}: it is not rewritten.
+        untraced: {module name: why its forward could not be read, in one of the ways in which it is called}.
         hidden: the same of those that seem to call a ReLU as a function, be it in one mode.
     """
 
@@ -80,7 +79,6 @@ class Reading:
     spoiled: dict[str, str] = field(default_factory=dict)
     weights: dict[int, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
-    broken: dict[nn.Module, str] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
 
 
@@ -117,6 +115,7 @@ class _Reader:
         self.changed: dict[nn.Module, dict[str, set[str]]] = {}  # {owner: {argument: ReLUs that change it in place}}
         self.written: dict[nn.Module, dict[str, int]] = {}  # {owner: {argument: the state of what is written to it}}
         self.return_none: set[nn.Module] = set()
+        self.look_at_numbers: set[nn.Module] = set()  # owners that are read with the numbers they are given
 
     def visit(self, name: str, module: nn.Module, node: Node | None, states: dict[Node, int]) -> int:
         """What a call of module puts out; what is called inside is noted. Without node: nothing is known of it."""
@@ -172,13 +171,15 @@ class _Reader:
             call = self._call(owner, node)
             unknown = UNKNOWN if node is None and not (self.reached and name == "") else SIGNED
             loose = call.with_numbers_left_open()
-            if loose.values.keys() != call.values.keys():
-                with contextlib.suppress(Untraceable):  # it looks at a number: read it with that
+            if loose.values.keys() != call.values.keys() and owner not in self.look_at_numbers:
+                try:
                     return self._follow_call(name, owner, loose, unknown, outside)
+                except Untraceable:
+                    self.look_at_numbers.add(owner)
             return self._follow_call(name, owner, call, unknown, outside)
         except Untraceable as error:
             if _has_forward(owner):
-                self.reading.untraced[name] = self.reading.broken[owner] = str(error)
+                self.reading.untraced[name] = str(error)
                 self._hide(name, owner, error)
             self._children(owner)
             return UNKNOWN

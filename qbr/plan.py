@@ -194,8 +194,8 @@ class _Planner:
             wanted = [name.rpartition(".")[2] if self._bits_of_relu(name) is not None else None for name in mine]
             if any(wanted) or in_place:
                 try:
-                    if owner in reading.broken:
-                        raise Untraceable(reading.broken[owner])
+                    if self.names[owner] in reading.untraced:
+                        raise Untraceable(reading.untraced[self.names[owner]])
                     self.plan.forwards[owner] = self._forward(owner, reading.given[owner], wanted, in_place)
                 except Untraceable as error:
                     failed |= dict.fromkeys([*mine, *(self.names[relu] for relu in in_place)], str(error))

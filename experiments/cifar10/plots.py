@@ -95,8 +95,8 @@ def losses(results: dict[str, Any]) -> Figure:
     ax.legend()
     if with_br:
         ax, options = axes[0][1], results["options"]
-        terms = {"epochs": [_terms(epoch, options) for epoch in results["epochs"]]}
         share = 1 - options.get("distill", 0)  # the teacher's part is not on record
+        terms = {"epochs": [_terms(epoch, options, share) for epoch in results["epochs"]]}
         _line(ax, terms, "ce", "cross-entropy" if share == 1 else f"{share:g} · cross-entropy", BLUE)
         _line(ax, terms, "br_w", f"{options['lambda_br']:g} · BR_W", ORANGE)
         _line(ax, terms, "br_a", f"{options['lambda_br_act']:g} · BR_A", GREEN)
@@ -108,11 +108,11 @@ def losses(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def _terms(epoch: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _terms(epoch: dict[str, Any], options: dict[str, Any], share: float) -> dict[str, Any]:
     strength = {"br_w": options["lambda_br"], "br_a": options["lambda_br_act"]}
     # A term of 0 has no place on a logarithmic axis.
     weighted = {key: factor * epoch[key] or None for key, factor in strength.items() if key in epoch}
-    return {"epoch": epoch["epoch"], "ce": (1 - options.get("distill", 0)) * epoch["ce"] or None, **weighted}
+    return {"epoch": epoch["epoch"], "ce": share * epoch["ce"] or None, **weighted}
 
 
 def plain_ticks(ax) -> None:

@@ -95,14 +95,17 @@ def read(path: Path) -> dict[str, Any]:
 
 def trained(folder: Path) -> bool:
     """Whether the run in ``folder`` has ended well."""
-    path = folder / "results.json"
-    return path.exists() and read(path)["status"] == "finished"
+    return _status(folder) == "finished"
 
 
 def finished(folder: Path) -> bool:
     """Whether the run in ``folder`` needs no more training: it has ended, or it has diverged."""
+    return _status(folder) in ("finished", "diverged")
+
+
+def _status(folder: Path) -> str | None:
     path = folder / "results.json"
-    return path.exists() and read(path)["status"] in ("finished", "diverged")
+    return read(path)["status"] if path.exists() else None
 
 
 def collect(folder: Path, about: dict[str, Any]) -> dict[str, Any]:

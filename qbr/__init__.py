@@ -1,7 +1,7 @@
 """qbr: quantization-aware training with learned step sizes (LSQ) and bin regularization (BR), fused."""
 
 from qbr import export, functional, schedules
-from qbr.alpha_control import AlphaControl, parameter_groups
+from qbr.alpha_control import AlphaControl
 from qbr.calibrate import calibrate
 from qbr.compat import ActivationHookManager, grad_scale, round_pass
 from qbr.config import QATConfig
@@ -20,6 +20,7 @@ from qbr.layers import (
     QuantizedMultiheadAttention,
 )
 from qbr.monitor import Monitor
+from qbr.optimizer_groups import parameter_groups
 from qbr.plan import plan
 from qbr.prepare import prepare
 from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer

@@ -1,4 +1,4 @@
-"""AlphaControl: which losses may move the step sizes, and when; and the optimizer groups that alphas belong in."""
+"""AlphaControl: which losses may move the step sizes, and when."""
 
 from __future__ import annotations
 
@@ -314,40 +314,3 @@ def _alphas(quantizers: list[LSQQuantizer]) -> torch.Tensor:
     """A copy of their alphas, in one tensor on the first one's device."""
     device = quantizers[0].alpha.device
     return torch.cat([distributed.whole(quantizer.alpha.detach()).to(device) for quantizer in quantizers])
-
-
-def parameter_groups(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    alpha_lr: float | None = None,
-    act_alpha_lr: float | None = None,
-) -> list[dict]:
-    """Groups for a torch.optim optimizer: everything else, and the alphas with no weight decay.
-
-    Weight decay pulls a step size to 0, and Adam undoes LSQ's gradient scale, so that alpha wants a learning rate of
-    its own there (qbr/kernels/README.md, "Strength"). An activation's scale counts the elements of the whole batch: its
-    alpha hardly moves at the lr of weights (docs/recipes.md, "First step sizes, and how fast they learn").
-
-    Args:
-        model: a prepared model. Parameters that are frozen now are included: they may be released later.
-        lr, weight_decay: of the other parameters.
-        alpha_lr: of the alphas; None for lr.
-        act_alpha_lr: of the alphas of activations, in a third group; None: they are in the second, at alpha_lr.
-
-    Raises:
-        ValueError: for a model without quantizers (an optimizer made before prepare() would miss every alpha).
-    """
-    alphas, acts = [], []
-    for quantizer in require_quantizers(model).values():
-        apart = act_alpha_lr is not None and quantizer.kind == "activation"
-        (acts if apart else alphas).append(quantizer.alpha)
-    ids = {id(alpha) for alpha in (*alphas, *acts)}
-    others = [p for p in model.parameters() if id(p) not in ids]
-    groups = [
-        {"name": "weights", "params": others, "lr": lr, "weight_decay": weight_decay},
-        {"name": "alphas", "params": alphas, "lr": lr if alpha_lr is None else alpha_lr, "weight_decay": 0.0},
-        {"name": "alphas of activations", "params": acts, "lr": act_alpha_lr, "weight_decay": 0.0},
-    ]
-    return groups[:2] if act_alpha_lr is None else groups

@@ -201,6 +201,27 @@ def test_parameter_groups():
         qbr.parameter_groups(nn.Linear(2, 2), lr=0.1, weight_decay=0)
 
 
+def test_alphas_of_named_layers_have_an_lr_of_their_own():
+    model = _model()
+    rates = {"lr": 0.1, "weight_decay": 0.0, "act_alpha_lr": 0.3}
+    names = {id(q.alpha): name for name, q in qbr.quantizers.quantizers(model).items()}
+    acts = [name for name, q in qbr.quantizers.quantizers(model).items() if q.kind == "activation"]
+    first, *others = [name for name in names.values() if name not in acts]
+    layer = first.rpartition(".")[0]
+    overrides = {"*.weight_quantizer": 0.02, layer: 0.001}  # a container covers what is in it; the later one wins
+    groups = qbr.parameter_groups(model, **rates, alpha_lr_overrides=overrides)
+    torch.optim.SGD(groups, lr=1.0)
+    assert [(g["lr"], [names[id(p)] for p in g["params"]]) for g in groups[1:]] == [
+        (0.1, []), (0.3, acts), (0.02, others), (0.001, [first]),
+    ]  # fmt: skip
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    assert all(g["weight_decay"] == 0.0 for g in groups[1:])
+    with pytest.raises(ValueError, match=r"alpha_lr_overrides\['head'\] matches no quantizer: expected names as"):
+        qbr.parameter_groups(model, **rates, alpha_lr_overrides={"head": 0.1})
+    with pytest.raises(TypeError, match=r"alpha_lr_overrides=0.1: expected \{pattern: lr\}"):
+        qbr.parameter_groups(model, **rates, alpha_lr_overrides=0.1)
+
+
 def test_going_back_to_warm_up_drops_what_was_collected():
     """A forward's bin loss is of the phase it ran in: none is left for an epoch that collects none."""
     model = _model()

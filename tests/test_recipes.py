@@ -181,6 +181,13 @@ def test_alphas_have_the_lr_that_they_are_given():
     assert _trainer().optimizer.param_groups[1]["lr"] == 0.01
 
 
+def test_alphas_of_the_first_and_last_layer_have_the_lr_that_they_are_given():
+    trainer = _trainer("--lr-alpha-first-last", "0.0005", "--num-bits-first", "8", "--num-bits-last", "8")
+    model = trainer.model
+    apart = [p for g in trainer.optimizer.param_groups if g["lr"] == 0.0005 for p in g["params"]]
+    assert {id(p) for p in apart} == {id(model[i].weight_quantizer.alpha) for i in (0, 7)}
+
+
 def test_smoothed_labels_are_in_the_training_loss_alone():
     x, y = next(iter(_trainer().batches))
     sharp, smooth = _trainer(), _trainer("--label-smoothing", "0.2")
@@ -222,6 +229,7 @@ def test_alphas_are_frozen_from_the_epoch_that_is_named():
         (["--lr-warmup", "1"], "--lr-warmup 1.0: expected 0 or more, below 1"),
         (["--label-smoothing", "-0.1"], "--label-smoothing -0.1: expected 0 or more, below 1"),
         (["--lr-alpha", "0"], "--lr-alpha 0.0: expected a positive number"),
+        (["--lr-alpha-first-last", "0.1", "--num-bits-last", "32"], "0.1: the first or last layer stays in float"),
         (["--freeze-act-alpha-epoch", "-1"], "--freeze-act-alpha-epoch -1: expected 0 or more"),
         (["--monitor", "--compile", "default"], "every epoch would be compiled anew"),
         (["--drop-last", "--batch-size", "100"], "no whole batch; lower the first or give --no-drop-last"),

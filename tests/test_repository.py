@@ -45,7 +45,7 @@ LAYERS = [
     ["qbr.traced_forward", "qbr.value_states"],
     ["qbr.discovery", "qbr.graph_modules"],
     ["qbr.config", "qbr.running"],
-    ["qbr.observed"],
+    ["qbr.observed", "qbr.optimizer_groups"],
     ["qbr.plan_warnings"],
     ["qbr.plan"],
     ["qbr.prepare"],

@@ -109,3 +109,9 @@ def resnet20(num_classes: int = 10) -> ResNet:
 
 
 MODELS = {"resnet18": resnet18, "resnet20": resnet20}
+
+
+def first_and_last(model: nn.Module) -> tuple[str, str]:
+    """Names of the first and of the last layer with a weight, in the order in which the model holds them."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    return layers[0], layers[-1]

@@ -14,6 +14,7 @@ import qbr
 
 from . import processes
 from .files import UserError
+from .models import first_and_last
 
 SCHEDULES = ("cosine", "onecycle")
 WARMUP = {"cosine": 0.0, "onecycle": 0.2}  # --lr-warmup where it is not given
@@ -25,7 +26,11 @@ def sgd(model: nn.Module, options: Any, quantized: bool) -> torch.optim.SGD:
     """SGD with momentum; of a quantized model the alphas have their own group, without weight decay."""
     rates = {"lr": options.lr, "weight_decay": options.weight_decay}
     if quantized:
-        groups = qbr.parameter_groups(model, alpha_lr=options.lr_alpha, act_alpha_lr=options.lr_alpha_act, **rates)
+        alphas = {"alpha_lr": options.lr_alpha, "act_alpha_lr": options.lr_alpha_act}
+        if options.lr_alpha_first_last is not None:
+            ends = [f"{name}.weight_quantizer" for name in first_and_last(model)]
+            alphas["alpha_lr_overrides"] = dict.fromkeys(ends, options.lr_alpha_first_last)
+        groups = qbr.parameter_groups(model, **alphas, **rates)
     else:
         groups = [{"params": list(model.parameters()), **rates}]
     # The fused form skips a step on the device where found_inf says so: NaN never reaches the weights.

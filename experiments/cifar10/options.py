@@ -14,7 +14,7 @@ import qbr
 
 from . import recipes
 from .files import UserError
-from .models import MODELS
+from .models import MODELS, first_and_last
 from .optim import COMPILE_MODES, SCHEDULES, WARMUP
 
 FLOAT_BITS = 32
@@ -97,6 +97,12 @@ def qat_parser() -> argparse.ArgumentParser:
         )
     parser.add_argument("--lr-alpha", type=float, metavar="LR", help="lr of all alphas; default: --lr")
     parser.add_argument("--lr-alpha-act", type=float, metavar="LR", help="of activations' alone; default: --lr-alpha")
+    parser.add_argument(
+        "--lr-alpha-first-last",
+        type=float,
+        metavar="LR",
+        help="of the alphas of the first and last layer's weights, where these have more bits; default: --lr-alpha",
+    )
     for flag, whose in (("", "weights'"), ("-act", "activations'")):
         parser.add_argument(
             f"--br-backprop-to-alpha{flag}",
@@ -246,10 +252,9 @@ def freeze(options: argparse.Namespace, side: str) -> bool | qbr.Freeze:
 
 
 def qat_config(options: argparse.Namespace, model: nn.Module) -> qbr.QATConfig:
-    """What ``prepare`` does to ``model``; first and last layer are those of the order in which it holds them."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    """What ``prepare`` does to ``model``."""
     # By name and not as QATConfig.first_layer: python -m qbr then knows their bits without the model.
-    ends = {layers[0]: options.num_bits_first, layers[-1]: options.num_bits_last}
+    ends = dict(zip(first_and_last(model), (options.num_bits_first, options.num_bits_last), strict=True))
     return qbr.QATConfig(
         weight_bits=options.num_bits_weight,
         act_bits=options.num_bits_act,
@@ -257,6 +262,11 @@ def qat_config(options: argparse.Namespace, model: nn.Module) -> qbr.QATConfig:
         step_per_call=options.step_per_call,
         overrides={name: {"weight_bits": bits} for name, bits in ends.items() if bits is not None},
     )
+
+
+def _bits_of_ends(options: argparse.Namespace) -> list[int]:
+    ends = options.num_bits_first, options.num_bits_last
+    return [options.num_bits_weight if bits is None else bits for bits in ends]
 
 
 def flag(name: str) -> str:
@@ -282,7 +292,7 @@ def check(options: argparse.Namespace) -> None:
         require(name, lambda bits: 1 <= bits <= 8 or bits == FLOAT_BITS, f"1 to 8, or {FLOAT_BITS} for float")
     for name in ("epochs", "qat_epochs", "batch_size", "limit"):
         require(name, lambda count: count >= 1, "1 or more")
-    for name in ("lr", "lr_alpha", "lr_alpha_act", "clip_value"):
+    for name in ("lr", "lr_alpha", "lr_alpha_act", "lr_alpha_first_last", "clip_value"):
         require(name, positive, "a positive number")
     at_epoch = ("freeze_weight_alpha_epoch", "freeze_act_alpha_epoch")
     for name in ("lambda_br", "lambda_br_act", "weight_decay", "warmup_epochs", "seed", *at_epoch):
@@ -307,6 +317,11 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--distill {o.distill:g}: name the float network to learn from, --pretrained-baseline")
         if o.num_bits_weight == o.num_bits_act == FLOAT_BITS:
             raise UserError("--num-bits-weight 32 --num-bits-act 32 quantize nothing: use cifar10_baseline.py")
+        if o.lr_alpha_first_last is not None and FLOAT_BITS in _bits_of_ends(o):
+            raise UserError(
+                f"--lr-alpha-first-last {o.lr_alpha_first_last:g}: the first or last layer stays in float and has no "
+                "alpha; name its bits, --num-bits-first, --num-bits-last"
+            )
     if o.nesterov and o.momentum == 0:
         raise UserError("--nesterov --momentum 0.0: Nesterov's form needs a momentum; leave one of them out")
     if getattr(o, "monitor", False) and o.compile != "none":

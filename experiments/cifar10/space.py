@@ -21,8 +21,8 @@ DEFAULT = (
 )
 WARMUP_SHARE = "warmup_share"  # of --qat-epochs: --warmup-epochs
 NAMES = (
-    "lr", "lr_alpha", "lr_alpha_act", "lr_warmup", "lambda_br", "lambda_br_act", "weight_decay", "momentum",
-    "label_smoothing", "clip_value", WARMUP_SHARE,
+    "lr", "lr_alpha", "lr_alpha_act", "lr_alpha_first_last", "lr_warmup", "lambda_br", "lambda_br_act", "weight_decay",
+    "momentum", "label_smoothing", "clip_value", WARMUP_SHARE,
 )  # fmt: skip
 FORM = (
     "NAME=V1,V2,... or NAME=lin:LOW:HIGH[:POINTS] or NAME=log:LOW:HIGH[:POINTS] (POINTS for a grid), NAME one of "

@@ -147,6 +147,14 @@ def test_epoch_lines_and_alpha_controls_are_printed(qat_flags, tmp_path, capsys,
     _check_tensorboard_tags(tmp_path / "tensorboard")
 
 
+def test_a_step_size_that_leaps_within_an_epoch_is_told(tmp_path, capsys):
+    lines = importlib.import_module("cifar10.lines")
+    before = {"conv1": 0.01, "fc": 0.01, "relu": 0.5}
+    assert lines.leaps(before, {"conv1": 0.029, "fc": 0.0034, "relu": 0.5, "new": 1.0}) == []
+    (told,) = lines.leaps(before, {"conv1": 0.04, "fc": 0.001, "relu": 0.5})
+    assert "alpha of fc went from 0.01 to 0.001 in this epoch, and 1 more leapt: too high an lr" in told
+
+
 def _check_tensorboard_tags(folder: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = reader.EventAccumulator(str(folder))

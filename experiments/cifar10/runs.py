@@ -24,10 +24,10 @@ from . import checkpoints, data, distillation, exits, folders, histograms, logs,
 from .device import keep_freed_memory, pick_device
 from .engine import Trainer, TrainingDiverged, check_batches
 from .files import UserError, check_writable, write_json
+from .lines import epoch_line, leaps
 from .models import MODELS
 from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, freeze, parse, plain, qat_config, resumed
 from .sources import commit
-from .study import sides
 
 BASELINE, QAT = "cifar10_baseline", "cifar10_qat_br"
 NOT_PRETRAINED = "warning: no --pretrained-baseline: quantization-aware training starts from random weights"
@@ -309,24 +309,31 @@ class Run:
 
     def _epoch(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
         start = time.perf_counter()
+        before = self._alphas() if all(module.initialised for module in self._quantizers().values()) else {}
         if trainer.control and epoch == self.options.warmup_epochs + 1:
             self._keep_histograms("before", epoch - 1)
         with oscillation.watched(self.model, getattr(self.options, "monitor", False)) as seen:
             figures = {"epoch": epoch, **trainer.train_epoch(epoch), **seen()}
         if trainer.control:
             figures["phase"] = "BR" if trainer.control.br_active else "warm-up"
-            alphas = {name: module.alpha for name, module in self._quantizers().items()}
-            means = torch.stack([alpha.detach().mean() for alpha in alphas.values()]).tolist()
-            figures["alphas"] = dict(zip(alphas, means))
+            figures["alphas"] = self._alphas()
         figures["val_loss"] = figures["val_acc"] = None
         if len(trainer.validation):
             figures["val_loss"], figures["val_acc"] = trainer.evaluate(trainer.validation)
         figures["seconds"] = time.perf_counter() - start
         print(epoch_line(figures, self.epochs), flush=True)
+        for warning in leaps(before, figures.get("alphas", {})):
+            print(warning)
         return figures
 
     def _quantizers(self) -> dict[str, nn.Module]:
         return {name: m for name, m in self.model.named_modules() if isinstance(m, qbr.LSQQuantizer)}
+
+    def _alphas(self) -> dict[str, float]:
+        """Every quantizer's step size, the mean where it has several."""
+        found = self._quantizers()
+        means = [module.alpha.detach().mean() for module in found.values()]
+        return dict(zip(found, torch.stack(means).tolist())) if found else {}
 
     def _keep_histograms(self, when: str, epoch: int) -> None:
         layers = histograms.weight_histograms(self.model)  # on every rank: it may set steps, from all of them
@@ -400,24 +407,6 @@ class Run:
 
 def _bits(bits: int | None) -> str:
     return "" if bits is None else "float" if bits == FLOAT_BITS else f"{bits} bits"
-
-
-def epoch_line(figures: dict[str, Any], epochs: int) -> str:
-    """One line of one epoch's figures; BR_W and BR_A are 'off' in warm-up."""
-    parts = [f"epoch {figures['epoch']:{len(str(epochs))}}/{epochs}"]
-    if "phase" in figures:
-        parts.append(f"{figures['phase']:<7}")
-    parts += [f"loss {figures['loss']:.4f}", f"CE {figures['ce']:.4f}", f"acc {figures['train_acc']:.2f} %"]
-    if figures["val_acc"] is not None:
-        parts.append(f"val {figures['val_acc']:.2f} %")
-    if "phase" in figures:
-        for key in ("br_w", "br_a"):
-            parts.append(f"BR_{key[-1].upper()} {figures[key]:.6f}" if key in figures else f"BR_{key[-1].upper()} off")
-        for side, names in zip("WA", sides(figures["alphas"])):
-            if names:
-                parts.append(f"alpha_{side} {sum(figures['alphas'][name] for name in names) / len(names):.4f}")
-    parts += [f"lr {figures['lr']:.4g}", f"{figures['images_per_second']:.0f} img/s", f"{figures['seconds']:.1f} s"]
-    return "  ".join(parts)
 
 
 def _check_checkpoint(path, flag: str) -> None:

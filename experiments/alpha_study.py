@@ -162,8 +162,7 @@ class _Study:
             return ["cifar10_baseline.py", *self.scale.baseline, *common]
         best = self.folder / "baseline" / "checkpoints" / "best.pth"
         reference = folder.name == study.REFERENCE
-        command = ["cifar10_qat_br.py", *self.scale.qat, *(() if reference else self.scale.strength)]
-        command += [*self.options.extra, *study.ROWS[folder.name].flags]
+        command = ["cifar10_qat_br.py", *self.scale.flags(folder.name, self.options.extra)]
         command += ["--seed", folder.parent.name.removeprefix("seed"), "--pretrained-baseline", str(best)]
         shared = ["--warmup-from", str(folder.with_name(study.REFERENCE))]
         return [*command, *(["--keep-warmup"] if reference else shared), "--monitor", *common]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
+from qbr.patterns import matches
 from qbr.quantizers import check_bits, check_clip
 from qbr.spec import check_regularizer
 
@@ -163,12 +163,6 @@ class QATConfig:
 
 
 torch.serialization.add_safe_globals([QATConfig])  # plain values: checkpoints that keep their arguments load
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether pattern matches a module's name or that of a container around it."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
 
 
 def _checked(name: str, value, argument: str):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from qbr.config import matches
+from qbr.patterns import matches
 from qbr.quantizers import require_quantizers
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from qbr import distributed, functional, grouping, metrics, ops, quantizer_state
 from qbr.arguments import check
 from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
+from qbr.patterns import matches
 from qbr.quantizers import LSQQuantizer, check_bits, quantizers, require_quantizers
 from qbr.spec import QuantSpec, ToAlpha, check_regularizer
 
@@ -59,7 +60,7 @@ class ModelBinLoss(NamedTuple):
         return dict(zip(self.layers, metrics.read([each.bins for each in self.layers.values()])))
 
 
-def bin_loss(model: nn.Module, *, global_bins: bool = False) -> ModelBinLoss:
+def bin_loss(model: nn.Module, *, global_bins: bool = False, skip: Sequence[str] = ()) -> ModelBinLoss:
     """Take the bin losses that model's training forward has collected; call it between forward and backward.
 
     Nothing is left behind: a second call without a forward in between finds nothing. No synchronisation.
@@ -68,11 +69,14 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False) -> ModelBinLoss:
         model: a prepared model, or any module that contains quantizers (wrapped or compiled too).
         global_bins: under torch.distributed, take activations' bins over the whole batch instead of over each rank's
             share of it: one all-reduce, which every rank has to take part in (qbr/distributed.py).
+        skip: patterns, as QATConfig's, of layers whose losses are in ``layers`` alone and regularize nothing: a first
+            and last layer at 8 bits, say, which has so few weights to a bin that BR nails them.
 
     Raises:
         ValueError: for a model without quantizers, or with layers of the drop-in alone, which nobody has told to
-            collect; with global_bins also where activation checkpointing or offloading keeps the global bins from
-            backward, and for BR's gradient of alphas per channel.
+            collect; for a pattern of ``skip`` that matches no layer with a quantizer; with global_bins also where
+            activation checkpointing or offloading keeps the global bins from backward, and for BR's gradient of alphas
+            per channel.
 
     Source: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021.
     """
@@ -80,6 +84,7 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False) -> ModelBinLoss:
     if all(quantizer.collecting is None for quantizer in found.values()):
         raise ValueError(f"model ({type(model).__name__}) has quantizers that collect no bin loss: attach a control "
                          "before its forward, qbr.AlphaControl().attach(model), or use BinRegularizer")  # fmt: skip
+    skipped = _skipped(found, skip) if skip else ()
     layers: dict[str, BinLoss] = {}
     losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
     taken = {name: quantizer.take_retained() for name, quantizer in found.items()}
@@ -90,7 +95,8 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False) -> ModelBinLoss:
         layer, first = _layer_and_call(name)
         for call, entry in enumerate(taken[name]):
             layers[_call_name(layer, first + call * steps[layer])] = entry
-            losses[quantizer.kind].append(entry.loss)
+            if name not in skipped:
+                losses[quantizer.kind].append(entry.loss)
     if not layers and not torch.compiler.is_compiling() and torch.is_grad_enabled():
         if any(quantizer.collecting and quantizer.training for quantizer in found.values()):
             warnings.warn(_NOTHING_COLLECTED, stacklevel=2)
@@ -194,6 +200,18 @@ def _layer_and_call(name: str) -> tuple[str, int]:
     elif owned:
         return layer, int(owned["call"] or 1)
     return (f"{layer}.{last}" if layer else last), 1
+
+
+def _skipped(found: Mapping[str, LSQQuantizer], skip: Sequence[str]) -> set[str]:
+    """Names of the quantizers whose layers the patterns of ``skip`` match."""
+    if isinstance(skip, str):
+        raise TypeError(f"skip={skip!r}: expected a list or tuple of patterns")
+    layers = {name: _layer_and_call(name)[0] for name in found}
+    for pattern in skip:
+        if not any(matches(layer, pattern) for layer in layers.values()):
+            raise ValueError(f"skip: {pattern!r} matches no layer with a quantizer: expected names as "
+                             f"{', '.join(list(dict.fromkeys(layers.values()))[:3])}")  # fmt: skip
+    return {name for name, layer in layers.items() if any(matches(layer, pattern) for pattern in skip)}
 
 
 def _call_name(name: str, call: int) -> str:

@@ -37,6 +37,7 @@ def _run(row: str, seed: int) -> dict:
         {"epoch": 1, "phase": "warm-up", "val_acc": 50.0, "alphas": alphas[0], "seconds": 3.0},
         {"epoch": 2, "phase": "warm-up", "val_acc": 59.5, "alphas": alphas[0], "seconds": 3.0},
         {"epoch": 3, "phase": "BR", "val_acc": 60.0, "alphas": alphas[1], "seconds": 4.0, "br_w": 0.2, "br_a": 1.5,
+         "distance_w": 0.2,
          "oscillation": {"changed": 0.01, "oscillated": 0.002, "oscillating": 0.03, "layers": {"conv": 0.03}}},
     ]  # fmt: skip
     last = {"epoch": 3, "test_acc": ACCURACY[row] + 0.3 * seed}
@@ -62,9 +63,9 @@ def folder(tmp_path):
 
 def test_figures_of_a_run(folder):
     results = study.read(folder / "results.json")
-    found = study.figures(study.by_row(results)["freeze"][1])
+    found = study.in_numbers(results)["freeze"][1]
     assert found == {
-        "test": 62.3, "br_w": 0.1, "br_a": 1, "converged": 2, "oscillating": 3.0, "seconds": 10.0,
+        "test": 62.3, "br_w": 0.1, "br_a": 1, "distance": 0.2, "converged": 3, "oscillating": 3.0, "seconds": 10.0,
         "drift_w": pytest.approx(-20), "drift_a": pytest.approx(50),
     }  # fmt: skip
     assert "acts-only" not in study.by_row(results)
@@ -110,16 +111,39 @@ def test_a_baseline_that_diverged_is_none(tmp_path, capsys):
     assert "the baseline has failed: see" in capsys.readouterr().err
 
 
-def test_a_difference_is_clear_only_beyond_the_seeds_spread(folder):
+def test_a_difference_is_clear_only_where_its_interval_leaves_out_0(folder):
     results = study.read(folder / "results.json")
-    small, large = study.difference(results, "default", "lsq"), study.difference(results, "br-to-alpha", "default")
-    assert small.mean == pytest.approx(0.1) and small.spread == pytest.approx(0.3) and not small.clear
-    assert large.mean == pytest.approx(-5.1) and large.clear
+    assert study.difference(results, "default", "lsq").each == pytest.approx((0.1, 0.1, 0.1))
+    assert study.difference(results, "br-to-alpha", "default").mean == pytest.approx(-5.1)
     assert study.difference(results, "lsq", "weights-only") is None
-    results["runs"] = [run for run in results["runs"] if run["seed"] < 2]
-    assert not study.difference(results, "br-to-alpha", "default").clear  # two seeds say little
-    mixed = study.Difference((1.0, -0.1, 1.0), 0.63, 0.1)
-    assert not mixed.clear
+    paired = study.Difference((-0.54, -1.06, -0.04))  # of one sign, and yet: t = -1.86, where 4.30 is needed
+    assert paired.half_width == pytest.approx(1.268, abs=1e-3) and not paired.clear
+    assert study.Difference((-0.54, -0.46, -0.5)).clear
+    assert not study.Difference((5.0,)).clear and study.Difference((5.0,)).half_width == float("inf")
+
+
+def test_quantiles_of_students_t():
+    known = {1: 12.706, 2: 4.303, 10: 2.228, 11: 2.201, 15: 2.131, 30: 2.042, 120: 1.980}  # any table's
+    assert {freedom: round(study.t95(freedom), 3) for freedom in known} == known
+
+
+def test_a_run_converges_where_the_seeds_reference_is_in_reach():
+    def run(*accuracies):
+        epochs = [{"epoch": i, "val_acc": each} for i, each in enumerate(accuracies, 1)]
+        return {"epochs": epochs, "warmup_epochs": 1}
+
+    reference = run(90.0, 70.0, 80.0)  # its warm-up does not count
+    assert study._converged(run(90.0, 78.9, 79.0), reference) == 3
+    assert study._converged(run(90.0, 60.0, 60.5), reference) is None  # what stands still does not converge
+    assert study._converged(run(90.0, None, None), reference) is None
+
+
+def test_rows_of_dampening_have_the_strength_of_their_scale():
+    for scale in study.SCALES.values():
+        mild, strong = (scale.flags(row, ["--lambda-br", "7"]) for row in ("dampening", "dampening-strong"))
+        parsed = [options.parse(options.qat_parser(), [*flags, "--output-dir", "x"])[0] for flags in (mild, strong)]
+        assert [each.regularizer for each in parsed] == ["dampening"] * 2
+        assert parsed[1].lambda_br == pytest.approx(10 * parsed[0].lambda_br) == 10 * float(scale.dampening)
 
 
 def test_the_report_comes_from_results_json_alone(folder, tmp_path_factory):
@@ -129,7 +153,7 @@ def test_the_report_comes_from_results_json_alone(folder, tmp_path_factory):
     text, page = (alone / "report.md").read_text(), (alone / "report.html").read_text()
     assert "| BR; alpha frozen (S1) | 62.30 ± 0.30 | 0.1000 ± 0.0000 |" in text
     assert "Order of the guides' three rows by mean accuracy: freeze > default > br-to-alpha; the guides say" in text
-    assert "BR on weights and activations against LSQ alone: +0.10 points" in text and "no difference beyond" in text
+    assert "BR on weights and activations against LSQ alone: +0.10 ± " in text
     for name in ("accuracy", "br", "alphas_weights", "alphas_activations"):
         assert (alone / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and f"]({name}.png)" in text
     assert page.count("data:image/png;base64,") == 4 and "http" not in page

@@ -59,6 +59,28 @@ def test_it_is_the_sum_of_the_layers_and_their_functional_values():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_layers_that_are_skipped_regularize_nothing_and_keep_their_figures():
+    model = _model()
+    x = _x(4, 3, 8, 8)
+    model(x)
+    whole = qbr.bin_loss(model)
+    model.zero_grad()
+    model(x)
+    first = next(iter(whole.layers))
+    part = qbr.bin_loss(model, skip=[first])
+    assert part.layers.keys() == whole.layers.keys()
+    assert part.weights.item() == pytest.approx((whole.weights - whole.layers[first].loss).item(), rel=1e-6)
+    assert part.activations.item() == whole.activations.item()
+    part.weights.backward()
+    weight = model.get_submodule(first).weight
+    assert weight.grad is None or not weight.grad.any()
+    model(x)
+    with pytest.raises(ValueError, match=f"skip: 'head' matches no layer with a quantizer: expected names as {first}"):
+        qbr.bin_loss(model, skip=["head"])
+    with pytest.raises(TypeError, match="skip='head': expected a list or tuple of patterns"):
+        qbr.bin_loss(model, skip="head")
+
+
 def test_nothing_survives():
     model, x = _model(), _x(2, 3, 8, 8)
 

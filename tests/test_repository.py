@@ -14,7 +14,7 @@ from qbr import kernels, ops
 ROOT = Path(__file__).resolve().parents[1]
 # Each module imports only from the lines above it.
 LAYERS = [
-    ["qbr.spec", "qbr.whole", "qbr.saved"],
+    ["qbr.spec", "qbr.whole", "qbr.saved", "qbr.patterns"],
     ["qbr.kernels.build"],
     ["qbr.kernels.library_cache"],
     ["qbr.kernels.triton_kernels"],
@@ -38,14 +38,14 @@ LAYERS = [
     ["qbr.calls"],
     ["qbr.layers"],
     ["qbr.regularizer"],
-    ["qbr.schedules", "qbr.freezing", "qbr.monitor", "qbr.layer_summary", "qbr.writers"],
+    ["qbr.schedules", "qbr.freezing", "qbr.monitor", "qbr.layer_summary", "qbr.writers", "qbr.optimizer_groups"],
     ["qbr.alpha_control"],
     ["qbr.side_effects", "qbr.stand_ins"],
     ["qbr.tracing"],
     ["qbr.traced_forward", "qbr.value_states"],
     ["qbr.discovery", "qbr.graph_modules"],
     ["qbr.config", "qbr.running"],
-    ["qbr.observed", "qbr.optimizer_groups"],
+    ["qbr.observed"],
     ["qbr.plan_warnings"],
     ["qbr.plan"],
     ["qbr.prepare"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -50,7 +51,7 @@ def check_batches(images: int, options: Any) -> None:
 class Trainer:
     """Model, optimizer, schedule and data of one run, and everything that a resumption must restore.
 
-    SGD with momentum, weight decay on weights alone (alphas have their own group), and a schedule from lr to 0 over all
+    SGD with momentum, no weight decay on alphas (they have their own group), and a schedule from lr to 0 over all
     steps (optim.py). The figures of an epoch are added up on the device and read once. Under torchrun the processes
     share every batch, and all of them call the same methods.
 
@@ -64,6 +65,7 @@ class Trainer:
         lambda_weights, lambda_acts: strength of BR.
         teacher: what --distill's share of the loss compares with, on ``device``; None to train on labels alone.
         global_bins: under torchrun, BR of activations over the whole batch instead of over each process's share.
+        skip: layers that BR leaves alone, as qbr.bin_loss takes them.
         quiet: no progress bar even on a terminal.
     """
 
@@ -80,10 +82,12 @@ class Trainer:
         lambda_acts: float = 0.0,
         teacher: nn.Module | None = None,
         global_bins: bool = True,
+        skip: Sequence[str] = (),
         quiet: bool = False,
     ) -> None:
         self.model, self.device, self.epochs, self.control, self.quiet = model, device, epochs, control, quiet
         self.lambda_weights, self.lambda_acts, self.global_bins = lambda_weights, lambda_acts, global_bins
+        self.skip = skip
         self.teacher, self.distill = teacher, options.distill if teacher is not None else 0.0
         self.bf16 = options.amp == "bf16"
         self.channels_last = options.channels_last
@@ -226,7 +230,7 @@ class Trainer:
         weighed = task if self.net is self.model else task * (len(y) * processes.world() / images)
         if not br:
             return logits, ce, weighed, None
-        bins = qbr.bin_loss(self.model, global_bins=self.global_bins)
+        bins = qbr.bin_loss(self.model, global_bins=self.global_bins, skip=self.skip)
         return logits, ce, weighed + self.lambda_weights * bins.weights + self.lambda_acts * bins.activations, bins
 
     def _update(self, loss: Tensor, step: int, failed_at: Tensor) -> Tensor:

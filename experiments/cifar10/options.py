@@ -82,6 +82,18 @@ def qat_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--lambda-br", type=float, default=1.0, help="strength of BR on weights")
     parser.add_argument("--lambda-br-act", type=float, default=1.0, help="strength of BR on activations")
+    parser.add_argument(
+        "--regularizer",
+        choices=("br", "dampening"),
+        default="br",
+        help="the bin loss of weights: BR, or dampening (Nagel et al., 2022), which weighs every weight alike",
+    )
+    parser.add_argument(
+        "--br-first-last",
+        action="store_true",
+        help="BR of the first and last layer's weights, too, where --num-bits-first, --num-bits-last give them other "
+        "bits than the rest; default: of the rest alone",
+    )
     parser.add_argument("--warmup-epochs", type=int, default=30, help="first epochs, without BR")
     parser.add_argument("--qat-epochs", type=int, default=100, help="all epochs, warm-up included")
     parser.add_argument("--freeze-alpha", action="store_true", help="alphas stay put once warm-up ends")
@@ -260,8 +272,18 @@ def qat_config(options: argparse.Namespace, model: nn.Module) -> qbr.QATConfig:
         act_bits=options.num_bits_act,
         clip=options.clip_value,
         step_per_call=options.step_per_call,
+        regularizer=options.regularizer,
+        act_regularizer="br",
         overrides={name: {"weight_bits": bits} for name, bits in ends.items() if bits is not None},
     )
+
+
+def without_br(options: argparse.Namespace, model: nn.Module) -> tuple[str, ...]:
+    """Names of the quantized layers whose weights BR leaves alone; see --br-first-last."""
+    if options.br_first_last:
+        return ()
+    ends = zip(first_and_last(model), _bits_of_ends(options))
+    return tuple(name for name, bits in ends if bits not in (FLOAT_BITS, options.num_bits_weight))
 
 
 def _bits_of_ends(options: argparse.Namespace) -> list[int]:

@@ -19,6 +19,7 @@ from torch import nn
 
 import qbr
 from qbr import kernels
+from qbr.freezing import mean_distance
 
 from . import checkpoints, data, distillation, exits, folders, histograms, logs, oscillation, processes, report, warmup
 from .device import keep_freed_memory, pick_device
@@ -26,7 +27,17 @@ from .engine import Trainer, TrainingDiverged, check_batches
 from .files import UserError, check_writable, write_json
 from .lines import epoch_line, leaps
 from .models import MODELS
-from .options import FLOAT_BITS, QUICK_BASELINE, baseline_parser, freeze, parse, plain, qat_config, resumed
+from .options import (
+    FLOAT_BITS,
+    QUICK_BASELINE,
+    baseline_parser,
+    freeze,
+    parse,
+    plain,
+    qat_config,
+    resumed,
+    without_br,
+)
 from .sources import commit
 
 BASELINE, QAT = "cifar10_baseline", "cifar10_qat_br"
@@ -231,7 +242,7 @@ class Run:
                 warmup_epochs=options.warmup_epochs,
             )
             strength = {"lambda_weights": options.lambda_br, "lambda_acts": options.lambda_br_act}
-            strength["global_bins"] = options.br_bins == "global"
+            strength |= {"global_bins": options.br_bins == "global", "skip": without_br(options, self.model)}
             strength["teacher"] = self.teacher
         if options.sync_bn:
             self._synchronise_batch_norm()
@@ -317,6 +328,8 @@ class Run:
         if trainer.control:
             figures["phase"] = "BR" if trainer.control.br_active else "warm-up"
             figures["alphas"] = self._alphas()
+            if self.options.num_bits_weight != FLOAT_BITS:
+                figures["distance_w"] = float(mean_distance(self.model))
         figures["val_loss"] = figures["val_acc"] = None
         if len(trainer.validation):
             figures["val_loss"], figures["val_acc"] = trainer.evaluate(trainer.validation)

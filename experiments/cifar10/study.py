@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 from .files import read_json, write_json
 
 REFERENCE = "lsq"  # its runs train the warm-ups that the other rows take over
-WITHIN = 1.0  # points of validation accuracy around a run's best, in which it counts as converged
+WITHIN = 1.0  # points of validation accuracy below the seed's reference run, at which a run counts as converged
+# Student's t, two-sided 95 %, of 1 to 10 degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -22,15 +26,22 @@ class Row:
     guide: float | None = None
 
 
+_LSQ, _WEIGHTS = ("--lambda-br", "0", "--lambda-br-act", "0"), ("--lambda-br-act", "0")
+_DAMPENING = ("--regularizer", "dampening", *_WEIGHTS)  # its strength is the scale's
 ROWS = {
-    REFERENCE: Row("LSQ alone", ("--lambda-br", "0", "--lambda-br-act", "0")),
+    REFERENCE: Row("LSQ alone", _LSQ),
     "default": Row("BR; CE moves alpha (default; S2)", (), 91.5),
     "freeze": Row("BR; alpha frozen (S1)", ("--freeze-alpha",), 91.0),
     "br-to-alpha": Row("BR; CE and BR move alpha", ("--br-backprop-to-alpha",), 90.0),
-    "freeze-br-to-alpha": Row("BR; frozen, and BR to alpha", ("--freeze-alpha", "--br-backprop-to-alpha")),
-    "br-to-alpha-scaled": Row("BR; CE and scaled BR move alpha", ("--br-backprop-to-alpha", "scaled")),
-    "weights-only": Row("BR of weights only", ("--lambda-br-act", "0")),
+    "weights-only": Row("BR of weights only", _WEIGHTS),
+    "dampening": Row("Dampening of weights only", _DAMPENING),
+    "dampening-strong": Row("The same, ten times as strong", _DAMPENING),
     "acts-only": Row("BR of activations only", ("--lambda-br", "0")),
+    "br-to-alpha-scaled": Row("BR; CE and scaled BR move alpha", ("--br-backprop-to-alpha", "scaled")),
+    "lsq-freeze": Row("LSQ alone; alpha frozen", (*_LSQ, "--freeze-alpha")),
+    "weights-only-freeze": Row("BR of weights only; alpha frozen", (*_WEIGHTS, "--freeze-alpha")),
+    "weights-only-br-to-alpha": Row("BR of weights only; it moves alpha", (*_WEIGHTS, "--br-backprop-to-alpha")),
+    "freeze-br-to-alpha": Row("BR; frozen, and BR to alpha", ("--freeze-alpha", "--br-backprop-to-alpha")),
 }
 
 
@@ -41,21 +52,33 @@ class Scale:
     baseline: tuple[str, ...]
     qat: tuple[str, ...]
     strength: tuple[str, ...]  # of BR, in every row that has it
+    dampening: str  # --lambda-br of the dampening row: its pull is exp(-1) of every weight's distance, or near it
     seeds: int
+
+    def flags(self, row: str, extra: Sequence[str] = ()) -> list[str]:
+        """What cifar10_qat_br.py trains ``row`` with; ``extra`` comes before what makes it this row."""
+        return [*self.qat, *(() if row == REFERENCE else self.strength), *extra, *own_flags(row, self.dampening)]
+
+
+def own_flags(row: str, dampening: str | None) -> list[str]:
+    """What makes it this row: its flags, and the strength of dampening at this scale."""
+    times = {"dampening": 1, "dampening-strong": 10}.get(row)
+    return [*ROWS[row].flags, *(() if times is None else ("--lambda-br", f"{times * float(dampening):g}"))]
 
 
 SCALES = {
     "cpu": Scale(
         (
-            *("--model", "resnet20", "--epochs", "10"),
+            *("--model", "resnet20", "--epochs", "10", "--amp", "bf16", "--channels-last"),
             *("--lr", "0.2", "--lr-schedule", "onecycle", "--nesterov"),
         ),
         (
-            *("--model", "resnet20", "--limit", "1500", "--batch-size", "64"),
+            *("--model", "resnet20", "--limit", "1500", "--batch-size", "64", "--amp", "bf16", "--channels-last"),
             *("--warmup-epochs", "2", "--qat-epochs", "5"),
             *("--lr", "0.01", "--lr-alpha-act", "0.2", "--alpha-init", "mse"),
         ),
         ("--lambda-br", "10", "--lambda-br-act", "0.1"),
+        "0.03",
         3,
     ),
     "gpu": Scale(
@@ -65,6 +88,7 @@ SCALES = {
             *("--warmup-epochs", "30", "--qat-epochs", "100"),
         ),
         ("--lambda-br", "1", "--lambda-br-act", "0.1"),
+        "0.0006",
         3,
     ),
     "smoke": Scale(  # the course of a study in a minute; its figures mean nothing
@@ -74,17 +98,18 @@ SCALES = {
             *("--warmup-epochs", "1", "--qat-epochs", "2"),
         ),
         ("--lambda-br", "10", "--lambda-br-act", "0.1"),
+        "0.03",
         2,
     ),
 }
-_KEPT = ("epoch", "phase", "ce", "train_acc", "val_acc", "br_w", "br_a", "alphas", "seconds")
+_KEPT = ("epoch", "phase", "ce", "train_acc", "val_acc", "br_w", "br_a", "alphas", "distance_w", "seconds")
 
 
 def manifest(scale: str, data: Path | None, extra: list[str]) -> dict[str, Any]:
     """What makes two invocations the same study; seeds and rows may be added to one that is there."""
     chosen = SCALES[scale]
     flags = {"baseline_flags": chosen.baseline, "qat": chosen.qat, "strength": chosen.strength}
-    flags = {key: list(value) for key, value in flags.items()}
+    flags = {key: list(value) for key, value in flags.items()} | {"dampening": chosen.dampening}
     return {"scale": scale, **flags, "extra": extra, "data": None if data is None else str(data)}
 
 
@@ -146,22 +171,29 @@ def by_row(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {row: found for row, found in rows.items() if found}
 
 
-def figures(run: dict[str, Any]) -> dict[str, float | None]:
+def figures(run: dict[str, Any], reference: dict[str, Any] | None = None) -> dict[str, float | None]:
     """One finished run in numbers.
+
+    Args:
+        run, reference: of results.json; the reference row's run of the same seed.
 
     Returns:
         test: accuracy after the last epoch, percent (no choice of an epoch enters it). br_w, br_a: the bin losses at
-        the last step. converged: the first epoch whose validation accuracy is within 1 point of the run's best.
+        the last step (br_w of BR alone). distance: mean over all quantized weights of their distance to their level,
+        in units of alpha, at the end. converged: the first epoch after warm-up whose validation accuracy is at most 1
+        point below the best of the reference's epochs after warm-up; None if there is none, or no reference.
         oscillating: percent of weights, in the last epoch. drift_w, drift_a: mean over layers of alpha's relative
         change from the end of warm-up to the end, percent. seconds: of all epochs, warm-up included.
     """
     epochs, final, warmup = run["epochs"], run["final"], run["warmup_epochs"]
     seen = epochs[-1].get("oscillation")
+    br = "dampening" not in ROWS[run["row"]].flags if "row" in run else True
     found = {
         "test": final["last"]["test_acc"],
-        "br_w": final.get("br_w", {}).get("end"),
+        "br_w": final.get("br_w", {}).get("end") if br else None,
         "br_a": final.get("br_a", {}).get("end"),
-        "converged": _converged(epochs),
+        "distance": epochs[-1].get("distance_w"),
+        "converged": None if reference is None else _converged(run, reference),
         "oscillating": 100 * seen["oscillating"] if seen else None,
         "seconds": sum(epoch["seconds"] for epoch in epochs),
     }
@@ -172,11 +204,19 @@ def figures(run: dict[str, Any]) -> dict[str, float | None]:
     return found
 
 
-def _converged(epochs: list[dict[str, Any]]) -> int | None:
-    accuracy = [epoch["val_acc"] for epoch in epochs]
-    if None in accuracy:  # --val-fraction 0
+def in_numbers(results: dict[str, Any]) -> dict[str, list[dict[str, float | None]]]:
+    """{row: figures() of its finished runs by seed}."""
+    rows = by_row(results)
+    references = {run["seed"]: run for run in rows.get(REFERENCE, ())}
+    return {row: [figures(run, references.get(run["seed"])) for run in runs] for row, runs in rows.items()}
+
+
+def _converged(run: dict[str, Any], reference: dict[str, Any]) -> int | None:
+    after, there = (each["epochs"][each["warmup_epochs"] :] for each in (run, reference))
+    if any(epoch["val_acc"] is None for epoch in (*after, *there)):  # --val-fraction 0
         return None
-    return next(e["epoch"] for e, found in zip(epochs, accuracy) if found >= max(accuracy) - WITHIN)
+    wanted = max(epoch["val_acc"] for epoch in there) - WITHIN
+    return next((epoch["epoch"] for epoch in after if epoch["val_acc"] >= wanted), None)
 
 
 def sides(alphas: dict[str, float]) -> tuple[list[str], list[str]]:
@@ -197,18 +237,35 @@ class Difference:
     """Test accuracy of one row minus another's, seed by seed, in points.
 
     Attributes:
-        each: by seed. mean: of them. spread: the larger of the two rows' standard deviations over seeds.
-        clear: at least three seeds, all of one sign, and a mean beyond the spread.
+        each: by seed. mean: of them. half_width: of the mean's 95 % interval by Student's t of the differences, which
+            are paired by seed; infinite of one seed. clear: whether that interval leaves out 0.
     """
 
     each: tuple[float, ...]
-    mean: float
-    spread: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.each)
+
+    @property
+    def half_width(self) -> float:
+        count = len(self.each)
+        if count == 1:
+            return math.inf
+        return t95(count - 1) * statistics.stdev(self.each) / math.sqrt(count)
 
     @property
     def clear(self) -> bool:
-        one_sign = all(value > 0 for value in self.each) or all(value < 0 for value in self.each)
-        return len(self.each) >= 3 and one_sign and abs(self.mean) > self.spread
+        return abs(self.mean) > self.half_width
+
+
+def t95(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t; beyond the table by its expansion (Abramowitz and Stegun, 26.7.5)."""
+    if freedom <= len(_T95):
+        return _T95[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 def difference(results: dict[str, Any], row: str, other: str) -> Difference | None:
@@ -218,6 +275,4 @@ def difference(results: dict[str, Any], row: str, other: str) -> Difference | No
     seeds = [seed for seed in tests[0] if seed in tests[1]]
     if not seeds:
         return None
-    each = tuple(tests[0][seed] - tests[1][seed] for seed in seeds)
-    spread = max(mean_and_spread([test[seed] for seed in seeds])[1] for test in tests)
-    return Difference(each, statistics.fmean(each), spread)
+    return Difference(tuple(tests[0][seed] - tests[1][seed] for seed in seeds))

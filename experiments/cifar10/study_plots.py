@@ -12,8 +12,14 @@ from matplotlib.figure import Figure
 from .plots import BLUE, GREY, INK, MUTED, ORANGE, STYLE, plain_ticks, plt
 from .study import ROWS, by_row, difference, figures, sides
 
-COLORS = dict(zip(ROWS, ("#22303c", "#1f6fb2", "#2f8f5b", "#d9622b", "#8fce9f", "#b0548f", "#7a9cc6", "#c9a227")))
+COLORS = {
+    "lsq": "#22303c", "default": "#1f6fb2", "freeze": "#2f8f5b", "br-to-alpha": "#d9622b", "weights-only": "#7a9cc6",
+    "dampening": "#8a6bbf", "dampening-strong": "#5b3a94", "acts-only": "#c9a227", "br-to-alpha-scaled": "#b0548f",
+    "lsq-freeze": "#8c979f", "weights-only-freeze": "#4fb3a5", "weights-only-br-to-alpha": "#e8a07c",
+    "freeze-br-to-alpha": "#8fce9f",
+}  # fmt: skip
 DASHED = {"freeze-br-to-alpha"}  # lies on another row's line
+DAMPENED = {"dampening", "dampening-strong"}  # their bin loss is another sum
 
 
 def draw_all(results: dict[str, Any]) -> dict[str, Figure]:
@@ -42,7 +48,9 @@ def accuracy(results: dict[str, Any]) -> Figure:
         against = difference(results, row, "default")
         if against is not None:
             axes[1].scatter(against.mean, place, marker="o", color=COLORS[row], s=40, zorder=3)
-            axes[1].hlines(place, min(against.each), max(against.each), color=COLORS[row], linewidth=1.5)
+            if len(against.each) > 2 and row != "default":
+                ends = against.mean - against.half_width, against.mean + against.half_width
+                axes[1].hlines(place, *ends, color=COLORS[row], linewidth=1.5)
         if ROWS[row].guide is not None:
             guided = ROWS[row].guide - ROWS["default"].guide
             axes[1].scatter(guided, place, marker="D", facecolor="none", edgecolor=INK, s=45, zorder=4)
@@ -51,7 +59,7 @@ def accuracy(results: dict[str, Any]) -> Figure:
     axes[0].set_xlabel("test accuracy, %")
     axes[1].axvline(0, color=MUTED, linewidth=1)
     axes[1].set_xlabel("points from the default row")
-    axes[1].scatter([], [], color=INK, s=40, label="measured (line: seeds)")
+    axes[1].scatter([], [], color=INK, s=40, label="measured (line: 95 %)")
     axes[1].scatter([], [], marker="D", facecolor="none", edgecolor=INK, s=45, label="guides")
     axes[1].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     return figure
@@ -63,6 +71,8 @@ def bin_losses(results: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for ax, key, side in zip(axes, ("br_w", "br_a"), ("weights", "activations")):
         for row, runs in rows.items():
+            if key == "br_w" and row in DAMPENED:
+                continue
             curves = [{e["epoch"]: e[key] for e in run["epochs"] if key in e} for run in runs]
             epochs = sorted(set.intersection(*map(set, curves)))
             if not epochs:
@@ -117,8 +127,8 @@ def alphas(results: dict[str, Any], index: int, side: str) -> Figure:
 
 
 def weights(results: dict[str, Any]) -> Figure:
-    """One panel for each row: weights / alpha before BR and at the end, over the layers of most layers' bits, first
-    seed."""
+    """One panel for each row: weights / alpha before BR and at the end, all weights of the layers of most layers' bits,
+    first seed."""
     rows = {row: run for row, runs in by_row(results).items() for run in runs if "histograms" in run}
     figure, axes = _panels(rows, 1.8, sharex=True)
     for ax, (row, run) in zip(axes, rows.items()):
@@ -130,8 +140,9 @@ def weights(results: dict[str, Any]) -> Figure:
             layers = [each for each in found if (each["qn"], each["qp"]) == range_]  # others have another axis
             low, high, bins = layers[0]["low"], layers[0]["high"], len(layers[0]["counts"])
             width = (high - low) / bins
-            shares = [sum(each["counts"][i] / sum(each["counts"]) for each in layers) for i in range(bins)]
-            ax.stairs([s / len(layers) / width for s in shares], [low + i * width for i in range(bins + 1)], **look)
+            counts = [sum(each["counts"][i] for each in layers) for i in range(bins)]
+            density = [count / sum(counts) / width for count in counts]
+            ax.stairs(density, [low + i * width for i in range(bins + 1)], **look)
         for level in range(layers[0]["qn"], layers[0]["qp"] + 1) if layers[0]["qp"] - layers[0]["qn"] < 16 else ():
             ax.axvline(level, color=BLUE, linewidth=0.7, linestyle=(0, (2, 2)))
         ax.set_title(ROWS[row].title, fontsize=8)

@@ -14,6 +14,7 @@ COLUMNS = {
     "test": ("test accuracy, %", 2),
     "br_w": ("final BR_W", 4),
     "br_a": ("final BR_A", 3),
+    "distance": ("weights' distance to their level, alpha", 3),
     "converged": ("epochs to converge", 1),
     "oscillating": ("oscillating weights, %", 2),
     "drift_w": ("drift of weights' alpha, %", 1),
@@ -21,21 +22,28 @@ COLUMNS = {
     "seconds": ("seconds", 0),
 }
 LEGEND = (
-    "Mean ± standard deviation over seeds. Test accuracy is that of the last epoch: no epoch is chosen. Converged: the "
-    f"first epoch within {study.WITHIN:g} point of the run's best validation accuracy. Oscillating: weights whose "
+    "Mean ± standard deviation over seeds. Test accuracy is that of the last epoch: no epoch is chosen. BR_W and BR_A: "
+    "sums over the layers of their bin losses, to which a weight of a small layer adds more than one of a large layer. "
+    "Distance: mean over all quantized weights; 0.25 where they lie evenly between levels. Converged: the first epoch "
+    f"after warm-up within {study.WITHIN:g} point of the best that the seed's run of LSQ alone reaches after warm-up "
+    "(of so many seeds, where not all do). Oscillating: weights whose "
     "frequency of changing their bin and changing back is above 0.005 in the last epoch (Nagel et al., 2022). Drift: "
     "the relative change of alpha from the end of warm-up to the end, mean over layers. Seconds of a run, its warm-up "
     "included, beside whatever else the machine did."
 )
+INTERVALS = (
+    "Test accuracy, seed by seed; mean ± half its 95 % interval (Student's t of the paired differences). Each stands "
+    "for itself: of twenty comparisons of equals one would seem to differ."
+)
 CAPTIONS = {
     "accuracy": "Test accuracy after the last epoch, each seed a dot and the mean a bar; on the right, its difference "
-    "from the default row, and the differences between the figures that the guides give.",
+    "from the default row with its 95 % interval, and the differences between the figures that the guides give.",
     "br": "The bin losses per epoch of the BR phase, means over seeds; the band spans the seeds.",
     "alphas_weights": "alpha of each layer's weights relative to its value when warm-up ended, first seed; dark: first "
     "layers.",
     "alphas_activations": "The same of activations.",
-    "weights": "Weights in units of alpha, all layers of most layers' bits together (each weighing the same), first "
-    "seed: before BR (grey) and at the end (orange); dashed: the levels.",
+    "weights": "Weights in units of alpha, all weights together (without layers of other bits than most), first seed: "
+    "before BR (grey) and at the end (orange); dashed: the levels.",
 }
 
 
@@ -62,19 +70,24 @@ def write(folder: Path) -> Path:
 def table(results: dict[str, Any]) -> list[list[str]]:
     """Head and rows of the table, as text."""
     cells = [["row", *(title for title, _ in COLUMNS.values()), "seeds", "guide, %"]]
-    for row, runs in by_row(results).items():
-        figures = [study.figures(run) for run in runs]
+    for row, figures in study.in_numbers(results).items():
         line = [ROWS[row].title]
-        for key, (_, digits) in COLUMNS.items():
-            found = mean_and_spread([each[key] for each in figures])
-            spread = f" ± {found[1]:.{digits}f}" if found and len(runs) > 1 else ""
-            line.append("" if found is None else f"{found[0]:.{digits}f}{spread}")
-        cells.append([*line, str(len(runs)), "" if ROWS[row].guide is None else f"{ROWS[row].guide:g}"])
+        line += [_cell([each[key] for each in figures], digits) for key, (_, digits) in COLUMNS.items()]
+        cells.append([*line, str(len(figures)), "" if ROWS[row].guide is None else f"{ROWS[row].guide:g}"])
     return cells
 
 
+def _cell(values: list[float | None], digits: int) -> str:
+    there = [value for value in values if value is not None]
+    found = mean_and_spread(there)
+    if found is None:
+        return ""
+    spread = f" ± {found[1]:.{digits}f}" if len(there) > 1 else ""
+    return f"{found[0]:.{digits}f}{spread}" + (f" ({len(there)} of {len(values)})" if len(there) < len(values) else "")
+
+
 def findings(results: dict[str, Any]) -> list[str]:
-    """What the differences of test accuracy say, in sentences; a difference counts if it is ``Difference.clear``."""
+    """What the differences of test accuracy say, in sentences: mean ± half its 95 % interval, each for itself."""
     rows = by_row(results)
     found = []
 
@@ -83,21 +96,26 @@ def findings(results: dict[str, Any]) -> list[str]:
         if this is None:
             return
         each = ", ".join(f"{value:+.2f}" for value in this.each)
-        verdict = "no difference beyond the seeds' spread"
-        if this.clear:
-            verdict = "better" if this.mean > 0 else "worse"
-        elif len(this.each) < 3:
-            verdict = "too few seeds to say"
-        found.append(f"{about}: {this.mean:+.2f} points ({each}; a row's seeds spread {this.spread:.2f}): {verdict}.")
+        if len(this.each) < 3:
+            found.append(f"{about}: {this.mean:+.2f} points ({each}): too few seeds to say.")
+            return
+        verdict = ("better" if this.mean > 0 else "worse") if this.clear else "no difference that these seeds show"
+        found.append(f"{about}: {this.mean:+.2f} ± {this.half_width:.2f} points ({each}): {verdict}.")
 
     compare("default", "lsq", "BR on weights and activations against LSQ alone")
     compare("weights-only", "lsq", "BR on weights only against LSQ alone")
     compare("acts-only", "lsq", "BR on activations only against LSQ alone")
+    compare("dampening", "lsq", "Dampening of weights against LSQ alone")
+    compare("dampening-strong", "lsq", "Dampening of weights ten times as strong against LSQ alone")
     compare("freeze", "default", "alpha frozen after warm-up (S1) against alpha that goes on learning (S2)")
+    compare("lsq-freeze", "lsq", "The same without BR")
+    compare("weights-only-freeze", "weights-only", "The same with BR on weights only")
     compare("br-to-alpha", "default", "BR moving the weights' alphas against BR kept off them")
+    compare("weights-only-br-to-alpha", "weights-only", "The same with BR on weights only")
     compare("br-to-alpha-scaled", "default", "BR moving them times LSQ's gradient scale against BR kept off them")
     compare("br-to-alpha-scaled", "br-to-alpha", "BR moving them with that scale against without")
-    both = [[study.figures(run) for run in rows.get(row, ())] for row in ("freeze", "freeze-br-to-alpha")]
+    numbers = study.in_numbers(results)
+    both = [numbers.get(row, []) for row in ("freeze", "freeze-br-to-alpha")]
     if all(both) and len(both[0]) == len(both[1]):
         for figures in both:
             for each in figures:
@@ -114,7 +132,7 @@ def findings(results: dict[str, Any]) -> list[str]:
         found.append(f"Frozen alphas with and without BR's gradient: {same}.")
     guided = [row for row in rows if ROWS[row].guide is not None]
     if len(guided) > 1:
-        means = {row: mean_and_spread([study.figures(run)["test"] for run in rows[row]])[0] for row in guided}
+        means = {row: mean_and_spread([each["test"] for each in numbers[row]])[0] for row in guided}
         ours, theirs = (sorted(guided, key=key, reverse=True) for key in (means.get, lambda row: ROWS[row].guide))
         agree = "the guides' order" if ours == theirs else f"the guides say {' > '.join(theirs)}"
         found.append(f"Order of the guides' three rows by mean accuracy: {' > '.join(ours)}; {agree}.")
@@ -141,7 +159,7 @@ def _titles() -> dict[str, str]:
 
 def _flags(results: dict[str, Any]) -> list[list[str]]:
     return [["row", "name", "flags beside those above"]] + [
-        [ROWS[row].title, row, " ".join(ROWS[row].flags)] for row in by_row(results)
+        [ROWS[row].title, row, " ".join(study.own_flags(row, results.get("dampening")))] for row in by_row(results)
     ]
 
 
@@ -149,7 +167,7 @@ def _markdown(results: dict[str, Any], images: dict[str, bytes]) -> str:
     parts = ["# Who may move alpha: LSQ with bin regularization on CIFAR-10", ""]
     for fact in _facts(results):
         parts += [fact, ""]
-    parts += [markdown_table(*_split(table(results))), "", LEGEND, "", "## What the differences say", ""]
+    parts += [markdown_table(*_split(table(results))), "", LEGEND, "", "## What the differences say", "", INTERVALS, ""]
     parts += [f"- {line}" for line in findings(results)]
     for name in images:
         parts += ["", f"## {_titles()[name]}", "", CAPTIONS[name], "", f"![{_titles()[name]}]({name}.png)"]
@@ -170,7 +188,8 @@ def _page(results: dict[str, Any], images: dict[str, bytes]) -> str:
         f"<body><h1>{title}</h1>",
         *(f"<p class='note'>{html.escape(fact)}</p>" for fact in _facts(results)),
         report.as_table(*_split(table(results))),
-        f"<p class='note'>{html.escape(LEGEND)}</p><h2>What the differences say</h2><ul>",
+        f"<p class='note'>{html.escape(LEGEND)}</p><h2>What the differences say</h2>",
+        f"<p class='note'>{html.escape(INTERVALS)}</p><ul>",
         *(f"<li>{html.escape(line)}</li>" for line in findings(results)),
         "</ul>",
     ]

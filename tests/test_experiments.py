@@ -147,6 +147,58 @@ def test_epoch_lines_and_alpha_controls_are_printed(qat_flags, tmp_path, capsys,
     _check_tensorboard_tags(tmp_path / "tensorboard")
 
 
+def test_a_float_network_can_be_trained_on(baseline_run, tmp_path, no_report):
+    start = baseline_run / "checkpoints" / "best.pth"
+    flags = [*TINY, "--epochs", "1", "--lr", "1e-30", "--output-dir", str(tmp_path)]
+    assert baseline([*flags, "--pretrained-baseline", str(start)]) == 0
+    before, after = (
+        torch.load(folder / "checkpoints" / "best.pth", weights_only=True)["model_state_dict"]["fc.weight"]
+        for folder in (baseline_run, tmp_path)
+    )
+    assert torch.equal(before, after)
+
+
+def test_how_far_br_will_pull_is_told(qat_flags, tmp_path, capsys, no_report):
+    assert qat([*qat_flags, "--output-dir", str(tmp_path / "faint"), "--lambda-br", "0.001"]) == 0
+    told = capsys.readouterr().out
+    assert "BR of weights: strength" in told and "0 % of the weights by a tenth or more\nwarning: BR hardly" in told
+    strong = ["--lambda-br", "1", "--regularizer", "dampening"]
+    assert qat([*qat_flags, "--output-dir", str(tmp_path / "strong"), *strong]) == 0
+    assert "dampening: strength" in capsys.readouterr().out
+
+
+def test_the_pull_of_br_is_that_of_the_formula():
+    """Under SGD, where BR is all of the loss, every bin moves as far as is told."""
+    import qbr
+
+    strength = importlib.import_module("cifar10.strength")
+    torch.manual_seed(0)
+    model = qbr.prepare(torch.nn.Sequential(torch.nn.Linear(64, 64)), qbr.QATConfig(act_bits=None))
+    model(torch.randn(2, 64))
+    steps, begin, lam, lr, momentum = 400, 100, 2.0, 0.1, 0.9
+    options = argparse.Namespace(
+        lr=lr, lambda_br=lam, momentum=momentum, regularizer="br", lr_schedule="cosine", lr_warmup=0.0
+    )
+    line = strength.expected_pull(model, options, begin, steps, ())
+    weight, quantizer = model[0].weight, model[0].weight_quantizer
+    quantizer.alpha.requires_grad_(False)
+    optimizer = torch.optim.SGD([weight], lr=lr, momentum=momentum)
+    at = importlib.import_module("cifar10.optim").factor("cosine", steps, 0.0)
+    start = qbr.functional.bin_loss(weight, quantizer.alpha.detach(), quantizer.spec)
+    for step in range(begin, steps):
+        optimizer.param_groups[0]["lr"] = lr * at(step)
+        optimizer.zero_grad()
+        model(torch.randn(2, 64))
+        (lam * qbr.bin_loss(model).weights).backward()
+        optimizer.step()
+    end = qbr.functional.bin_loss(weight, quantizer.alpha.detach(), quantizer.spec)
+    sizes = start.bins.counts
+    expected = -torch.expm1(-float(line.split("strength ")[1].split(":")[0]) / sizes)
+    moved = 1 - (end.bins.squares / start.bins.squares).sqrt()
+    assert torch.equal(end.bins.counts, sizes)
+    assert torch.allclose(moved[sizes > 0], expected[sizes > 0], rtol=0.1)  # momentum has to build up first
+
+
 def test_a_step_size_that_leaps_within_an_epoch_is_told(tmp_path, capsys):
     lines = importlib.import_module("cifar10.lines")
     before = {"conv1": 0.01, "fc": 0.01, "relu": 0.5}

@@ -45,6 +45,12 @@ MOVABLE = {"data", "pretrained_baseline"}  # the same files may lie elsewhere by
 def baseline_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train a float ResNet on CIFAR-10.")
     parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument(
+        "--pretrained-baseline",
+        type=Path,
+        metavar="FILE",
+        help="float checkpoint to train on: what the epochs of quantization-aware training give a float network",
+    )
     _add_common(parser, lr=0.1)
     parser.set_defaults(_quick=QUICK_BASELINE, _recipes=recipes.BASELINE)
     return _telling_defaults(parser)

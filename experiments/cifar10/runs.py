@@ -39,6 +39,7 @@ from .options import (
     without_br,
 )
 from .sources import commit
+from .strength import expected_pull
 
 BASELINE, QAT = "cifar10_baseline", "cifar10_qat_br"
 NOT_PRETRAINED = "warning: no --pretrained-baseline: quantization-aware training starts from random weights"
@@ -90,7 +91,7 @@ class Run:
             self.warm = processes.on_main(warmup.state, options)
         if options.tensorboard:
             logs.check_installed()
-        if getattr(options, "pretrained_baseline", None) is not None and self.state is None:
+        if options.pretrained_baseline is not None and self.state is None:
             # Before data may be downloaded.
             processes.on_main(_check_checkpoint, options.pretrained_baseline, "--pretrained-baseline")
         self.device = parent.device if parent else pick_device(options.gpu)
@@ -114,10 +115,10 @@ class Run:
         self.model = MODELS[options.model](len(self.splits.classes))
         self.epochs = options.epochs if script == BASELINE else options.qat_epochs
         self.first_run = None  # the float baseline that --quick trains before
-        if script == QAT and self.state is None and self.warm is None:
+        if self.state is None and self.warm is None:
             if options.pretrained_baseline is not None:
                 self._load_float(options.pretrained_baseline)
-            elif options.quick:
+            elif script == QAT and options.quick:
                 self.first_run = self._quick_baseline()
         self.teacher, self.teacher_digest = self._teacher() if self.first_run is None else (None, None)
 
@@ -230,7 +231,7 @@ class Run:
 
     def _trainer(self) -> Trainer:
         options, control = self.options, None
-        strength = {}
+        losses = {}
         if self.script == QAT:
             self._warn_unless_pretrained()
             qbr.prepare(self.model, qat_config(options, self.model))
@@ -241,9 +242,9 @@ class Run:
                 br_to_alpha_acts=options.br_backprop_to_alpha_act,
                 warmup_epochs=options.warmup_epochs,
             )
-            strength = {"lambda_weights": options.lambda_br, "lambda_acts": options.lambda_br_act}
-            strength |= {"global_bins": options.br_bins == "global", "skip": without_br(options, self.model)}
-            strength["teacher"] = self.teacher
+            losses = {"lambda_weights": options.lambda_br, "lambda_acts": options.lambda_br_act}
+            losses |= {"global_bins": options.br_bins == "global", "skip": without_br(options, self.model)}
+            losses["teacher"] = self.teacher
         if options.sync_bn:
             self._synchronise_batch_norm()
         memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -254,7 +255,7 @@ class Run:
             control.attach(self.model)
         quiet = processes.rank() > 0
         return Trainer(
-            self.model, self.splits, options, self.device, self.epochs, control=control, quiet=quiet, **strength
+            self.model, self.splits, options, self.device, self.epochs, control=control, quiet=quiet, **losses
         )
 
     def _synchronise_batch_norm(self) -> None:
@@ -323,6 +324,9 @@ class Run:
         before = self._alphas() if all(module.initialised for module in self._quantizers().values()) else {}
         if trainer.control and epoch == self.options.warmup_epochs + 1:
             self._keep_histograms("before", epoch - 1)
+            if self.options.lambda_br and self.options.num_bits_weight != FLOAT_BITS:
+                steps = len(trainer.batches)
+                print(expected_pull(self.model, self.options, steps * (epoch - 1), steps * self.epochs, trainer.skip))
         with oscillation.watched(self.model, getattr(self.options, "monitor", False)) as seen:
             figures = {"epoch": epoch, **trainer.train_epoch(epoch), **seen()}
         if trainer.control:

@@ -1,0 +1,58 @@
+"""How far BR of weights will pull: a line before its first epoch, with a warning where most would hardly move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qbr import functional
+from qbr.regularizer import quantized_weights
+
+from .optim import factor
+
+FAINT = 0.1  # an exponent below which BR moves a weight less than a tenth of the way to its level
+
+
+def expected_pull(model: nn.Module, options: Any, begin: int, steps: int, skip: Sequence[str]) -> str:
+    """What 2 * lambda * (sum of lr) / (1 - momentum) over the steps with BR means for the weights as they are now.
+
+    A bin of n weights moves towards its level by exp(-strength / n), of dampening every weight by exp(-strength): what
+    BR alone would do, from the formulas (qbr/kernels/README.md, "Strength").
+
+    Args:
+        options: lr, lambda_br, momentum, regularizer, lr_schedule and lr_warmup are read.
+        begin, steps: the steps before BR, and all of the run.
+        skip: names of the layers that BR leaves alone.
+    """
+    at = factor(options.lr_schedule, steps, options.lr_warmup)
+    total = options.lr * sum(at(step) for step in range(begin, steps))
+    strength = 2 * options.lambda_br * total / (1 - options.momentum)
+    if options.regularizer == "dampening":
+        return f"dampening: strength {strength:.3g}: alone it would move every weight by {_share(strength)} of its way"
+    sizes = _bin_sizes(model, skip)
+    median = strength / sizes.sort().values[len(sizes) // 2].item()
+    moved = (strength / sizes >= FAINT).float().mean().item()
+    line = f"BR of weights: strength {strength:.3g}: alone it would move the median weight by {_share(median)} of its "
+    line += f"way to its level, and {100 * moved:.0f} % of the weights by a tenth or more"
+    if median < FAINT:
+        line += "\nwarning: BR hardly reaches bins of so many weights: raise --lambda-br, or --regularizer dampening"
+    return line
+
+
+def _share(exponent: float) -> str:
+    return f"{100 * -torch.expm1(torch.tensor(-exponent, dtype=torch.float64)).item():.2g} %"
+
+
+@torch.no_grad()
+def _bin_sizes(model: nn.Module, skip: Sequence[str]) -> torch.Tensor:
+    """For every weight that BR moves, how many weights its bin has: float64 [weights], on the CPU."""
+    left_out = {model.get_submodule(name).weight_quantizer for name in skip}
+    found = {quantizer: weight for quantizer, weight in quantized_weights(model).items() if quantizer not in left_out}
+    tables = functional.foreach_bin_loss(
+        list(found.values()), [quantizer.alpha for quantizer in found], [quantizer.spec for quantizer in found]
+    )
+    counts = [each.bins.counts.cpu() for each in tables]
+    return torch.cat([torch.repeat_interleave(count, count.long()) for count in counts])

@@ -42,7 +42,7 @@ sys.exit(any(found[name][sys.argv[1]] for name in (("native", "triton") if sys.a
 """
 # The tests marked gpu in three commands: a part that ended well is not run again.
 BACKENDS = {"native": "native", "triton": "triton", "others": "not native and not triton"}
-COMPILED = "resnet18-w2a2"  # the one run of a rehearsal on the CPU that is compiled, too
+COMPILED = "resnet18-w2a2"  # the one pair of runs of a rehearsal on the CPU that is compiled, too
 # What such a rehearsal adds to the flags of each script.
 SMALL = {"cifar10_baseline": ["--epochs", "1"], "cifar10_qat_br": ["--warmup-epochs", "1", "--qat-epochs", "2"]}
 
@@ -97,6 +97,7 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
                 "128" if on_gpu else "2",
             ]
         ],
+        "record": trained.pop("record"),
         "profile": [[PY, "benchmarks/profile_kernels.py", "--device", device, "--output", str(out / "profile.txt")]],
         "fast": trained.pop("fast"),
         "memory": memory,
@@ -111,7 +112,7 @@ def training(out: Path, on_gpu: bool, data: Path | None) -> dict[str, list[list[
 
     def train(script: str, name: str, *flags: str) -> list[str]:
         small = [] if on_gpu else [*tiny, *SMALL[script]]
-        if small and name != COMPILED:
+        if small and not name.startswith(COMPILED):
             small += ["--compile", "none"]
         return [PY, f"experiments/{script}.py", *common, "--output-dir", str(out / name), *flags, *small]
 
@@ -122,33 +123,40 @@ def training(out: Path, on_gpu: bool, data: Path | None) -> dict[str, list[list[
     def table(*names: str) -> list[str]:
         return [PY, "experiments/compare.py", *(str(out / name) for name in names)]
 
+    def pair(name: str, float_run: str, *flags: str) -> list[list[str]]:
+        """LSQ alone, and from the end of its warm-up with what the recipe regularizes: what the regularizer gives."""
+        alone = qat(f"{name}-lsq", float_run, *flags, "--keep-warmup", "--lambda-br", "0", "--lambda-br-act", "0")
+        return [alone, qat(name, float_run, *flags, "--warmup-from", str(out / f"{name}-lsq"))]
+
+    def seeded(seed: str) -> list[list[str]]:
+        flags = [*record, "--seed", seed]
+        start = f"record-float-{seed}"
+        return [train("cifar10_baseline", start, *flags), *pair(f"record-w2a2-{seed}", start, *flags)]
+
     fast, record, small = ["--recipe", "fast"], ["--recipe", "record"], ["--recipe", "fast", "--model", "resnet20"]
-    seeds = range(1, 6) if on_gpu else range(1, 2)
+    seeds = range(1, 6) if on_gpu else range(1, 3)
     study = ["--scale", "gpu" if on_gpu else "smoke", "--output", str(out / "alpha-study")]
     study += [*(["--data", str(data)] if data else []), *([] if on_gpu else ["--gpu", "-1"])]
     return {
         "fast": [
             train("cifar10_baseline", "resnet18-float", *fast),
-            qat("resnet18-w2a2", "resnet18-float", *fast),
-            table("resnet18-float", "resnet18-w2a2"),
+            *pair("resnet18-w2a2", "resnet18-float", *fast),
+            table("resnet18-float", "resnet18-w2a2-lsq", "resnet18-w2a2"),
         ],
-        "record": [
-            command
-            for seed in map(str, seeds)
-            for command in (
-                train("cifar10_baseline", f"record-float-{seed}", *record, "--seed", seed),
-                qat(f"record-w2a2-{seed}", f"record-float-{seed}", *record, "--seed", seed),
-            )
-        ]
-        + [
+        "record": [*seeded("1"), table("record-float-1", "record-w2a2-1-lsq", "record-w2a2-1")],
+        "record_seeds": [
+            *(command for seed in seeds[1:] for command in seeded(str(seed))),
             qat("record-w2a2-graphs", "record-float-1", *record, "--seed", "1", "--compile", "reduce-overhead"),
-            table(*(f"record-{what}-{seed}" for what in ("float", "w2a2") for seed in seeds), "record-w2a2-graphs"),
+            table(
+                *(f"record-{name.format(seed)}" for name in ("float-{}", "w2a2-{}-lsq", "w2a2-{}") for seed in seeds),
+                "record-w2a2-graphs",
+            ),
         ],
         "accuracy": [
-            qat("resnet18-w4a4", "resnet18-float", *fast, "--num-bits", "4"),
+            qat("resnet18-w4a4", "resnet18-float", *fast, "--num-bits", "4", "--lambda-br-act", "0"),
             train("cifar10_baseline", "resnet20-float", *small, "--epochs", "200"),
-            qat("resnet20-w2a2", "resnet20-float", *small, "--qat-epochs", "200"),
-            qat("resnet20-w4a4", "resnet20-float", *small, "--num-bits", "4"),
+            qat("resnet20-w2a2", "resnet20-float", *small, "--qat-epochs", "200", "--lambda-br-act", "0"),
+            qat("resnet20-w4a4", "resnet20-float", *small, "--num-bits", "4", "--lambda-br-act", "0"),
             table("resnet18-float", "resnet18-w2a2", "resnet18-w4a4"),
             table("resnet20-float", "resnet20-w2a2", "resnet20-w4a4"),
         ],

@@ -8,17 +8,8 @@ import numbers
 import torch
 from torch import Tensor
 
-from qbr.kernels import reference
+from qbr.kernels import is_dense, reference
 from qbr.spec import QuantSpec
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether kernels can walk x in storage order as it lies; the layouts that a copy can be asked to keep."""
-    return (
-        x.is_contiguous()
-        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
-    )
 
 
 def check(x: Tensor, alpha, spec: QuantSpec, relu: bool, clip: float | None) -> tuple[Tensor, Tensor, tuple]:

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from qbr import functional
-from qbr.arguments import is_dense
 from qbr.functional import BinLoss
+from qbr.kernels import is_dense
 
 # Assigns an attribute that is no parameter, module or buffer: nn.Module's own __setattr__ takes as long as a small op.
 assign = object.__setattr__

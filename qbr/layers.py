@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import TensorWeakRef
 
-from qbr.arguments import is_dense
 from qbr.calls import Counted
 from qbr.grouping import assign
+from qbr.kernels import is_dense
 from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, check_clip
 
 

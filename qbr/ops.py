@@ -66,9 +66,12 @@ _libraries = {name: torch.library.Library(f"qbr_{name}", "DEF") for name in kern
 _ops: dict[tuple[str, str], torch._ops.OpOverload] = {}
 _implemented: set[str] = set()
 
+# Exact strides: inductor pads large ones on GPUs, and kernels walk a dense tensor's memory from end to end.
+TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
 for _name, _library in _libraries.items():
     for _op, _schema in (SCHEMAS | foreach.SCHEMAS).items():
-        _library.define(_op + _schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+        _library.define(_op + _schema, tags=TAGS)
         torch.library.register_fake(f"qbr_{_name}::{_op}", FAKES[_op], lib=_library)
         _ops[_name, _op] = getattr(getattr(torch.ops, f"qbr_{_name}"), _op).default
 

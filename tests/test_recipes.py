@@ -337,11 +337,13 @@ def test_the_gpu_stages_give_flags_that_exist_to_runs_in_an_order_that_works(dev
         start = getattr(o, "pretrained_baseline", None)
         if start is not None:
             assert trained[str(start.parents[1])].model == o.model
+        if getattr(o, "warmup_from", None) is not None:
+            assert trained[str(o.warmup_from)].keep_warmup and trained[str(o.warmup_from)].compile == o.compile
         assert o.resume and str(o.output_dir) not in trained
         trained[str(o.output_dir)] = o
     of_recipe = {name: sum(o.recipe == name for o in trained.values()) for name in ("fast", "record")}
-    assert of_recipe == {"fast": 6, "record": 11 if device == "cuda" else 3}
-    assert list(plan) == ["fast", "record", "accuracy", "alpha_study"]
+    assert of_recipe == {"fast": 7, "record": 16 if device == "cuda" else 7}
+    assert list(plan) == ["fast", "record", "record_seeds", "accuracy", "alpha_study"]
 
 
 def test_the_gpu_stages_end_what_a_command_has_started(tmp_path):

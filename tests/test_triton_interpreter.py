@@ -26,6 +26,7 @@ PARTS = {
     "bf16": ([MATRIX, "-k", "triton-cpu-bf16"], 100),
     "lists": (["test_foreach.py", "-k", "triton-cpu and test_lists_are_loops and relu and f32"], 1),
     "awkward values": (["test_parity.py", "--deselect", f"tests/{MATRIX}", "-k", "triton-cpu"], 45),
+    "padding": (["test_padding.py", "-k", "triton-cpu"], 4),
     "dampening": (["test_dampening.py", "-k", "triton-cpu and f32 and (w2 or w4-channel1 or u4-relu)"], 4),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 # lr * steps, and with it the pull of BR and of weight decay, stays what it was.
 _FAST = {
     "batch_size": 512,
+    "val_fraction": 0.02,
     "amp": "bf16",
     "channels_last": True,
     "compile": "default",
@@ -21,6 +22,7 @@ _FAST = {
 # Few epochs, and not compiled: compiling both phases takes longer than it could save in so few.
 _RECORD = {
     "batch_size": 512,
+    "val_fraction": 0.02,
     "amp": "bf16",
     "channels_last": True,
     "drop_last": True,
@@ -36,10 +38,10 @@ BASELINE: dict[str, dict[str, Any]] = {
 }
 # Seven epochs of BR are 609 steps at a mean lr of 0.036: lambda 1 would move a bin of 1,000 weights a third of the way
 # to its level, 10 moves it all the way, and 2 * lambda * lr <= 1.5 stays below 3.8, where a bin of one weight starts to
-# oscillate (qbr/kernels/README.md, "Strength"). BR_A is several times the cross-entropy at first, and gets a tenth.
+# oscillate (qbr/kernels/README.md, "Strength"). BR of activations has cost accuracy wherever it was measured.
 QAT: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {**_FAST, "lr": 0.04, "lambda_br_act": 0.1, "alpha_init": "mse"},
+    "fast": {**_FAST, "lr": 0.04, "lr_alpha_act": 0.2, "lambda_br_act": 0.1, "alpha_init": "mse"},
     "record": {
         **_RECORD,
         "alpha_init": "mse",
@@ -47,8 +49,9 @@ QAT: dict[str, dict[str, Any]] = {
         "warmup_epochs": 5,
         "lr": 0.1,
         "lr_alpha": 0.02,
+        "lr_alpha_act": 0.2,
         "lambda_br": 10.0,
-        "lambda_br_act": 0.1,
+        "lambda_br_act": 0.0,
         "freeze_weight_alpha_epoch": 6,
         "freeze_act_alpha_epoch": 10,
     },

@@ -40,6 +40,22 @@ def list_functions(name: str) -> dict:
     return {op: function for op, function in found.items() if op.startswith("foreach_")}
 
 
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether kernels can walk x in storage order as it lies; the layouts that a copy can be asked to keep."""
+    return (
+        x.is_contiguous()
+        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
+    )
+
+
+def check_dense(x: torch.Tensor) -> None:
+    """Raise RuntimeError unless x is dense: the ops' callers have seen to it, code that was compiled may undo it."""
+    if not is_dense(x):
+        raise RuntimeError(f"x is not dense (shape {tuple(x.shape)}, strides {x.stride()}): pass x.contiguous(); in "
+                           "code that an older version of qbr compiled, clear torch.compile's caches")  # fmt: skip
+
+
 def laid_out_like(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """grad in x's dtype and strides, copied only where they differ: kernels walk both in storage order.
 

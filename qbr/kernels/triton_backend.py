@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qbr.kernels import BackendUnavailable, laid_out_like
+from qbr.kernels import BackendUnavailable, check_dense, laid_out_like
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -172,6 +172,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _plan_of(x: Tensor, alpha: Tensor, channel_axis: int, per_sm=PROGRAMS_PER_SM, num_warps=NUM_WARPS) -> Plan:
+    check_dense(x)
     channels = alpha.numel()
     inner = x.stride(channel_axis) if channel_axis >= 0 and channels > 1 else 1
     return _plan(x.numel(), channels, inner, x.element_size(), x.device, per_sm, num_warps)

@@ -35,13 +35,12 @@ _ADD_TO_CELLS = tl.constexpr("""{
     st.shared.f32 [a], s;
 }""")
 # Add an int64 to a word; 64-bit atomics of shared memory are loops, two of 32 bits and the carry between them are not.
-# Most high halves are 0 and need no second one.
+# Neither is done for 0: the low half is 0 at a bin's ends (every zero behind a ReLU), the high one near a level.
 _ADD_TO_WORD = tl.constexpr("""{
     .reg .pred p;
     .reg .u32 low, high, old;
     mov.b64 {low, high}, $2;
-    or.b32 old, low, high;
-    setp.ne.u32 p, old, 0;
+    setp.ne.u32 p, low, 0;
     mov.u32 old, 0;
     @p atom.shared.add.u32 old, [$1], low;
     add.u32 low, low, old;

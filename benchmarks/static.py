@@ -30,6 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OPS = ("lsq_fwd", "lsq_bwd", "lsq_bin_fwd", "lsq_bin_bwd")
 STREAMS = {"lsq_fwd": (1, 1), "lsq_bwd": (2, 1), "lsq_bin_fwd": (1, 1), "lsq_bin_bwd": (2, 1)}  # tensors read, written
 CUDA_TYPES = {"float32": "float", "bfloat16": "__nv_bfloat16"}
+CUDA_BLOCKS, CUDA_WIDE = 4, 3  # kBlocks and kBlocksWide of csrc/cuda_plan.h
 CUDA_KERNELS = {
     "lsq_fwd": "lsq_fwd_kernel<{type}, 1>",
     "lsq_bwd": "bwd_kernel<{type}, (qbr::cuda::Grad)0, 1>",
@@ -38,7 +39,7 @@ CUDA_KERNELS = {
 }
 
 
-def triton_launch(op: str, dtype: str, bits: int) -> aot.Launch:
+def triton_launch(op: str, dtype: str, bits: int, multiprocessors: int) -> aot.Launch:
     """The launch that passes over the tensor, of one call with one step per tensor."""
     spec = QuantSpec(bits)
     x = torch.empty(NUMEL, dtype=DTYPES[dtype])
@@ -52,7 +53,7 @@ def triton_launch(op: str, dtype: str, bits: int) -> aot.Launch:
         "lsq_bin_bwd": (x, grad_loss, x, alpha, bins, *q, 1.0),
     }
     found = []
-    with aot.intercept(found.append):
+    with aot.intercept(found.append, multiprocessors):
         getattr(triton_backend, op)(*arguments[op])
     return next(launch for launch in found if "x" in launch.arguments)
 
@@ -62,7 +63,8 @@ def triton_rows(arch: int, bits: list[int]) -> list[dict]:
     for op in OPS:
         for dtype in DTYPES:
             for b in bits:
-                launch = triton_launch(op, dtype, b)
+                multiprocessors = sass.HARDWARE[arch].multiprocessors
+                launch = triton_launch(op, dtype, b, multiprocessors)
                 compiled = aot.compile(launch, arch)
                 with tempfile.TemporaryDirectory() as folder:
                     cubin = Path(folder) / "kernel.cubin"
@@ -72,7 +74,10 @@ def triton_rows(arch: int, bits: list[int]) -> list[dict]:
                 shared = compiled.metadata.shared + function.shared_bytes
                 # Its programs have one tile each: most of what they execute stands around the loop.
                 one_tile = op == "lsq_fwd"
-                rows.append(row("triton", op, dtype, b, arch, function, threads, shared, whole_loop=not one_tile))
+                launched = math.ceil(launch.grid[0] / multiprocessors)
+                rows.append(
+                    row("triton", op, dtype, b, arch, function, threads, shared, launched, whole_loop=not one_tile)
+                )
     return rows
 
 
@@ -96,17 +101,21 @@ def cuda_rows(arch: int, bits: list[int]) -> list[dict]:
                 dynamic = 3 * 2**b * (256 * 4 + 8 * 8) if method == 1 else (18 * 2**b + 1) * 4
                 shared = function.shared_bytes + (dynamic if op == "lsq_bin_fwd" else 0)
                 atomics = op == "lsq_bin_fwd" and method == 2  # in a branch that the shortest cycle goes around
-                rows.append(row("cuda", op, dtype, b, arch, function, 256, shared, whole_loop=not atomics))
+                launched = CUDA_WIDE if op.endswith("bwd") or atomics else CUDA_BLOCKS
+                rows.append(row("cuda", op, dtype, b, arch, function, 256, shared, launched, whole_loop=not atomics))
     return rows
 
 
-def row(backend, op, dtype, bits, arch, function, threads, shared, whole_loop=True) -> dict:
-    """One row of the table; without ``whole_loop``, where the cycle misses a branch that counts, with no prediction."""
+def row(backend, op, dtype, bits, arch, function, threads, shared, launched, whole_loop=True) -> dict:
+    """One row of the table; without ``whole_loop``, where the cycle misses a branch that counts, with no prediction.
+
+    launched: how many blocks the grid has for each multiprocessor.
+    """
     read, written = STREAMS[op]
     cycle = sass.hottest_cycle(function.code)
     itemsize = DTYPES[dtype].itemsize
     hardware = sass.HARDWARE[arch]
-    blocks = sass.blocks_per_multiprocessor(function.registers, shared, threads, arch)
+    blocks = min(sass.blocks_per_multiprocessor(function.registers, shared, threads, arch), launched)
     result = {
         "backend": backend, "op": op, "dtype": dtype, "bits": bits, "arch": f"sm_{arch}",
         "registers": function.registers, "local_bytes": function.local_bytes, "shared_bytes": shared,

@@ -15,16 +15,26 @@ namespace {
 // A block has this much shared memory, static and dynamic, without asking; kStaticShared is bin_fwd_kernel's `reduce`.
 constexpr size_t kOpenShared = 48 * 1024, kStaticShared = kThreads * sizeof(double);
 
-// Multiprocessors of the current device; the grid, and with it the order of sums, depends on no more of it.
-int multiprocessors() {
+// An attribute of the current device, asked for once; an H100's where it cannot be had.
+template <cudaDeviceAttr A, int H100> int attribute() {
   static std::atomic<int> known[64];
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return 132;
-  count = known[device].load(std::memory_order_relaxed);
-  if (count > 0) return count;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess || count < 1) count = 132;
-  known[device].store(count, std::memory_order_relaxed);
-  return count;
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return H100;
+  value = known[device].load(std::memory_order_relaxed);
+  if (value > 0) return value;
+  if (cudaDeviceGetAttribute(&value, A, device) != cudaSuccess || value < 1) value = H100;
+  known[device].store(value, std::memory_order_relaxed);
+  return value;
+}
+
+// The grid, and with it the order of sums, depends on these two of the device alone.
+int multiprocessors() { return attribute<cudaDevAttrMultiProcessorCount, 132>(); }
+int shared_memory() { return attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor, 228 * 1024>(); }
+
+// Blocks of bin_fwd_kernel on a multiprocessor: more than fit would run as a second wave. Each has 1 KB set aside.
+int bin_fwd_blocks(const Quant& q) {
+  const size_t fit = shared_memory() / (bin_shared_bytes(q) + kStaticShared + 1024);
+  return int(std::clamp(fit, size_t(1), size_t(blocks_of(method_of(q)))));
 }
 
 // f(element type) for a dtype known at run time.
@@ -210,7 +220,7 @@ int lsq_bwd(const Items& items, const Scratch& scratch, void* stream) {
 int bin_fwd(const Items& items, const Scratch& scratch, void* stream) {
   Tasks tasks;
   for (const Item& item : items) {
-    tasks.push_back(task_of(item, nullptr, item.xhat, false, blocks_of(method_of(item.quant))));
+    tasks.push_back(task_of(item, nullptr, item.xhat, false, bin_fwd_blocks(item.quant)));
     Job& job = tasks.back().job;
     job.loss = item.loss, job.bins = item.bins, job.dalpha = per_channel(job) ? nullptr : item.dloss_dalpha;
   }

@@ -31,7 +31,8 @@ typedef int (*OnLaunch)(const char* name, const unsigned* grid, const unsigned* 
 static OnLaunch on_launch;
 static std::map<const void*, std::string>& names() { static std::map<const void*, std::string> n; return n; }
 static struct { Dim3 grid, block; size_t shared; void* stream; } pending;
-static int failure, shared_limit, sms = 132;  // what was asked for; 0: the next launch has a block's 48 KB in all
+static int failure, sms = 132, sm_shared;
+static int shared_limit;  // what was asked for; 0: the next launch has a block's 48 KB in all
 static void* handle;
 extern "C" {
 void** __cudaRegisterFatBinary(void*) { return &handle; }
@@ -59,11 +60,14 @@ int __cudaLaunchKernel(const void* kernel, Dim3 grid, Dim3 block, void** args, s
 }
 int cudaFuncSetAttribute(const void*, int, int value) { shared_limit = value; return 0; }
 int cudaGetDevice(int* device) { *device = 0; return 0; }
-int cudaDeviceGetAttribute(int* value, int, int) { *value = sms; return 0; }
+int cudaDeviceGetAttribute(int* value, int which, int) {
+  *value = which == 81 ? sm_shared : sms;  // cudaDevAttrMaxSharedMemoryPerMultiprocessor
+  return 0;
+}
 int cudaGetLastError() { const int code = failure; failure = 0; return code; }
 const char* cudaGetErrorString(int) { return "an error"; }
 
-void test_start(OnLaunch f, int multiprocessors) { on_launch = f; sms = multiprocessors; }
+void test_start(OnLaunch f, int count, int shared) { on_launch = f, sms = count, sm_shared = shared; }
 using namespace qbr;
 int64_t test_walk(Layout t, int size, cuda::Walk* out) {
   *out = cuda::walk_of(t, size, 0, 0, 0, true);
@@ -179,11 +183,12 @@ class Kernels:
 
 
 class Emulator:
-    """A device with so many multiprocessors; the host code asks for their number once, so each has a library copy."""
+    """A device with so many multiprocessors and ``shared`` bytes of shared memory in each (an H100's 228 KiB); the host
+    code asks for these once, so each device has a library copy."""
 
-    def __init__(self, cache: Path, nvcc: str, multiprocessors: int, arch: str = "90"):
+    def __init__(self, cache: Path, nvcc: str, multiprocessors: int, arch: str = "90", shared: int = 228 * 1024):
         library, ptx = build(cache, nvcc, arch)
-        mine = library.with_name(f"host{multiprocessors}.so")
+        mine = library.with_name(f"host{multiprocessors}-{shared}.so")
         if not mine.exists():
             shutil.copy(library, mine)
         self.kernels = Kernels(ptx.read_text())
@@ -195,7 +200,7 @@ class Emulator:
         self._on_launch, self._scratch = ON_LAUNCH(self._launch), SCRATCH(self._workspace)
         self._buffers = []  # name, array
         self._error = None
-        self.library.test_start(self._on_launch, multiprocessors)
+        self.library.test_start(self._on_launch, multiprocessors, shared)
 
     def walk(self, numel: int, channels: int, inner: int, element_size: int) -> tuple[bytes, int]:
         """csrc/cuda_plan.h's Walk of an aligned tensor, and its tiles."""

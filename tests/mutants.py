@@ -15,6 +15,9 @@ SUITES = {
     "triton": f"TRITON_INTERPRET=1 test_parity.py -k '{_INTERPRETED}'",
     "ptx": "test_triton_ptx.py test_triton_lists.py",
     "cuda": "test_cuda_ptx.py",
+    "cuda's blocks": "test_cuda_ptx.py -k shared_memory_holds",
+    "padding": "test_padding.py",
+    "padding in Triton": "TRITON_INTERPRET=1 test_padding.py -k 'triton-cpu and gaps'",
     "formulas": "test_oracle.py test_foreach.py test_dampening.py test_parity.py -k 'not cuda and not 100003'",
     "metrics": "test_regularizer.py test_compat.py test_oracle.py",
     "distributed": "test_distributed.py",
@@ -54,7 +57,7 @@ TASKS, BINDINGS, CALL = "csrc/cpu.cpp", "csrc/bindings.cpp", "csrc/bindings_call
 TRITON, TRITON_BINS, TRITON_SUMS = (f"qbr/kernels/triton_{name}.py" for name in ("kernels", "bins", "finalize"))
 REFERENCE, ARGUMENTS, OPS = "qbr/kernels/reference.py", "qbr/arguments.py", "qbr/ops.py"
 QUANTIZERS, LAYERS, REGULARIZER = "qbr/quantizers.py", "qbr/layers.py", "qbr/regularizer.py"
-GUARD, PLAN = "qbr/step_guard.py", "qbr/plan.py"
+GUARD, PLAN, GROUPS = "qbr/step_guard.py", "qbr/plan.py", "qbr/optimizer_groups.py"
 CONTROL, FREEZING, CALIBRATE, SKETCH = "qbr/alpha_control.py", "qbr/freezing.py", "qbr/calibrate.py", "qbr/sketch.py"
 
 MUTANTS = [
@@ -113,7 +116,15 @@ MUTANTS = [
     Mutant("triton: bins of one element", TRITON_SUMS,
            "b_n = tl.maximum(b_n, 1.0)", "b_n = tl.maximum(b_n, 2.0)", "triton"),
     Mutant("triton: a level too few", TRITON_SUMS,
-           "for k in range(1, LEVELS - 1):", "for k in range(1, LEVELS - 2):", "triton"),
+           "m_k = o_k < LEVELS - 1", "m_k = o_k < LEVELS - 2", "triton"),
+    Mutant("triton: a split too few", TRITON_SUMS,
+           "m_e = (o_s < n_splits)", "m_e = (o_s < n_splits - 1)", "triton"),
+    Mutant("triton: gaps between rows are read", "qbr/kernels/triton_backend.py",
+           "    check_dense(x)\n", "    pass\n", "padding in Triton"),
+    Mutant("ops: strides that torch.compile may pad", OPS,
+           "torch.Tag.needs_exact_strides", "torch.Tag.needs_fixed_stride_order", "padding"),
+    Mutant("cuda: more blocks than shared memory holds", "csrc/cuda.cu",
+           "std::clamp(fit, size_t(1), size_t(blocks_of(method_of(q))))", "blocks_of(method_of(q))", "cuda's blocks"),
     Mutant("triton: an infinite step is the unit", TRITON_BINS,
            '(b_a < float("inf")) & (b_a > b_max)', "(b_a > b_max)", "ptx"),
     Mutant("triton: distances are cut off to their unit", TRITON_BINS, "cvt.rni.s64.f32", "cvt.rzi.s64.f32", "ptx"),
@@ -240,10 +251,12 @@ MUTANTS = [
            'started.get("teacher") != digest(network)', "False", "distillation"),
     Mutant("control: warm-up is an epoch shorter", CONTROL,
            "return self._epoch > self.warmup_epochs", "return self._epoch >= self.warmup_epochs", "control"),
-    Mutant("control: weight decay of alphas", CONTROL,
+    Mutant("control: weight decay of alphas", GROUPS,
            'else alpha_lr, "weight_decay": 0.0}', 'else alpha_lr, "weight_decay": weight_decay}', "control"),
-    Mutant("control: activations' alphas at the weights' lr", CONTROL,
-           "return groups[:2] if act_alpha_lr is None else groups", "return groups[:2]", "control"),
+    Mutant("control: activations' alphas at the weights' lr", GROUPS,
+           '(acts if act_alpha_lr is not None and quantizer.kind == "activation" else alphas)', "alphas", "control"),
+    Mutant("control: the first of two patterns wins", GROUPS, "apart[mine[-1]]", "apart[mine[0]]", "control"),
+    Mutant("regularizer: skipped layers regularize", REGULARIZER, "if name not in skipped:", "if True:", "metrics"),
     Mutant("control: warm-up's losses are kept", CONTROL,
            "                quantizer.take_retained()\n", "                pass\n", "control"),
     Mutant("plan: bits of an input that stays in float", PLAN,

@@ -46,6 +46,8 @@ INTERPRETER_TILE = 1 << 16
 INTERPRETER_PROGRAMS = 3
 # Elements of the second stage's tile: four float64 sums of 8 elements are 64 registers a thread.
 FINAL_TILE = 1024
+# Its channels, side by side: 8 of them fill a sector of 32 bytes, and leave the tile 128 rows at a time.
+FINAL_COLUMNS = 8
 
 
 def load(device_type: str) -> None:
@@ -241,7 +243,7 @@ def _work(method: int | None) -> tuple[int, int]:
 
 def _columns(channels: int) -> int:
     """Channels that one program of a second stage adds up."""
-    return 1 if channels == 1 else COLUMNS
+    return 1 if channels == 1 else FINAL_COLUMNS
 
 
 def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_to_alpha):
@@ -280,9 +282,10 @@ def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_
             QN=qn, LEVELS=levels, LP=lp, BR=FINAL_TILE * num_warps // NUM_WARPS // lp, **_options(num_warps),
         )  # fmt: skip
         if s_words is not None:
-            kernels.dloss_dalpha[(-(-p.channels // COLUMNS),)](
-                bins, alpha, s_words, s_ends, dloss_dalpha, p.channels, p.splits, QN=qn, LEVELS=levels, BC=COLUMNS,
-                **_options(),
+            bc = FINAL_COLUMNS
+            kernels.dloss_dalpha[(-(-p.channels // bc),)](
+                bins, alpha, s_words, s_ends, dloss_dalpha, p.channels, p.splits, QN=qn, LEVELS=levels,
+                BR=FINAL_TILE // bc, BC=bc, **_options(),
             )  # fmt: skip
     return loss, bins, dloss_dalpha
 

@@ -177,9 +177,9 @@ def _add_bins_fixed(sums, address, inverse_unit, b_b, b_d, m_x, QN: tl.constexpr
 @triton.jit
 def _unit(alpha, C):
     """The fixed-point unit: the largest finite |alpha|, but nothing so small that its inverse overflows."""
-    b_max = tl.zeros([128], tl.float32)
-    for i_c in range(0, C, 128):
-        o_c = i_c + tl.arange(0, 128)
+    b_max = tl.zeros([1024], tl.float32)  # every program reads all steps: in few rounds
+    for i_c in range(0, C, 1024):
+        o_c = i_c + tl.arange(0, 1024)
         b_a = tl.abs(tl.load(alpha + o_c, mask=o_c < C, other=0.0))
         b_max = tl.where((b_a < float("inf")) & (b_a > b_max), b_a, b_max)
     return tl.maximum(tl.max(b_max, 0), 1e-30)

@@ -140,24 +140,29 @@ def _bins_kernel(
 
 @triton.jit
 def _dloss_dalpha(bins, alpha, s_words, s_ends, dloss_dalpha, C, n_splits, i_c, QN: tl.constexpr,
-                  LEVELS: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """-2 * sum over k of k * S_(k,c) / n_k, for block i_c of the channels."""
-    o_c = i_c * BC + tl.arange(0, BC)  # [BC]
+                  LEVELS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """-2 * sum over k of k * S_(k,c) / n_k, for block i_c of the channels; levels and splits BR at a time."""
+    o_r = tl.arange(0, BR)
+    o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
-    b_sum = tl.zeros([BC], tl.float64)
-    for k in range(1, LEVELS - 1):
-        n_k = tl.maximum(tl.load(bins + k), 1.0)
-        b_s = tl.load(s_words + tl.cast(k, tl.int64) * C + o_c, mask=m_c, other=0).to(tl.float64)  # [BC]
-        b_sum += (k + QN) / n_k * b_s
-    b_sum *= tl.load(alpha + o_c, mask=m_c, other=0.0).to(tl.float64) / S_ONE
-    b_low = tl.zeros([BC], tl.float64)
-    b_high = tl.zeros([BC], tl.float64)
-    for i_s in range(0, n_splits):
-        p_e = s_ends + tl.cast(i_s, tl.int64) * 2 * C + o_c
-        b_low += tl.load(p_e, mask=m_c, other=0.0).to(tl.float64)
-        b_high += tl.load(p_e + C, mask=m_c, other=0.0).to(tl.float64)
-    b_sum += QN / tl.maximum(tl.load(bins), 1.0) * b_low
-    b_sum += (QN + LEVELS - 1) / tl.maximum(tl.load(bins + LEVELS - 1), 1.0) * b_high
+    b_inner = tl.zeros([BR, BC], tl.float64)
+    for i_k in range(1, LEVELS - 1, BR):
+        o_k = i_k + o_r
+        m_k = o_k < LEVELS - 1
+        b_k = (o_k + QN).to(tl.float64) / tl.maximum(tl.load(bins + o_k, mask=m_k, other=1.0), 1.0)  # [BR]
+        p_s = s_words + o_k.to(tl.int64)[:, None] * C + o_c[None, :]
+        b_inner += b_k[:, None] * tl.load(p_s, mask=m_k[:, None] & m_c[None, :], other=0).to(tl.float64)
+    b_sum = tl.sum(b_inner, 0) * tl.load(alpha + o_c, mask=m_c, other=0.0).to(tl.float64) / S_ONE  # [BC]
+    b_low = tl.zeros([BR, BC], tl.float64)
+    b_high = tl.zeros([BR, BC], tl.float64)
+    for i_s in range(0, n_splits, BR):
+        o_s = i_s + o_r
+        m_e = (o_s < n_splits)[:, None] & m_c[None, :]
+        p_e = s_ends + o_s.to(tl.int64)[:, None] * (2 * C) + o_c[None, :]
+        b_low += tl.load(p_e, mask=m_e, other=0.0).to(tl.float64)
+        b_high += tl.load(p_e + C, mask=m_e, other=0.0).to(tl.float64)
+    b_sum += QN / tl.maximum(tl.load(bins), 1.0) * tl.sum(b_low, 0)
+    b_sum += (QN + LEVELS - 1) / tl.maximum(tl.load(bins + LEVELS - 1), 1.0) * tl.sum(b_high, 0)
     tl.store(dloss_dalpha + o_c, (-2.0 * b_sum).to(tl.float32), mask=m_c)
 
 
@@ -172,6 +177,7 @@ def _dloss_dalpha_kernel(
     n_splits,
     QN: tl.constexpr,
     LEVELS: tl.constexpr,
+    BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    _dloss_dalpha(bins, alpha, s_words, s_ends, dloss_dalpha, C, n_splits, tl.program_id(0), QN, LEVELS, BC)
+    _dloss_dalpha(bins, alpha, s_words, s_ends, dloss_dalpha, C, n_splits, tl.program_id(0), QN, LEVELS, BR, BC)

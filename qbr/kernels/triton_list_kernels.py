@@ -168,14 +168,15 @@ def _dloss_dalpha_list_kernel(
     N: tl.constexpr,
     QN: tl.constexpr,
     LEVELS: tl.constexpr,
+    BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """A program for each tensor and block of channels."""
-    i_x = tl.program_id(0)
+    """A program for each block of channels and tensor: a grid is longest in its first dimension."""
+    i_x = tl.program_id(1)
     C = tl.load(layouts + CHANNELS * N + i_x).to(tl.int32)
     n_splits = tl.load(layouts + SPLITS * N + i_x).to(tl.int32)
     _dloss_dalpha(_pick(bins, i_x), _pick(alphas, i_x), _pick(s_words, i_x), _pick(s_ends, i_x),
-                  _pick(dloss_dalphas, i_x), C, n_splits, tl.program_id(1), QN, LEVELS, BC)  # fmt: skip
+                  _pick(dloss_dalphas, i_x), C, n_splits, tl.program_id(0), QN, LEVELS, BR, BC)  # fmt: skip
 
 
 @triton.jit
@@ -226,8 +227,8 @@ def _sum_rows_list_kernel(
     BC: tl.constexpr,
 ):
     """A program for each tensor and block of channels."""
-    i_x = tl.program_id(0)
+    i_x = tl.program_id(1)
     rows = tl.load(layouts + SPLITS * N + i_x).to(tl.int32)
     C = tl.load(layouts + CHANNELS * N + i_x).to(tl.int32)
     p_partials = partials + tl.load(layouts + PARTS * N + i_x)
-    _sum_rows(p_partials, _pick(outs, i_x), rows, C, tl.load(scales + i_x), tl.program_id(1), BR, BC)
+    _sum_rows(p_partials, _pick(outs, i_x), rows, C, tl.load(scales + i_x), tl.program_id(0), BR, BC)

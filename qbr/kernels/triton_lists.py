@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -62,7 +62,7 @@ def _groups(xs, alphas, ranges, bins: bool = False, grads=None) -> Iterator[Grou
             yield Group(list(members), plans, (qn, qp, binary), aligned, divisible)
 
 
-@lru_cache(maxsize=1024)
+@cache  # never emptied: a CUDA graph that was captured points at its tables, of some KiB at most
 def _layouts(plans: tuple[one.Plan, ...], device: torch.device, loops: bool) -> tuple[Tensor, int, int]:
     """The kernels' table of sizes, how many programs there are and how many partial sums over channels.
 
@@ -77,7 +77,7 @@ def _layouts(plans: tuple[one.Plan, ...], device: torch.device, loops: bool) -> 
     return _to_device(list(zip(*columns)), torch.int64, device), first, parts
 
 
-@lru_cache(maxsize=1024)
+@cache
 def _scales(values: tuple[float, ...], device: torch.device) -> Tensor:
     return _to_device(values, torch.float32, device)
 
@@ -148,9 +148,10 @@ def _bin_fwd(xhats, xs, alphas, ranges, relu, clip, backprop_to_alpha):
                 **one._options(num_warps),
             )  # fmt: skip
             if s_words is not None:
-                kernels.dloss_dalpha_list[(n, -(-max(channels) // one.COLUMNS))](
+                bc = one.FINAL_COLUMNS
+                kernels.dloss_dalpha_list[(-(-max(channels) // bc), n)](
                     group.pick(bins), group.pick(alphas), s_words, s_ends, group.pick(dloss_dalphas), layouts,
-                    N=n, QN=group.quant[0], LEVELS=levels, BC=one.COLUMNS, **one._options(),
+                    N=n, QN=group.quant[0], LEVELS=levels, BR=one.FINAL_TILE // bc, BC=bc, **one._options(),
                 )  # fmt: skip
     return losses, bins, dloss_dalphas
 
@@ -191,7 +192,7 @@ def _bwd(grad_xhats, grad_losses, xs, alphas, bins, ranges, relu, clip, grad_sca
             if partials is not None:
                 channels = max(p.channels for p in group.plans)
                 bc = one._columns(channels)
-                kernels.sum_rows_list[(n, -(-channels // bc))](
+                kernels.sum_rows_list[(-(-channels // bc), n)](
                     partials, group.pick(dalphas), _scales(group.pick(grad_scales), xs[0].device), layouts,
                     N=n, BR=one.FINAL_TILE // bc, BC=bc, **one._options(),
                 )  # fmt: skip

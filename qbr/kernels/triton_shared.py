@@ -35,7 +35,8 @@ _ADD_TO_CELLS = tl.constexpr("""{
     st.shared.f32 [a], s;
 }""")
 # Add an int64 to a word; 64-bit atomics of shared memory are loops, two of 32 bits and the carry between them are not.
-# Neither is done for 0: the low half is 0 at a bin's ends (every zero behind a ReLU), the high one near a level.
+# Neither is done for 0: the low half is 0 at the outermost levels (every zero behind a ReLU), a square's high half near
+# any level.
 _ADD_TO_WORD = tl.constexpr("""{
     .reg .pred p;
     .reg .u32 low, high, old;

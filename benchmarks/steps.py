@@ -20,7 +20,7 @@ import qbr  # noqa: E402
 
 
 def step_of(kind: str, base, images, labels):
-    """One training step, as a function: float, predecessor, lsq (no BR), fused (qbr, with one step for a ReLU's calls) or drop-in
+    """One training step, as a function: float, predecessor, lsq (no BR), fused (qbr, one step for a ReLU) or drop-in
     (the predecessor's interface: a regularizer that the caller hands weights and activations)."""
     model = copy.deepcopy(base)
     hooks: dict = {}

@@ -61,6 +61,13 @@ def factor(name: str, steps: int, warmup: float) -> Callable[[int], float]:
     return at
 
 
+def rise(name: str, begin: int, steps: int) -> Callable[[float], float]:
+    """What the lambdas are multiplied with from step ``begin``, the first with BR, to ``steps`` - 1, the last."""
+    if name == "constant" or begin >= steps - 1:
+        return qbr.schedules.Constant(1.0)
+    return qbr.schedules.Cosine(0.0, 1.0, begin=begin, until=steps - 1)
+
+
 def compiled(forward: Callable, mode: str) -> Callable:
     """``forward`` as one graph for every shape and every phase of AlphaControl; as it is with mode "none".
 

@@ -95,6 +95,12 @@ def qat_parser() -> argparse.ArgumentParser:
         help="the bin loss of weights: BR, or dampening (Nagel et al., 2022), which weighs every weight alike",
     )
     parser.add_argument(
+        "--lambda-br-schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="both lambdas from BR's first step to the last: as they are, or rising from 0 (as Nagel et al. dampen)",
+    )
+    parser.add_argument(
         "--br-first-last",
         action="store_true",
         help="BR of the first and last layer's weights, too, where --num-bits-first, --num-bits-last give them other "

@@ -11,7 +11,7 @@ from torch import nn
 from qbr import functional
 from qbr.regularizer import quantized_weights
 
-from .optim import factor
+from .optim import factor, rise
 
 FAINT = 0.1  # an exponent below which BR moves a weight less than a tenth of the way to its level
 
@@ -23,12 +23,13 @@ def expected_pull(model: nn.Module, options: Any, begin: int, steps: int, skip: 
     BR alone would do, from the formulas (qbr/kernels/README.md, "Strength").
 
     Args:
-        options: lr, lambda_br, momentum, regularizer, lr_schedule and lr_warmup are read.
+        options: lr, lambda_br, momentum, regularizer and what schedules lr and lambda are read.
         begin, steps: the steps before BR, and all of the run.
         skip: names of the layers that BR leaves alone.
     """
     at = factor(options.lr_schedule, steps, options.lr_warmup)
-    total = options.lr * sum(at(step) for step in range(begin, steps))
+    share = rise(options.lambda_br_schedule, begin, steps)
+    total = options.lr * sum(at(step) * share(step) for step in range(begin, steps))
     strength = 2 * options.lambda_br * total / (1 - options.momentum)
     if options.regularizer == "dampening":
         return f"dampening: strength {strength:.3g}: alone it would move every weight by {_share(strength)} of its way"

@@ -18,7 +18,8 @@ from .options import FREE_ON_RESUME, flag, plain, qat_parser
 # What plays no part before the first epoch of BR.
 AFTERWARDS = {
     "lambda_br", "lambda_br_act", "freeze_alpha", "freeze_weight_alpha", "freeze_act_alpha", "br_backprop_to_alpha",
-    "br_backprop_to_alpha_act", "br_bins", "br_first_last", "regularizer", "monitor",
+    "br_backprop_to_alpha_act", "br_bins", "br_first_last", "regularizer", "lambda_br_schedule",
+    "monitor",
 }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ FAINT = 0.1  # an exponent below which BR moves a weight less than a tenth of th
 def expected_pull(model: nn.Module, options: Any, begin: int, steps: int, skip: Sequence[str]) -> str:
     """What 2 * lambda * (sum of lr) / (1 - momentum) over the steps with BR means for the weights as they are now.
 
-    A bin of n weights moves towards its level by exp(-strength / n), of dampening every weight by exp(-strength): what
-    BR alone would do, from the formulas (qbr/kernels/README.md, "Strength").
+    Alone, BR leaves a bin of n weights exp(-strength / n) of its distance to its level, dampening every weight
+    exp(-strength) (qbr/kernels/README.md, "Strength").
 
     Args:
         options: lr, lambda_br, momentum, regularizer and what schedules lr and lambda are read.

@@ -35,7 +35,7 @@ ROWS = {
     "br-to-alpha": Row("BR; CE and BR move alpha", ("--br-backprop-to-alpha",), 90.0),
     "weights-only": Row("BR of weights only", _WEIGHTS),
     "dampening": Row("Dampening of weights only", _DAMPENING),
-    "dampening-strong": Row("The same, ten times as strong", _DAMPENING),
+    "dampening-strong": Row("Dampening, ten times as strong", _DAMPENING),
     "acts-only": Row("BR of activations only", ("--lambda-br", "0")),
     "br-to-alpha-scaled": Row("BR; CE and scaled BR move alpha", ("--br-backprop-to-alpha", "scaled")),
     "lsq-freeze": Row("LSQ alone; alpha frozen", (*_LSQ, "--freeze-alpha")),

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Searches hyper-parameters of cifar10_qat_br.py by validation accuracy; test images are never looked at.
 
-    python experiments/search.py --output-dir runs/search --trials 20 --halving 3 -- --recipe fast --data data \\
-        --pretrained-baseline runs/float/checkpoints/best.pth
+    python experiments/search.py --output-dir runs/search --trials 20 --halving 3 -- --recipe fast --val-fraction 0.1 \\
+        --data data --pretrained-baseline runs/float/checkpoints/best.pth
 
 What comes after -- are flags of cifar10_qat_br.py that all trials share. The same command goes on with a search that
 was interrupted, in the middle of a trial, too; a larger --trials adds random trials. After every trial search.json and

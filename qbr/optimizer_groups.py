@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from qbr.patterns import matches
 from qbr.quantizers import require_quantizers
@@ -33,8 +35,8 @@ def parameter_groups(
         alpha_lr: of the alphas; None for lr.
         act_alpha_lr: of the alphas of activations, in a third group; None: they are in the second, at alpha_lr.
         alpha_lr_overrides: {pattern: lr}, a further group for each: patterns as QATConfig's, over the names of
-            ``quantizers(model)``: "fc" covers every quantizer in fc, "*.weight_quantizer" all weights'. Of several that
-            match, the later one wins.
+            model's quantizers, without torch.compile's prefix: "fc" covers every quantizer in fc,
+            "*.weight_quantizer" all weights'. Of several that match, the later one wins.
 
     Raises:
         TypeError, ValueError: naming the argument; for a model without quantizers (an optimizer made before prepare()
@@ -43,7 +45,11 @@ def parameter_groups(
     overrides = {} if alpha_lr_overrides is None else alpha_lr_overrides
     if not isinstance(overrides, Mapping):
         raise TypeError(f"alpha_lr_overrides={overrides!r}: expected {{pattern: lr}}")
-    found = require_quantizers(model)
+    rates = {"lr": lr, "alpha_lr": alpha_lr, "act_alpha_lr": act_alpha_lr}
+    rates |= {f"alpha_lr_overrides[{pattern!r}]": rate for pattern, rate in overrides.items()}
+    for argument, rate in rates.items():
+        _check_rate(rate, argument, optional=argument in ("alpha_lr", "act_alpha_lr"))
+    found = {name.replace("_orig_mod.", ""): each for name, each in require_quantizers(model).items()}
     for pattern in overrides:
         if not any(matches(name, pattern) for name in found):
             names = ", ".join(list(found)[:3])
@@ -66,3 +72,13 @@ def parameter_groups(
     for pattern, rate in overrides.items():
         groups.append({"name": f"alphas of {pattern}", "params": apart[pattern], "lr": rate, "weight_decay": 0.0})
     return groups
+
+
+def _check_rate(rate, argument: str, optional: bool) -> None:
+    """torch.optim checks its default lr alone, and not that of groups."""
+    if isinstance(rate, Tensor) or (optional and rate is None):
+        return
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
+        raise TypeError(f"{argument}={rate!r}: expected a number")
+    if not 0 <= rate < math.inf:
+        raise ValueError(f"{argument}={rate}: expected a finite number, 0 or more")

@@ -84,7 +84,9 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False, skip: Sequence[str]
     if all(quantizer.collecting is None for quantizer in found.values()):
         raise ValueError(f"model ({type(model).__name__}) has quantizers that collect no bin loss: attach a control "
                          "before its forward, qbr.AlphaControl().attach(model), or use BinRegularizer")  # fmt: skip
-    skipped = _skipped(found, skip) if skip else ()
+    if isinstance(skip, str):
+        raise TypeError(f"skip={skip!r}: expected a list or tuple of patterns")
+    skipped = _skipped(tuple(found), tuple(skip)) if skip else ()
     layers: dict[str, BinLoss] = {}
     losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
     taken = {name: quantizer.take_retained() for name, quantizer in found.items()}
@@ -202,16 +204,17 @@ def _layer_and_call(name: str) -> tuple[str, int]:
     return (f"{layer}.{last}" if layer else last), 1
 
 
-def _skipped(found: Mapping[str, LSQQuantizer], skip: Sequence[str]) -> set[str]:
-    """Names of the quantizers whose layers the patterns of ``skip`` match."""
-    if isinstance(skip, str):
-        raise TypeError(f"skip={skip!r}: expected a list or tuple of patterns")
+def _skipped(found: tuple[str, ...], skip: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the quantizers' names whose layers the patterns of ``skip`` match."""
     layers = {name: _layer_and_call(name)[0] for name in found}
     for pattern in skip:
         if not any(matches(layer, pattern) for layer in layers.values()):
             raise ValueError(f"skip: {pattern!r} matches no layer with a quantizer: expected names as "
                              f"{', '.join(list(dict.fromkeys(layers.values()))[:3])}")  # fmt: skip
-    return {name for name, layer in layers.items() if any(matches(layer, pattern) for pattern in skip)}
+    return tuple(name for name, layer in layers.items() if any(matches(layer, pattern) for pattern in skip))
+
+
+_skipped._dynamo_marked_constant = True  # torch.compile cannot trace fnmatch; as in qbr/ops.py
 
 
 def _call_name(name: str, call: int) -> str:

@@ -218,6 +218,13 @@ def test_alphas_of_named_layers_have_an_lr_of_their_own():
     assert all(g["weight_decay"] == 0.0 for g in groups[1:])
     with pytest.raises(ValueError, match=r"alpha_lr_overrides\['head'\] matches no quantizer: expected names as"):
         qbr.parameter_groups(model, **rates, alpha_lr_overrides={"head": 0.1})
+    compiled = qbr.parameter_groups(torch.compile(model), **rates, alpha_lr_overrides=overrides)
+    assert [len(g["params"]) for g in compiled] == [len(g["params"]) for g in groups]
+    for rate, error in ((-1e-3, ValueError), (float("nan"), ValueError), ("5e-4", TypeError), (None, TypeError)):
+        with pytest.raises(error, match=r"alpha_lr_overrides\['\*'\]="):
+            qbr.parameter_groups(model, **rates, alpha_lr_overrides={"*": rate})
+    with pytest.raises(ValueError, match="alpha_lr=-1"):
+        qbr.parameter_groups(model, **rates, alpha_lr=-1)
     with pytest.raises(TypeError, match=r"alpha_lr_overrides=0.1: expected \{pattern: lr\}"):
         qbr.parameter_groups(model, **rates, alpha_lr_overrides=0.1)
 

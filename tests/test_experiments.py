@@ -338,6 +338,19 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_by_accident(qat_run, qat_f
     assert (qat_run / "results.json").read_bytes() == before
 
 
+def test_a_run_from_before_a_flag_was_there_goes_on_as_it_began(tmp_path):
+    flags = ["--output-dir", str(tmp_path), "--num-bits", "2", "--num-bits-first", "8", "--num-bits-last", "8"]
+    began, _ = options.parse(options.qat_parser(), flags)
+    new = {"br_first_last", "regularizer", "lambda_br_schedule", "lr_alpha_first_last"}
+    saved = {name: value for name, value in options.plain(began).items() if name not in new}
+    for given in ([], ["--br-first-last"], ["--regularizer", "br"]):
+        goes_on = options.resumed(*options.parse(options.qat_parser(), [*flags, *given, "--resume"]), saved)
+        assert goes_on.br_first_last and options.without_br(goes_on, models.resnet20()) == ()
+    with pytest.raises(options.UserError, match="--regularizer dampening .was br.: a run goes on as it began"):
+        options.resumed(*options.parse(options.qat_parser(), [*flags, "--regularizer", "dampening", "--resume"]), saved)
+    assert options.without_br(began, models.resnet20()) == ("conv1", "fc")
+
+
 def test_the_other_script_s_checkpoint_is_not_resumed(baseline_run, capsys):
     assert qat(["--output-dir", str(baseline_run), "--resume"]) == 2
     assert "not a checkpoint of cifar10_qat_br.py" in capsys.readouterr().err

@@ -74,6 +74,8 @@ def test_layers_that_are_skipped_regularize_nothing_and_keep_their_figures():
     part.weights.backward()
     weight = model.get_submodule(first).weight
     assert weight.grad is None or not weight.grad.any()
+    call = torch.compile(lambda x: (model(x), qbr.bin_loss(model, skip=[first]))[1], fullgraph=True, backend="eager")
+    assert call(x).weights.item() == pytest.approx(part.weights.item())
     model(x)
     with pytest.raises(ValueError, match=f"skip: 'head' matches no layer with a quantizer: expected names as {first}"):
         qbr.bin_loss(model, skip=["head"])

@@ -40,6 +40,7 @@ FREE_ON_RESUME = {
     "output_dir", "resume", "overwrite", "gpu", "tensorboard", "download", "keep_warmup", "warmup_from",
 }  # fmt: skip
 MOVABLE = {"data", "pretrained_baseline"}  # the same files may lie elsewhere by then
+_BEFORE = {"br_first_last": True}  # of flags whose default is not what was done before they were there
 
 
 def baseline_parser() -> argparse.ArgumentParser:
@@ -125,7 +126,7 @@ def qat_parser() -> argparse.ArgumentParser:
         "--lr-alpha-first-last",
         type=float,
         metavar="LR",
-        help="of the alphas of the first and last layer's weights, where these have more bits; default: --lr-alpha",
+        help="of the alphas of the first and last layer's weights; default: --lr-alpha",
     )
     for flag, whose in (("", "weights'"), ("-act", "activations'")):
         parser.add_argument(
@@ -252,6 +253,9 @@ def resumed(options: argparse.Namespace, given: set[str], saved: dict[str, Any])
         UserError: listing the flags that differ.
     """
     now = plain(options)
+    # What a run that began before a flag was there has done.
+    default = (qat_parser() if "qat_epochs" in now else baseline_parser()).get_default
+    saved = {**{name: _BEFORE.get(name, default(name)) for name in now}, **saved}
     names = given - FREE_ON_RESUME - MOVABLE
     if "num_bits" in names:
         names |= {"num_bits_weight", "num_bits_act"}

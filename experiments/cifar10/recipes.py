@@ -36,7 +36,7 @@ BASELINE: dict[str, dict[str, Any]] = {
     "fast": {**_FAST, "epochs": 100, "lr": 0.4},
     "record": {**_RECORD, "epochs": 15, "lr": 0.4},
 }
-# Seven epochs of BR are 609 steps at a mean lr of 0.036: lambda 1 would move a bin of 1,000 weights a third of the way
+# Seven epochs of BR are 665 steps at a mean lr of 0.036: lambda 1 would move a bin of 1,000 weights a third of the way
 # to its level, 10 moves it all the way, and 2 * lambda * lr <= 1.5 stays below 3.8, where a bin of one weight starts to
 # oscillate (qbr/kernels/README.md, "Strength"). BR of activations has cost accuracy wherever it was measured.
 QAT: dict[str, dict[str, Any]] = {

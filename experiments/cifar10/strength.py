@@ -33,9 +33,9 @@ def expected_pull(model: nn.Module, options: Any, begin: int, steps: int, skip: 
     strength = 2 * options.lambda_br * total / (1 - options.momentum)
     if options.regularizer == "dampening":
         return f"dampening: strength {strength:.3g}: alone it would move every weight by {_share(strength)} of its way"
-    sizes = _bin_sizes(model, skip)
-    median = strength / sizes.sort().values[len(sizes) // 2].item()
-    moved = (strength / sizes >= FAINT).float().mean().item()
+    sizes = _bin_sizes(model, skip)  # a bin of n weights has n of them
+    median = strength / sizes[torch.searchsorted(sizes.cumsum(0), sizes.sum() / 2)].item()
+    moved = (sizes[strength / sizes >= FAINT].sum() / sizes.sum()).item()
     line = f"BR of weights: strength {strength:.3g}: alone it would move the median weight by {_share(median)} of its "
     line += f"way to its level, and {100 * moved:.0f} % of the weights by a tenth or more"
     if median < FAINT:
@@ -49,11 +49,11 @@ def _share(exponent: float) -> str:
 
 @torch.no_grad()
 def _bin_sizes(model: nn.Module, skip: Sequence[str]) -> torch.Tensor:
-    """For every weight that BR moves, how many weights its bin has: float64 [weights], on the CPU."""
+    """How many weights each bin has that BR moves, the smallest first: float64 [bins], on the CPU."""
     left_out = {model.get_submodule(name).weight_quantizer for name in skip}
     found = {quantizer: weight for quantizer, weight in quantized_weights(model).items() if quantizer not in left_out}
     tables = functional.foreach_bin_loss(
         list(found.values()), [quantizer.alpha for quantizer in found], [quantizer.spec for quantizer in found]
     )
-    counts = [each.bins.counts.cpu() for each in tables]
-    return torch.cat([torch.repeat_interleave(count, count.long()) for count in counts])
+    counts = torch.cat([each.bins.counts.cpu() for each in tables])
+    return counts[counts > 0].sort().values

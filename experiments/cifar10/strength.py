@@ -1,4 +1,4 @@
-"""How far BR of weights will pull: a line before its first epoch, with a warning where most would hardly move."""
+"""How far BR of weights will pull: a line before its first epoch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def expected_pull(model: nn.Module, options: Any, begin: int, steps: int, skip: 
     line = f"BR of weights: strength {strength:.3g}: alone it would move the median weight by {_share(median)} of its "
     line += f"way to its level, and {100 * moved:.0f} % of the weights by a tenth or more"
     if median < FAINT:
-        line += "\nwarning: BR hardly reaches bins of so many weights: raise --lambda-br, or --regularizer dampening"
+        line += "; most bins are too large for BR to move them far (--regularizer dampening weighs every weight alike)"
     return line
 
 

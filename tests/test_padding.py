@@ -13,7 +13,7 @@ import qbr
 from qbr import QuantSpec, functional, ops
 from qbr.arguments import check
 
-WIDTH = 3001  # rows of an odd number of bytes beyond 1,024, which inductor begins at multiples of 128
+WIDTH = 3001  # a stride beyond 1,024 elements and no multiple of 128 bytes, which inductor makes one
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -205,6 +206,14 @@ def _layer_and_call(name: str) -> tuple[str, int]:
 
 
 def _skipped(found: tuple[str, ...], skip: tuple[str, ...]) -> tuple[str, ...]:
+    return _matched(found, skip)
+
+
+_skipped._dynamo_marked_constant = True  # torch.compile cannot trace fnmatch; as in qbr/ops.py
+
+
+@lru_cache(maxsize=64)  # every step asks, with the same names
+def _matched(found: tuple[str, ...], skip: tuple[str, ...]) -> tuple[str, ...]:
     """Those of the quantizers' names whose layers the patterns of ``skip`` match."""
     layers = {name: _layer_and_call(name)[0] for name in found}
     for pattern in skip:
@@ -212,9 +221,6 @@ def _skipped(found: tuple[str, ...], skip: tuple[str, ...]) -> tuple[str, ...]:
             raise ValueError(f"skip: {pattern!r} matches no layer with a quantizer: expected names as "
                              f"{', '.join(list(dict.fromkeys(layers.values()))[:3])}")  # fmt: skip
     return tuple(name for name, layer in layers.items() if any(matches(layer, pattern) for pattern in skip))
-
-
-_skipped._dynamo_marked_constant = True  # torch.compile cannot trace fnmatch; as in qbr/ops.py
 
 
 def _call_name(name: str, call: int) -> str:

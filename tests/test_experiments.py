@@ -192,7 +192,7 @@ def test_the_pull_of_br_is_that_of_the_formula(schedule):
         optimizer.param_groups[0]["lr"] = lr * at(step)
         optimizer.zero_grad()
         model(torch.randn(2, 64))
-        (lam * rise(step) * qbr.bin_loss(model).weights).backward()
+        (lam * (rise(step) if rise else 1) * qbr.bin_loss(model).weights).backward()
         optimizer.step()
     end = qbr.functional.bin_loss(weight, quantizer.alpha.detach(), quantizer.spec)
     sizes = start.bins.counts

@@ -88,7 +88,6 @@ class Trainer:
         self.model, self.device, self.epochs, self.control, self.quiet = model, device, epochs, control, quiet
         self.lambda_weights, self.lambda_acts, self.global_bins = lambda_weights, lambda_acts, global_bins
         self.skip = skip
-        self.rise = torch.ones((), device=device)  # of both lambdas; a tensor, so that no step is compiled anew
         self.teacher, self.distill = teacher, options.distill if teacher is not None else 0.0
         self.bf16 = options.amp == "bf16"
         self.channels_last = options.channels_last
@@ -102,10 +101,9 @@ class Trainer:
         self.optimizer = optim.sgd(model, options, quantized=control is not None)
         self.scheduler = optim.schedule(self.optimizer, options, epochs * len(self.batches))
         self.compiled = optim.compiled(self._forward, options.compile)
-        self.rises = qbr.schedules.Constant(1.0)
-        if control is not None:
-            begin = options.warmup_epochs * len(self.batches)
-            self.rises = optim.rise(options.lambda_br_schedule, begin, epochs * len(self.batches))
+        steps = len(self.batches)
+        self.rises = control and optim.rise(options.lambda_br_schedule, options.warmup_epochs * steps, epochs * steps)
+        self.rise = torch.ones((), device=device)  # of both lambdas; a tensor, so that no step is compiled anew
 
     def calibrate(self, method: str) -> None:
         """Set every alpha from the first batches of the first epoch, which is drawn again afterwards."""
@@ -168,7 +166,8 @@ class Trainer:
             for step, (x, y) in enumerate(self.batches):
                 # A forward that sets the alphas would be a graph of its own, for one step.
                 forward = self.compiled if alphas_set or step else self._forward
-                self.rise.fill_(self.rises((epoch - 1) * len(self.batches) + step))
+                if self.rises:
+                    self.rise.fill_(self.rises((epoch - 1) * len(self.batches) + step))
                 logits, ce, loss, bin_losses = forward(self.net, x, y, self.batches.size(step), self.br_active)
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -238,7 +237,7 @@ class Trainer:
             return logits, ce, weighed, None
         bins = qbr.bin_loss(self.model, global_bins=self.global_bins, skip=self.skip)
         br = self.lambda_weights * bins.weights + self.lambda_acts * bins.activations
-        return logits, ce, weighed + self.rise * br, bins
+        return logits, ce, weighed + (self.rise * br if self.rises else br), bins
 
     def _update(self, loss: Tensor, step: int, failed_at: Tensor) -> Tensor:
         """One optimizer step unless this or an earlier one of the epoch was not finite; all on the device."""

@@ -61,10 +61,10 @@ def factor(name: str, steps: int, warmup: float) -> Callable[[int], float]:
     return at
 
 
-def rise(name: str, begin: int, steps: int) -> Callable[[float], float]:
-    """What the lambdas are multiplied with from step ``begin``, the first with BR, to ``steps`` - 1, the last."""
+def rise(name: str, begin: int, steps: int) -> Callable[[float], float] | None:
+    """What multiplies the lambdas from step ``begin``, the first with BR, to ``steps`` - 1, the last; None: nothing."""
     if name == "constant" or begin >= steps - 1:
-        return qbr.schedules.Constant(1.0)
+        return None
     return qbr.schedules.Cosine(0.0, 1.0, begin=begin, until=steps - 1)
 
 

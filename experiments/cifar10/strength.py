@@ -29,7 +29,7 @@ def expected_pull(model: nn.Module, options: Any, begin: int, steps: int, skip: 
     """
     at = factor(options.lr_schedule, steps, options.lr_warmup)
     share = rise(options.lambda_br_schedule, begin, steps)
-    total = options.lr * sum(at(step) * share(step) for step in range(begin, steps))
+    total = options.lr * sum(at(step) * (share(step) if share else 1) for step in range(begin, steps))
     strength = 2 * options.lambda_br * total / (1 - options.momentum)
     if options.regularizer == "dampening":
         return f"dampening: strength {strength:.3g}: alone it would move every weight by {_share(strength)} of its way"

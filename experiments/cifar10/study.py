@@ -45,6 +45,9 @@ ROWS = {
 }
 
 
+DAMPENED = {row for row, each in ROWS.items() if "dampening" in each.flags}  # their bin loss is another sum
+
+
 @dataclass(frozen=True)
 class Scale:
     """How much is trained; flags of the two scripts, without data, seed and folders."""
@@ -187,10 +190,9 @@ def figures(run: dict[str, Any], reference: dict[str, Any] | None = None) -> dic
     """
     epochs, final, warmup = run["epochs"], run["final"], run["warmup_epochs"]
     seen = epochs[-1].get("oscillation")
-    br = "dampening" not in ROWS[run["row"]].flags if "row" in run else True
     found = {
         "test": final["last"]["test_acc"],
-        "br_w": final.get("br_w", {}).get("end") if br else None,
+        "br_w": final.get("br_w", {}).get("end") if run["row"] not in DAMPENED else None,
         "br_a": final.get("br_a", {}).get("end"),
         "distance": epochs[-1].get("distance_w"),
         "converged": None if reference is None else _converged(run, reference),

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .plots import BLUE, GREY, INK, MUTED, ORANGE, STYLE, plain_ticks, plt
-from .study import ROWS, by_row, difference, figures, sides
+from .study import DAMPENED, ROWS, by_row, difference, figures, sides
 
 COLORS = {
     "lsq": "#22303c", "default": "#1f6fb2", "freeze": "#2f8f5b", "br-to-alpha": "#d9622b", "weights-only": "#7a9cc6",
@@ -19,7 +19,6 @@ COLORS = {
     "freeze-br-to-alpha": "#8fce9f",
 }  # fmt: skip
 DASHED = {"freeze-br-to-alpha"}  # lies on another row's line
-DAMPENED = {"dampening", "dampening-strong"}  # their bin loss is another sum
 
 
 def draw_all(results: dict[str, Any]) -> dict[str, Figure]:

@@ -316,7 +316,7 @@ class Run:
             if self.teacher is not None:
                 print(f"distillation: {options.distill:g} of the loss on labels is the distance from the float network")
         if len(self.splits.val) == 0:
-            print("no validation images (--val-fraction 0): the last epoch counts as the best")
+            print(f"no validation images (--val-fraction {options.val_fraction:g}): the last epoch counts as the best")
         return header
 
     def _epoch(self, trainer: Trainer, epoch: int) -> dict[str, Any]:

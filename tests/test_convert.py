@@ -242,3 +242,13 @@ def test_symbolic_trace_follows_a_converted_model(dtype):
     x = x_(2, 3, 8, 8).to(dtype)
     plain = convert(calibrate(model, [x]).eval())
     assert torch.equal(torch.fx.symbolic_trace(plain)(x), plain(x))
+
+
+@pytest.mark.slow  # inductor compiles C++
+def test_aotinductor_takes_a_converted_model(tmp_path):
+    plain = convert(make(weight_bits=2, act_bits=2, quantize_inputs=True).eval())
+    x = x_(4, 3, 8, 8)
+    program = torch.export.export(plain, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "network.pt2"))
+    run = torch._inductor.aoti_load_package(package)
+    assert torch.equal(run(x), plain(x)) and torch.equal(run(x[:3]), plain(x[:3]))

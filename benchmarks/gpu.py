@@ -26,7 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from experiments.cifar10.files import write_json  # noqa: E402
+from experiments.cifar10.data import recognise  # noqa: E402
+from experiments.cifar10.files import UserError, write_json  # noqa: E402
 from experiments.cifar10.sources import commit  # noqa: E402
 
 PY = sys.executable
@@ -68,8 +69,11 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
     # A file that needs a package which is not there is an error, and the other files run.
     parity = [PY, "-m", "pytest", "-q", "-rs", *several, "--continue-on-collection-errors", *files, "--junitxml"]
     marks = {"native": ["-k", "native-cpu and w2"]}
+    few: list[str] = []
     if on_gpu:
         marks = {backend: ["-m", "gpu", "-k", which] for backend, which in BACKENDS.items()}
+        # Triton compiles nearly every example of the property tests anew: minutes in one process with all of them.
+        few = ["env", "QBR_PROPERTIES=few"]
     trained = training(out, on_gpu, data)
     sanitizer = shutil.which("compute-sanitizer") or f"{CUDA}/bin/compute-sanitizer"
     checked = [PY, "benchmarks/sanitize.py", "--device", device]
@@ -81,9 +85,12 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
     ]
     return {
         "build": [[PY, "-c", BUILD, device]],
-        "parity": [[*parity, str(out / f"parity-{backend}.xml"), *mark] for backend, mark in marks.items()],
+        "parity": [
+            [*(few if backend == "triton" else []), *parity, str(out / f"parity-{backend}.xml"), *mark]
+            for backend, mark in marks.items()
+        ],
         "benchmarks": [
-            [PY, "benchmarks/run.py", *bench, "--part", part, "--output", str(out / "run.json")]
+            [PY, "benchmarks/run.py", *bench, "--resume", "--part", part, "--output", str(out / "run.json")]
             for part in ("kernels", "compiled", "peers", "foreach", "step", "memory")
         ],
         "drop_in": [
@@ -91,6 +98,7 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
                 PY,
                 "benchmarks/drop_in.py",
                 *bench,
+                "--resume",
                 "--output",
                 str(out / "drop_in.json"),
                 "--batch",
@@ -213,6 +221,10 @@ def main() -> None:
     unknown = set(args.only or ()) - plan.keys()
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(plan)}")
+    try:  # found now, and not after what comes before the training
+        args.data and recognise(args.data)
+    except UserError as error:
+        parser.error(str(error))
     about = {"commit": commit() or "unknown", "device": args.device}
     if about["commit"] == "unknown":
         print("without git no result tells its commit: set QBR_COMMIT, to another after every change", flush=True)

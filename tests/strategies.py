@@ -1,6 +1,7 @@
 """Hypothesis strategies that the property tests share: what is quantized, how it lies in memory, with which steps.
 
-Two profiles: "quick" (the same 50 examples on every run) and "long" (2,000 fresh ones), which is run by
+Three profiles: "quick" (the same 50 examples on every run), "few" (three, where an example takes seconds: in Triton's
+interpreter, and where each is compiled anew), and "long" (2,000 fresh ones), which is run by
 
     QBR_PROPERTIES=long python -m pytest -q tests/test_properties.py tests/test_properties_equal.py
 
@@ -23,9 +24,9 @@ from qbr import QuantSpec
 _COMMON = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("quick", max_examples=50, derandomize=True, **_COMMON)
 settings.register_profile("long", max_examples=2000, print_blob=True, **_COMMON)
-settings.register_profile("interpreter", max_examples=3, derandomize=True, **_COMMON)  # seconds an example there
+settings.register_profile("few", max_examples=3, derandomize=True, **_COMMON)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-settings.load_profile("interpreter" if INTERPRETED else os.environ.get("QBR_PROPERTIES", "quick"))
+settings.load_profile("few" if INTERPRETED else os.environ.get("QBR_PROPERTIES", "quick"))
 
 # At the seams of the kernels: vectors of 16, three of them in flight, chunks of 1,024, tasks of 16 chunks.
 _LENGTHS = [1, 2, 15, 16, 17, 31, 33, 47, 48, 49, 63, 64, 65, 1023, 1024, 1025, 1040, 1073, 2049, 4097]

@@ -126,3 +126,10 @@ def test_the_files_for_a_gpu_are_those_with_tests_for_one():
     printed = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout
     found = {line.partition("::")[0] for line in printed.splitlines() if "::" in line}
     assert len(found) > 5 and found <= set(gpu.gpu_files())
+
+
+def test_a_folder_that_holds_no_images_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "images").mkdir()
+    arguments = command(tmp_path, WORKS, "--data", str(tmp_path / "images"))
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "images: empty" in done.stderr and not (tmp_path / "ran").exists()

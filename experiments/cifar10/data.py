@@ -117,14 +117,19 @@ def load(
         train, test, classes = _read_pack(SUBSET, keep)
         source = "the subset of CIFAR-10 that comes with the repository (for the whole: --download, or --data DIR)"
     else:
-        read, folder = _recognise(data)
+        read, folder = recognise(data)
         train, test, classes = read(folder, keep, quiet)
         source = str(folder)
     held_out = torch.cat(held_out)
     return Splits(train.at(~held_out), train.at(held_out), test, classes, source)
 
 
-def _recognise(data: Path) -> tuple[Callable, Path]:
+def recognise(data: Path) -> tuple[Callable, Path]:
+    """How ``data`` is read, and its folder.
+
+    Raises:
+        UserError: where it is neither a folder of images nor torchvision's.
+    """
     if not data.is_dir():
         raise UserError(f"--data {data}: {'not a folder' if data.exists() else 'no such folder'}; {REMEDY}")
     if data.name == TORCHVISION_FOLDER:

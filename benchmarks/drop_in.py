@@ -8,6 +8,7 @@ Every result is checked against the reference formulas before it is timed. Rows 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--quick", action="store_true", help="small tensors and few repeats")
+    parser.add_argument("--resume", action="store_true", help="keep what the same commit measured here, do the rest")
     parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/results/drop_in-DEVICE.json")
     args = parser.parse_args()
     repeats = 3 if args.quick else args.repeats
@@ -90,9 +92,10 @@ def main() -> None:
         "tensor": (sizes, lambda size, bits: tensor_row(args.device, size, bits, repeats)),
         "step": ([(args.batch,)], lambda batch: steps.row(args.device, batch, repeats, kinds)),
     }
-    rows = []
+    before = json.loads(path.read_text()) if args.resume and path.exists() else None
+    rows, kept = [], measure.still_true(before, args.device)
     for part in parts if args.part == "all" else [args.part]:
-        for row in measure.each(part, args.device, *parts[part]):
+        for row in measure.each(part, args.device, *parts[part], [row for row in kept if row["part"] == part]):
             rows.append(row)  # whatever ends this, what was measured stays
             measure.save(path, args.device, rows)
     measure.exit_if(measure.failures(rows))

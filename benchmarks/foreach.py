@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import measure
 import torch
 from cifar10.models import MODELS
@@ -26,15 +28,12 @@ class _Sink(torch.autograd.Function):
         return None, *ctx.grads
 
 
-def rows(device: str, quick: bool, repeats: int) -> list[dict]:
+def cases(device: str, quick: bool, repeats: int):
     torch.manual_seed(0)
     weights = [p.detach().to(device) for p in MODELS["resnet18"](10).parameters() if p.dim() > 1]
     sets = {"all": weights, "small": [w for w in weights if w.numel() <= SMALL]}
-    found = []
-    for bits in (2,) if quick else (2, 4):
-        for name, chosen in sets.items():
-            found.append(_row(device, name, chosen, qbr.QuantSpec(bits=bits), repeats))
-    return found
+    every = itertools.product((2,) if quick else (2, 4), sets)
+    return every, lambda bits, name: _row(device, name, sets[name], qbr.QuantSpec(bits=bits), repeats)
 
 
 def _row(device: str, name: str, weights: list, spec: qbr.QuantSpec, repeats: int) -> dict:

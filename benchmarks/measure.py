@@ -106,16 +106,31 @@ def alternate_apart(
     return {**result, slow: alternate(pair, device, max(3, repeats // 5), **options)[slow]}
 
 
-def each(part: str, device: str, cases: Iterable, measured: Callable[..., dict]) -> Iterator[dict]:
-    """A row of every case; of one that fails, why, so that the others are not lost with it."""
-    for case in cases:
+def each(
+    part: str, device: str, cases: Iterable[tuple], measured: Callable[..., dict], kept: Iterable[dict] = ()
+) -> Iterator[dict]:
+    """A row of every case, ``kept`` first; of one that fails, why, so that the others are not lost with it."""
+    kept = {row["case"]: row for row in kept}
+    named = {" ".join(str(getattr(word, "name", word)) for word in case): case for case in cases}
+    yield from (kept[name] for name in named if name in kept)
+    for name, case in named.items():
+        if name in kept:
+            continue
+        start = {"part": part, "device": device, "case": name}
         try:
-            yield measured(*case)
+            yield {**start, **measured(*case)}
         except Exception as error:
             traceback.print_exc()
-            name = " ".join(str(getattr(word, "name", word)) for word in case)
-            why = f"{type(error).__name__}: {error}"
-            yield {"part": part, "device": device, "case": name, "failed": why, "times": {}}
+            yield {**start, "failed": f"{type(error).__name__}: {error}", "times": {}}
+
+
+def still_true(before: dict | None, device: str) -> list[dict]:
+    """The rows of an earlier {environment, rows} that did not fail; none unless all but command and day is the same."""
+    now = environment(device)
+    if before is None or now["commit"] == "unknown" or now["commit"].endswith("+changes"):
+        return []
+    same = {**before["environment"], "command": now["command"], "date": now["date"]} == now
+    return [row for row in before["rows"] if same and "failed" not in row and "case" in row]
 
 
 def failures(rows: list[dict]) -> list[str]:

@@ -4,7 +4,7 @@
 
 Everything is checked before it is timed; runs alternate within one process; medians and quartiles. Rows go to
 benchmarks/results/run-DEVICE.json and .csv, one file for all parts: a part that is run again replaces its own rows.
---quick: a look in under two minutes, into run-DEVICE-quick.*.
+--quick: a look in under two minutes, into run-DEVICE-quick.*. --resume: go on where an earlier call was stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ import qbr  # noqa: E402
 from qbr import kernels  # noqa: E402
 
 
-def kernel_rows(device: str, quick: bool, repeats: int, only: int | None = None) -> Iterator[dict]:
+def kernel_cases(device: str, quick: bool, repeats: int, only: int | None = None) -> steps.Cases:
     """Every backend's kernels in units of the limit."""
     sizes = [16, 22] if quick else [16, 18, 20, 22, 24, 26]
     cases = [
@@ -50,14 +50,14 @@ def kernel_rows(device: str, quick: bool, repeats: int, only: int | None = None)
         return row
 
     wanted = [case for case in cases if only in (None, case.log2_size)]
-    return measure.each("kernels", device, itertools.product(backends(device), wanted), measured)
+    return itertools.product(backends(device), wanted), measured
 
 
 def sizes_and_bits(quick: bool) -> Iterable[tuple[int, int]]:
     return itertools.product([16] if quick else [16, 20, 24], (2,) if quick else (2, 4, 8))
 
 
-def compiled_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
+def compiled_cases(device: str, quick: bool, repeats: int) -> steps.Cases:
     """The kernels that "auto" takes against the same formulas under torch.compile."""
 
     def measured(size: int, bits: int) -> dict:
@@ -75,7 +75,7 @@ def compiled_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
         facts = {"backend": backend, "dtype": case.dtype, "bits": bits, "log2_size": size}
         return {"part": "compiled", "device": device, **facts, **ratios, "times": result}
 
-    return measure.each("compiled", device, sizes_and_bits(quick), measured)
+    return sizes_and_bits(quick), measured
 
 
 def kernel_row(case: registry.Case, backend: str, result: dict) -> dict:
@@ -103,7 +103,7 @@ def print_kernel_row(row: dict) -> None:
     )
 
 
-def peer_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
+def peer_cases(device: str, quick: bool, repeats: int) -> steps.Cases:
     """Forward and backward through autograd: qbr, the predecessor's formulas, and libraries that do LSQ alone."""
 
     def measured(size: int, bits: int) -> dict:
@@ -117,7 +117,7 @@ def peer_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
         print(f"{case.name}: " + ", ".join(f"{n} {r['median_s'] * 1e6:.0f} us" for n, r in result.items()), missing)
         return {**row, "missing": missing, "times": result}
 
-    return measure.each("peers", device, sizes_and_bits(quick), measured)
+    return sizes_and_bits(quick), measured
 
 
 def backends(device: str) -> list[str]:
@@ -132,12 +132,12 @@ def backends(device: str) -> list[str]:
 
 
 PARTS = {
-    "kernels": kernel_rows,
-    "compiled": compiled_rows,
-    "peers": peer_rows,
-    "foreach": foreach.rows,
-    "step": steps.rows,
-    "memory": steps.memory_rows,
+    "kernels": kernel_cases,
+    "compiled": compiled_cases,
+    "peers": peer_cases,
+    "foreach": foreach.cases,
+    "step": steps.cases,
+    "memory": steps.memory_cases,
 }
 
 
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--log2-size", type=int, default=None, help="kernels: this size alone (with --output)")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--quick", action="store_true", help="few sizes, few repeats: under two minutes")
+    parser.add_argument("--resume", action="store_true", help="keep what the same commit measured here, do the rest")
     parser.add_argument("--output", type=Path, default=None, help="a .json file; default: benchmarks/results/")
     args = parser.parse_args()
     name = f"run-{args.device}{'-quick' if args.quick else ''}.json"
@@ -175,8 +176,10 @@ def main() -> None:
     for part in args.part:
         print(f"# {part}", flush=True)
         only = (args.log2_size,) if part == "kernels" else ()
-        rows = []
-        for row in PARTS[part](args.device, args.quick, 5 if args.quick else args.repeats, *only):
+        before = json.loads(path.read_text()).get(part) if args.resume and path.exists() else None
+        rows, kept = [], measure.still_true(before, args.device)
+        cases = PARTS[part](args.device, args.quick, 5 if args.quick else args.repeats, *only)
+        for row in measure.each(part, args.device, *cases, kept):
             rows.append(row)
             save(path, args.device, part, rows)  # whatever ends this, what was measured stays
         failures += measure.failures(rows)

@@ -6,7 +6,7 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("benchmarks", "experiments")]
@@ -78,10 +78,13 @@ def inputs(device: str, batch: int):
     return base, images, torch.randint(10, (batch,), device=device)
 
 
-def rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
+Cases = tuple[Iterable[tuple], Callable[..., dict]]  # what is measured, and what makes a row of one case
+
+
+def cases(device: str, quick: bool, repeats: int) -> Cases:
     batches = ([4] if quick else [32]) if device == "cpu" else ([128] if quick else [128, 512])
     kinds = "float", "lsq", "fused", "predecessor"
-    return measure.each("step", device, [(b,) for b in batches], lambda batch: row(device, batch, repeats, kinds))
+    return [(b,) for b in batches], lambda batch: row(device, batch, repeats, kinds)
 
 
 def row(device: str, batch: int, repeats: int, kinds: Sequence[str]) -> dict:
@@ -102,11 +105,11 @@ def row(device: str, batch: int, repeats: int, kinds: Sequence[str]) -> dict:
     }  # fmt: skip
 
 
-def memory_rows(device: str, quick: bool, repeats: int) -> Iterator[dict]:
+def memory_cases(device: str, quick: bool, repeats: int) -> Cases:
     """Peak memory of a training step, each kind in a process of its own: resident after three steps on the CPU,
     allocated in the third one on CUDA, since cuDNN tries algorithms with large workspaces in the first."""
     batch = (8 if quick else 32) if device == "cpu" else 128
-    return measure.each("memory", device, [(batch,)], lambda batch: _memory_row(device, batch))
+    return [(batch,)], lambda batch: _memory_row(device, batch)
 
 
 def _memory_row(device: str, batch: int) -> dict:

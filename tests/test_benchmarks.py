@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 
 def test_a_case_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
-    import measure
     import run
 
     def measured(bits):
@@ -23,12 +22,42 @@ def test_a_case_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
 
     path = tmp_path / "run.json"
     cases = [(2,), (4,), (8,)]
-    monkeypatch.setitem(run.PARTS, "kernels", lambda device, *_: measure.each("kernels", device, cases, measured))
+    monkeypatch.setitem(run.PARTS, "kernels", lambda *_: (cases, measured))
     monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--part", "kernels", "--output", str(path)])
     with pytest.raises(SystemExit, match="kernels 4: AssertionError: not what the reference gives"):
         run.main()
     rows = json.loads(path.read_text())["kernels"]["rows"]
     assert [row.get("bits") for row in rows] == [2, None, 8] and rows[1]["failed"].startswith("AssertionError")
+
+@pytest.mark.parametrize("commit", ["abc", "another", "unknown"])
+def test_a_part_that_was_stopped_goes_on_where_it_stopped(tmp_path, monkeypatch, commit):
+    import measure
+    import run
+
+    seen = []
+
+    def measured(bits):
+        seen.append(bits)
+        if len(seen) == 3 and bits == 8:
+            raise KeyboardInterrupt
+        return {"bits": bits, "times": {"fwd": {"median_s": float(len(seen))}}}
+
+    path = tmp_path / "run.json"
+    arguments = ["run.py", "--device", "cpu", "--part", "kernels", "--resume", "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(measure, "_git", lambda *_: "")
+    cases = [(2,), (4,), (8,)]
+    monkeypatch.setitem(run.PARTS, "kernels", lambda *_: (cases, measured))
+    monkeypatch.setattr(measure.sources, "commit", lambda: "abc")
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
+    monkeypatch.setattr(measure.sources, "commit", lambda: None if commit == "unknown" else commit)
+    cases.append((16,))
+    run.main()
+    rows = json.loads(path.read_text())["kernels"]["rows"]
+    assert [row["bits"] for row in rows] == [2, 4, 8, 16]
+    assert seen[3:] == ([8, 16] if commit == "abc" else [2, 4, 8, 16])
+    assert (rows[0]["times"]["fwd"]["median_s"] == 1) == (commit == "abc")
 
 
 def test_a_step_that_fails_costs_the_drop_in_no_tensor(tmp_path, monkeypatch):

@@ -21,11 +21,15 @@ LARGEST_SHRINK = 10.0  # one optimizer step leaves at least alpha / 10 ...
 SMALLEST_ALPHA = 1e-8  # ... and never less than this, so that x / alpha stays finite for every ordinary x
 
 _live: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_before: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
+# What was noted before the steps that run: a subclass's step may call its parent's, which torch hooks, too.
+_before: weakref.WeakKeyDictionary[Optimizer, list[tuple]] = weakref.WeakKeyDictionary()
+_DEEPEST = 8  # a step that raised leaves its notes there
 # {quantizer: (owner, name) of the parameters beside it}; a reference to one would forbid torch.utils.swap_tensors.
 _beside: weakref.WeakKeyDictionary[nn.Module, list[tuple]] = weakref.WeakKeyDictionary()
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _met: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # so that many (one for each parameter) search all objects once
+_resting: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # frozen ones of which an optimizer holds no direction
+_DIRECTIONS = ("momentum_buffer", "exp_avg")  # what torch's optimizers call the mean of the gradients so far
 _hooks: list = []
 
 
@@ -116,8 +120,11 @@ def _before_step(optimizer: Optimizer, args, kwargs) -> None:
     if optimizer.state:  # else it may be a checkpoint's loader, which makes the state of what has a gradient
         for q in frozen:
             q.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, its momentum included
-    # A closure makes gradients anew, inside of the step.
-    held = [distributed.local(q.alpha) for q in frozen if q.alpha.requires_grad and q.initialised]
+    _forget_directions(optimizer, [q for q in frozen if q not in _resting])
+    _resting.update(frozen)
+    _resting.difference_update([q for q in mine if not q.frozen])
+    # A closure makes gradients anew, inside of the step; and some optimizers move what has no gradient, too.
+    held = [distributed.local(q.alpha) for q in frozen if q.initialised]
     values = torch._foreach_mul(held, 1.0) if held else []
     moving = [q for q in mine if q.alpha.requires_grad and not q.frozen]
     alphas = [distributed.local(q.alpha) for q in moving]
@@ -127,7 +134,18 @@ def _before_step(optimizer: Optimizer, args, kwargs) -> None:
             floor.zero_()
     if floors:
         torch._foreach_clamp_min_(floors, SMALLEST_ALPHA)
-    _before[optimizer] = (weakref.WeakSet(mine), alphas, floors, held, values)
+    notes = _before.setdefault(optimizer, [])
+    notes.append((weakref.WeakSet(mine), alphas, floors, held, values))
+    del notes[:-_DEEPEST]
+
+
+def _forget_directions(optimizer: Optimizer, quantizers: list[nn.Module]) -> None:
+    """Clear what past gradients have left for these alphas: released epochs later, they would go on that way."""
+    for quantizer in quantizers:
+        state = optimizer.state.get(quantizer._parameters.get("alpha"), {})
+        for name in _DIRECTIONS:
+            if isinstance(state.get(name), torch.Tensor):
+                state[name].zero_()
 
 
 def _confirm(quantizers: list[nn.Module]) -> None:
@@ -156,7 +174,8 @@ def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
     LSQQuantizer.confirm), no state. A NaN stays a NaN. Bin losses that nobody asked for go here too:
     after the step their graph is stale.
     """
-    mine, alphas, floors, held, values = _before.pop(optimizer, ((), [], [], [], []))
+    notes = _before.get(optimizer)
+    mine, alphas, floors, held, values = notes.pop() if notes else ((), [], [], [], [])
     if alphas:
         torch._foreach_maximum_(alphas, floors)
     if held:

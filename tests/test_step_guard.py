@@ -250,3 +250,51 @@ def _a_look_between_backward_and_step() -> list[int]:
 def test_unsharded_copies_of_alphas_are_in_no_optimizer(tmp_path):
     """FSDP2's root stays unsharded from a forward to its backward."""
     assert ranks.run(_a_look_between_backward_and_step, tmp_path, world=1) == [[0, 1]]
+
+
+class DecaysAll(torch.optim.SGD):
+    """Decoupled decay of all that a group has, with or without a gradient."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(0.99)
+
+
+def test_frozen_alphas_stay_where_an_optimizer_moves_what_has_no_gradient():
+    model = made()
+    qbr.calibrate(model, [batch()])
+    qbr.AlphaControl(True, True).attach(model)
+    before = alphas(model)
+    torch.optim.SGD([nn.Parameter(torch.ones(1))])  # torch then hooks its step, which the subclass's calls, too
+    optimizer = optimizer_of(model, DecaysAll)
+    closure = closure_of(model, optimizer)
+    weight = model[0].weight.detach().clone()
+    for _ in range(3):
+        closure()
+        optimizer.step()
+    assert alphas(model) == before and not torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS[:2])
+def test_released_alphas_do_not_go_on_where_they_were_going(kind, options):
+    """Also of a checkpoint that was written while they were frozen."""
+    model = made()
+    qbr.calibrate(model, [batch()])
+    freeze = qbr.Freeze(epoch=2, release_epoch=3)
+    control = qbr.AlphaControl(freeze, freeze).attach(model)
+    optimizer = optimizer_of(model, kind, **options)
+    closure = closure_of(model, optimizer)
+    held = {}
+    for epoch in (1, 2, 3):
+        control.begin_epoch(epoch)
+        for _ in range(2):
+            closure()
+            if epoch == 3:
+                for quantizer in quantizers(model).values():
+                    quantizer.alpha.grad.zero_()
+            optimizer.step()
+        held[epoch] = alphas(model)
+    assert held[1] == held[2] == held[3]

@@ -71,6 +71,16 @@ def test_figures_of_a_run(folder):
     assert "acts-only" not in study.by_row(results)
 
 
+def test_a_study_of_activations_alone_has_its_report(folder):
+    for path in folder.glob("seed*/*/results.json"):
+        run = study.read(path)
+        for epoch in run["epochs"] or ():
+            epoch["oscillation"] = {"changed": None, "oscillated": None, "oscillating": None, "layers": {}}
+        path.write_text(json.dumps(run))
+    found = study.in_numbers(study.collect(folder, study.manifest("smoke", None, [])))
+    assert found["freeze"][1]["oscillating"] is None and study_report.write(folder).exists()
+
+
 def test_layers_of_other_bits_have_an_axis_of_their_own(folder):
     two = {"qn": -2, "qp": 1, "low": -3.5, "high": 2.5, "counts": [1] * 144}
     eight = {"qn": -128, "qp": 127, "low": -129.5, "high": 128.5, "counts": [1] * 264}

@@ -196,7 +196,7 @@ def figures(run: dict[str, Any], reference: dict[str, Any] | None = None) -> dic
         "br_a": final.get("br_a", {}).get("end"),
         "distance": epochs[-1].get("distance_w"),
         "converged": None if reference is None else _converged(run, reference),
-        "oscillating": 100 * seen["oscillating"] if seen else None,
+        "oscillating": 100 * seen["oscillating"] if seen and seen["oscillating"] is not None else None,
         "seconds": sum(epoch["seconds"] for epoch in epochs),
     }
     for side, layers in zip(("drift_w", "drift_a"), sides(epochs[-1]["alphas"])):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from qbr import distributed
-from qbr.freezing import Freeze, Record, check_count, mean_distance
+from qbr.arguments import check_count
+from qbr.freezing import Freeze, Record, mean_distance
 from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
 from qbr.regularizer import quantized_weights, watch
 from qbr.spec import ToAlpha, check_to_alpha
@@ -255,8 +257,11 @@ class AlphaControl:
         return {**settings, "epoch": self._epoch, "step": self._step, "convergence": records}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what state_dict() gave, and apply it if a model is attached. The state of a version without steps
-        and convergences loads, too.
+        """Restore what state_dict() gave, settings included, and apply it if a model is attached. The state of a
+        version without steps and convergences loads, too.
+
+        Warns:
+            UserWarning: where this control was made with other settings, which the state's replace.
 
         Raises:
             ValueError, TypeError: for a state that is not AlphaControl's; nothing has changed then.
@@ -279,7 +284,14 @@ class AlphaControl:
         for name in ("freeze_weights", "freeze_acts"):
             if isinstance(settings[name], dict):
                 settings[name] = Freeze(**settings[name])
+        given = {name: getattr(self, name) for name in _SETTINGS}
+        default = AlphaControl()
+        others = [name for name in _SETTINGS if given[name] not in (settings[name], getattr(default, name))]
         self._set(**settings)
+        if others:
+            changed = ", ".join(f"{name}={settings[name]!r} instead of {given[name]!r}" for name in others)
+            warnings.warn(f"this AlphaControl has the settings of the state that was loaded: {changed}. For those that "
+                          "it was made with, load no control's state, and call begin_epoch", stacklevel=2)  # fmt: skip
         self._epoch, self._step, self._begun = state["epoch"], state.get("step", 0), True
         for kind, record in self._records.items():
             record.load_state_dict(records[_SIDES[kind][0]])

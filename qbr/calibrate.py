@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from qbr import arguments, distributed, grouping, running
 from qbr.observed import WeightReads, read_elsewhere
 from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
 from qbr.sketch import Mean, Sketch, elements, mean_step, mse_step, mse_step_of, quantile_step
+from qbr.spec import is_number
 
 METHODS = ("lsq", "mse", "percentile")
 # Elements of a weight that are searched at once: in a CPU's cache; elsewhere as many as keep a device busy.
@@ -69,7 +69,7 @@ def calibrate(
     found = require_quantizers(model)
     if method not in METHODS:
         raise ValueError(f"method={method!r}: expected one of {METHODS}")
-    if not isinstance(percentile, numbers.Real):
+    if not is_number(percentile):
         raise TypeError(f"percentile={percentile!r}: expected a number, more than 0, at most 100")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile={percentile}: expected more than 0, at most 100")

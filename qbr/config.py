@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from qbr.arguments import check_bits, check_clip
 from qbr.patterns import matches
-from qbr.quantizers import check_bits, check_clip
-from qbr.spec import check_regularizer
+from qbr.spec import check_flag, check_regularizer
 
 _BITS = ("weight_bits", "act_bits", "first_layer", "last_layer")
 _FLAGS = ("weight_per_channel", "quantize_inputs", "step_per_call", "collect_bin_loss")
@@ -173,13 +173,12 @@ def _checked(name: str, value, argument: str):
         if value is not None and value != 32:
             check_bits(value, argument, ", or 32 or None for float")
     elif name in _FLAGS:
-        if not isinstance(value, bool):
-            raise TypeError(f"{argument}={value!r}: expected True or False")
+        check_flag(value, argument)
     elif name == "input_signed":
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{argument}={value!r}: expected True, False or None")
     elif name == "clip":
-        check_clip(value, argument)
+        return check_clip(value, argument)
     elif name == "regularizer" or (name == "act_regularizer" and value is not None):
         check_regularizer(value, argument)
     return value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qbr import distributed, functional
+from qbr.arguments import check_count
 from qbr.regularizer import quantized_weights
 
 _MOMENTS = ("epoch", "step", "tolerance")
@@ -161,7 +162,8 @@ class Record:
 
 @torch.no_grad()
 def mean_distance(model: nn.Module) -> Tensor:
-    """Mean |w - b * alpha| / alpha over all quantized weights of model: a scalar tensor, from one pass over them."""
+    """Mean |w - b * alpha| / alpha over all quantized weights of model: a scalar tensor, from one pass over them. Of a
+    layer with a step per channel the mean distance in units of its steps' mean."""
     found = quantized_weights(model)
     steps = [distributed.whole(quantizer.alpha) for quantizer in found]
     weights = [distributed.whole(weight) for weight in found.values()]
@@ -179,14 +181,6 @@ def _reached(at_epoch, at_step, tolerance, decided, epoch: int, step: int) -> bo
     if tolerance is not None:
         return decided is not None and epoch >= decided
     return None
-
-
-def check_count(value: int, name: str, least: int) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless value is an int of ``least`` or more."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: expected an int")
-    if value < least:
-        raise ValueError(f"{name}={value}: expected {least} or more")
 
 
 def _check_tolerance(value: float | None, name: str) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import TensorWeakRef
 
+from qbr.arguments import check_clip
 from qbr.calls import Counted
 from qbr.grouping import assign
 from qbr.kernels import is_dense
-from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, check_clip
+from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer
+from qbr.spec import check_flag
 
 
 class _QuantizedWeight(nn.Module):
@@ -199,9 +201,8 @@ class QuantizedClippedReLU(Counted, nn.Module):
         Args:
             calls: how many quantizers it has; qbr.calls.count_calls() has to tell it which call is which.
         """
-        check_clip(clip_value, "clip_value")
-        self.clip_value = None if clip_value is None else float(clip_value)
-        self.keep_pre_quant_activation = keep_pre_quant_activation
+        self.clip_value = check_clip(clip_value, "clip_value")
+        self.keep_pre_quant_activation = check_flag(keep_pre_quant_activation, "keep_pre_quant_activation")
         self.quantizer: LSQQuantizer = LSQ_ActivationQuantizer(num_bits, clip_value, device=device)
         for name in call_names("quantizer", calls)[1:]:
             self.add_module(name, LSQ_ActivationQuantizer(num_bits, clip_value, device=device))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from qbr.patterns import matches
 from qbr.quantizers import require_quantizers
+from qbr.spec import is_number
 
 
 def parameter_groups(
@@ -45,7 +45,7 @@ def parameter_groups(
     overrides = {} if alpha_lr_overrides is None else alpha_lr_overrides
     if not isinstance(overrides, Mapping):
         raise TypeError(f"alpha_lr_overrides={overrides!r}: expected {{pattern: lr}}")
-    rates = {"lr": lr, "alpha_lr": alpha_lr, "act_alpha_lr": act_alpha_lr}
+    rates = {"lr": lr, "weight_decay": weight_decay, "alpha_lr": alpha_lr, "act_alpha_lr": act_alpha_lr}
     rates |= {f"alpha_lr_overrides[{pattern!r}]": rate for pattern, rate in overrides.items()}
     for argument, rate in rates.items():
         _check_rate(rate, argument, optional=argument in ("alpha_lr", "act_alpha_lr"))
@@ -75,10 +75,10 @@ def parameter_groups(
 
 
 def _check_rate(rate, argument: str, optional: bool) -> None:
-    """torch.optim checks its default lr alone, and not that of groups."""
+    """torch.optim checks its defaults alone, and not what groups have."""
     if isinstance(rate, Tensor) or (optional and rate is None):
         return
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
+    if not is_number(rate):
         raise TypeError(f"{argument}={rate!r}: expected a number")
     if not 0 <= rate < math.inf:
         raise ValueError(f"{argument}={rate}: expected a finite number, 0 or more")

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import warnings
 
 import torch
 from torch import Tensor, nn
 
 from qbr import arguments, distributed, functional, grouping, quantizer_state, sketch, step_guard
+from qbr.arguments import check_bits, check_clip, check_step
 from qbr.functional import BinLoss, Bins
-from qbr.spec import QuantSpec, ToAlpha
+from qbr.spec import QuantSpec, ToAlpha, is_number
 
 KINDS = ("weight", "activation")
 TRIES = 3  # training forwards, with an optimizer's step after each, that may fail to set a step size
-
-
-def check_bits(bits: int, argument: str, instead: str = "; use the float layer to leave a tensor in float") -> int:
-    """bits, if a kernel has it; the error names the argument that the caller used, and ``instead``."""
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"{argument}={bits!r}: expected an int, 1 to 8")
-    if not 1 <= bits <= 8:
-        raise ValueError(f"{argument}={bits}: expected 1 to 8{instead}")
-    return bits
 
 
 _REENTRANT = (
@@ -85,17 +75,13 @@ class LSQQuantizer(nn.Module):
             raise TypeError(f"spec={spec!r}: expected a qbr.QuantSpec")
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: expected 'weight' or 'activation'")
-        if not isinstance(initial_alpha, numbers.Real):
-            raise TypeError(f"initial_alpha={initial_alpha!r}: expected a number")
-        if not (math.isfinite(initial_alpha) and initial_alpha > 0):
-            raise ValueError(f"initial_alpha={initial_alpha}: expected a positive, finite step size")
+        self.initial_alpha = check_step(initial_alpha, "initial_alpha")
         if isinstance(channels, bool) or not isinstance(channels, int):
             raise TypeError(f"channels={channels!r}: expected an int, 1 or more")
         if channels < 1 or (channels > 1 and spec.channel_axis is None):
             raise ValueError(f"channels={channels} with spec.channel_axis={spec.channel_axis}: expected 1")
         self.spec = spec
         self.kind = kind
-        self.initial_alpha = float(initial_alpha)
         self.collecting: bool | None = None
         self.br_to_alpha: ToAlpha = False
         self.regularizer = "br"
@@ -152,6 +138,7 @@ class LSQQuantizer(nn.Module):
             quantizer_state.leave_meta(self)
         if not self._initialised and not self._was_sent():
             if self.training:
+                arguments.check(x, self.alpha, self.spec, relu, clip)  # what is refused below sets no step
                 self.initialise(x, relu=relu, clip=clip, force=False)
                 if not torch.compiler.is_compiling() and not isinstance(self.alpha, nn.Parameter):
                     warnings.warn(_SET_OUTSIDE, stacklevel=2)
@@ -297,8 +284,8 @@ class LSQQuantizer(nn.Module):
         Raises:
             TypeError, ValueError: for steps that are not positive and finite, or of another number; nothing is set.
         """
-        if not isinstance(alpha, (Tensor, numbers.Real)):
-            raise TypeError(f"alpha={alpha!r}: expected a tensor or a number")
+        if not (is_number(alpha) or (isinstance(alpha, Tensor) and not (alpha.is_complex() or alpha.is_meta))):
+            raise TypeError(f"alpha={alpha!r}: expected a tensor or a number, real")
         steps = torch.as_tensor(alpha).detach().to(self.alpha.dtype)
         if steps.numel() not in (1, self.alpha.numel()):
             raise ValueError(f"alpha has {steps.numel()} elements: expected {self.alpha.numel()}")
@@ -361,6 +348,9 @@ class LSQQuantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if alpha is not None and not alpha.is_meta:
             self._made_on_meta = False
+            if init_state is None and not self.init_state.is_meta:  # parameters alone: steps that were learned
+                self.init_state.fill_(1)
+                self._initialised, self._unconfirmed = True, False
         if init_state is not None and not init_state.is_meta:
             self._initialised, self._unconfirmed, self._tries = bool((init_state != 0).all()), False, 0
             quantizer_state.warn_of(self.spec, init_state, local_metadata)
@@ -421,23 +411,14 @@ class LSQ_ActivationQuantizer(LSQQuantizer):
         self, num_bits: int = 2, clip_value: float | None = None, *, signed: bool = False, device=None
     ) -> None:
         spec = QuantSpec(check_bits(num_bits, "num_bits"), signed=signed)
-        check_clip(clip_value, "clip_value")
-        super().__init__(spec, "activation", initial_alpha=(clip_value or 4.0) / max(spec.qp, 1), device=device)
-
-
-def check_clip(clip: float | None, argument: str) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless clip is None or a positive, finite number."""
-    if clip is None:
-        return
-    expected = "expected a positive, finite number, or None for no upper bound"
-    if isinstance(clip, bool) or not isinstance(clip, numbers.Real):
-        raise TypeError(f"{argument}={clip!r}: {expected}")
-    if not (math.isfinite(clip) and clip > 0):
-        raise ValueError(f"{argument}={clip}: {expected}")
+        initial = (check_clip(clip_value, "clip_value") or 4.0) / max(spec.qp, 1)
+        super().__init__(spec, "activation", initial_alpha=initial, device=device)
 
 
 def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
-    """The quantizers of a model by module name, in the order of named_modules()."""
+    """The quantizers of a model by module name, in the order of named_modules(); TypeError for no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected an nn.Module")
     return {name: module for name, module in model.named_modules() if isinstance(module, LSQQuantizer)}
 
 

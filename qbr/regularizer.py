@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from qbr import distributed, functional, grouping, metrics, ops, quantizer_state, step_guard
-from qbr.arguments import check
+from qbr.arguments import check, check_bits
 from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
 from qbr.patterns import matches
-from qbr.quantizers import LSQQuantizer, check_bits, quantizers, require_quantizers
+from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
 from qbr.spec import QuantSpec, ToAlpha, check_regularizer
 
 # A quantizer of one of these names is reported as its layer, those of further calls and other tensors with a suffix.

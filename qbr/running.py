@@ -9,18 +9,19 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from qbr.quantizers import LSQQuantizer
 from qbr.side_effects import Generators
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's and DistributedDataParallel's wrappers: hooks work on it, and its forward
-    waits for no other process."""
+    """The module inside the wrappers of torch.compile, DistributedDataParallel and AveragedModel: hooks work on it, and
+    its forward waits for no other process."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
             model = model.module
         else:
             return model

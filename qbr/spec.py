@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 MAX_LEVELS = 256
@@ -10,6 +11,18 @@ LARGEST_CODE = 1 << 19  # up to which every backend divides and rounds as the re
 REGULARIZERS = ("br", "dampening")
 # How a bin loss reaches alpha, see check_to_alpha().
 ToAlpha = bool | float | str | tuple[float, str]
+
+
+def is_number(value: object) -> bool:
+    """Whether value is a real number and no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_flag(value: bool, argument: str) -> bool:
+    """value, if it is True or False: by its truth "no" would be a yes."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}={value!r}: expected True or False")
+    return value
 
 
 @dataclass(frozen=True)
@@ -51,14 +64,15 @@ class QuantSpec:
             raise ValueError(f"bits={self.bits}: expected 1 to 8 (leave a tensor unquantized to keep it in float)")
         if (self.qn is None) != (self.qp is None):
             raise ValueError(f"qn={self.qn}, qp={self.qp}: name both or neither")
-        object.__setattr__(self, "signed", bool(self.signed))
+        check_flag(self.signed, "signed")
+        if self.binary is not None:
+            check_flag(self.binary, "binary")
         named = self.qn is not None
         if self.binary is None:
             object.__setattr__(self, "binary", self.signed and self.bits == 1 and not named)
         elif self.binary and not (self.signed and self.bits == 1 and (self.qn, self.qp) in ((None, None), (-1, 1))):
             raise ValueError(f"binary=True with {self.bits} bits, signed={self.signed}, qn={self.qn}, qp={self.qp}: "
                              "expected bits=1, signed=True and no other range")  # fmt: skip
-        object.__setattr__(self, "binary", bool(self.binary))
         if not named:
             half = 1 << (self.bits - 1)
             low, high = (-half, half - 1) if self.signed else (0, 2 * half - 1)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
 
+from qbr.arguments import check_count
 from qbr.whole import write_whole
 
 
@@ -65,6 +66,8 @@ class CSVWriter:
     """
 
     def __init__(self, path: str | os.PathLike, *, purge_step: int | None = None) -> None:
+        if purge_step is not None:
+            check_count(purge_step, "purge_step", least=0)
         self.path = Path(path)
         self._header: list[str] | None = None
         if not self.path.parent.is_dir():
@@ -76,10 +79,14 @@ class CSVWriter:
         """Append one row; a figure without a value is an empty cell. Figures without a layer, as ``bin_loss(model)``
         has them in warm-up, are no row.
 
+        Args:
+            step: an int, 0 or more: an epoch or a step, which a resumed run purges by.
+
         Raises:
-            ValueError: for other layers or figures than the file's first row has.
+            TypeError, ValueError: for another step; for other layers or figures than the file's first row has.
             OSError: where the row does not fit on the disk; the file is as it was before.
         """
+        check_count(step, "step", least=0)
         cells = {f"{layer}.{name}": v for layer, row in scalars(figures).items() for name, v in row.items()}
         if not cells:
             return

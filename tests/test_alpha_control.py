@@ -161,6 +161,10 @@ def test_state():
     assert not any(a.requires_grad for a in _alphas(model, "weight"))
     fresh = AlphaControl()
     fresh.load_state_dict(state)
+    asked = AlphaControl(freeze_weights=True, freeze_acts=True, warmup_epochs=5)
+    with pytest.warns(UserWarning, match="freeze_acts=False instead of True, warmup_epochs=3 instead of 5"):
+        asked.load_state_dict(state)
+    assert asked.state_dict() == state
     assert fresh.attach(_model()).br_active
     with pytest.raises(ValueError, match="keys"):
         other.load_state_dict({"epoch": 1})
@@ -182,6 +186,9 @@ def test_bad_arguments():
         AlphaControl().attach(_model()).begin_epoch(0)
     with pytest.raises(ValueError, match="no quantizers"):
         AlphaControl().attach(nn.Linear(2, 2))
+    for call in (AlphaControl().attach, qbr.bin_loss, qbr.summary, qbr.convert, qbr.Monitor, qbr.set_regularizer):
+        with pytest.raises(TypeError, match="model is a NoneType: expected an nn.Module"):
+            call(None)
 
 
 def test_parameter_groups():
@@ -223,6 +230,9 @@ def test_alphas_of_named_layers_have_an_lr_of_their_own():
     for rate, error in ((-1e-3, ValueError), (float("nan"), ValueError), ("5e-4", TypeError), (None, TypeError)):
         with pytest.raises(error, match=r"alpha_lr_overrides\['\*'\]="):
             qbr.parameter_groups(model, **rates, alpha_lr_overrides={"*": rate})
+    for decay, error in ((-5.0, ValueError), (float("nan"), ValueError), ("5e-4", TypeError), (None, TypeError)):
+        with pytest.raises(error, match="weight_decay="):
+            qbr.parameter_groups(model, lr=0.1, weight_decay=decay)
     with pytest.raises(ValueError, match="alpha_lr=-1"):
         qbr.parameter_groups(model, **rates, alpha_lr=-1)
     with pytest.raises(TypeError, match=r"alpha_lr_overrides=0.1: expected \{pattern: lr\}"):

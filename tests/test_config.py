@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,6 +45,12 @@ def test_json_gives_the_same_config_back(config):
 def test_checkpoints_that_hold_it_load_safely(value, tmp_path):
     torch.save({"hyper_parameters": {"config": value}}, tmp_path / "last.ckpt")
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]["config"] == value
+
+
+def test_numbers_of_other_types_are_kept_as_python_s():
+    config = QATConfig(clip=np.float32(6), overrides={"a": {"clip": Fraction(5, 2)}})
+    assert type(config.clip) is float
+    assert config.to_json() == QATConfig(clip=6.0, overrides={"a": {"clip": 2.5}}).to_json()
 
 
 def test_json_may_name_some_fields_and_no_others():
@@ -140,6 +148,7 @@ def test_an_override_of_what_nothing_of_that_name_has_is_refused():
         ({"first_layer": 16}, ValueError, "first_layer=16"),
         ({"clip": "6"}, TypeError, "clip='6'"),
         ({"clip": True}, TypeError, "clip=True"),
+        ({"clip": 1e300}, ValueError, r"clip=1e\+300: expected a positive number within float32's"),
         ({"overrides": {"a": {"clip": [6]}}}, TypeError, r"overrides\['a'\]\['clip'\]=\[6\]"),
         ({"overrides": {"a": {1: 2, "b": 3}}}, ValueError, r"overrides\['a'\] has \[1, 'b'\]"),
         ({"skip": (1,)}, TypeError, r"skip=\(1,\)"),

@@ -357,3 +357,14 @@ def test_a_weight_that_is_computed_is_refused(tmp_path):
         save_packed(model, tmp_path / "model.safetensors")
     prune.remove(model[1], "weight")
     assert read_packed(save_packed(model, tmp_path / "model.safetensors")).weights.keys() == {"0.weight", "1.weight"}
+
+
+def test_an_average_of_the_model_is_packed_as_the_model(tmp_path):
+    model = qbr.prepare(_net(), QATConfig(2, 4))
+    x = torch.randn(4, 3, 8, 8)
+    qbr.calibrate(model, [x])
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    save_packed(average, tmp_path / "average.safetensors")
+    again = load_packed(_net, tmp_path / "average.safetensors").eval()
+    assert torch.equal(again(x), average.eval()(x))

@@ -383,3 +383,16 @@ def test_swapped_parameters_are_known_by_their_place(monkeypatch):
     model(_x().double()).sum().backward()
     with pytest.raises(RuntimeError, match="step sizes .alpha. are in no optimizer"):
         optimizer.step()
+
+
+def test_parameters_alone_bring_steps_that_stay():
+    """An average of parameters, a checkpoint of what was trained: alpha without init_state."""
+    model, other = _model(), _model()
+    qbr.calibrate(model, [_x()])
+    for quantizer in quantizers(model).values():
+        quantizer.set_alpha(quantizer.alpha.detach() * 3)
+    other.load_state_dict(dict(model.named_parameters()), strict=False)
+    with no_host_reads():
+        other(_x())
+    assert _alphas(other) == _alphas(model)
+    assert all(quantizer.initialised and quantizer.init_state == 1 for quantizer in quantizers(other).values())

@@ -236,6 +236,8 @@ def test_other_bad_arguments():
         LSQQuantizer(QuantSpec(bits=2), "bias", initial_alpha=1.0)
     with pytest.raises(ValueError, match="initial_alpha=0"):
         LSQQuantizer(QuantSpec(bits=2), "weight", initial_alpha=0)
+    with pytest.raises(ValueError, match="initial_alpha=1e-50: expected a positive, finite step size, in float32"):
+        LSQQuantizer(QuantSpec(bits=2), "weight", initial_alpha=1e-50)
     with pytest.raises(TypeError, match="initial_alpha='1'"):
         LSQQuantizer(QuantSpec(bits=2), "weight", initial_alpha="1")
     with pytest.raises(TypeError, match="channels='3'"):
@@ -380,3 +382,21 @@ def test_two_processes_get_the_same_alpha(tmp_path):
     assert got[0] == got[1]
     everything = torch.cat([_rank_data(0), _rank_data(1)])
     assert got[0][0] == pytest.approx([2 * everything.mean().item() / 3**0.5])
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "options"),
+    [
+        (lambda: LSQ_ActivationQuantizer(4), torch.arange(255, dtype=torch.uint8), {}),
+        (lambda: LSQ_ActivationQuantizer(4, signed=True), torch.ones(7), {"relu": True}),
+        (lambda: LSQ_WeightQuantizer(4, channel_axis=0, channels=4), torch.ones(1, 7), {}),
+        (lambda: LSQ_ActivationQuantizer(4), torch.eye(3).to_sparse(), {}),
+    ],
+    ids=["uint8", "relu of a signed one", "other channels", "sparse"],
+)
+def test_what_is_refused_sets_no_step(make, x, options):
+    quantizer = make()
+    before = quantizer.alpha.detach().clone()
+    with pytest.raises((TypeError, ValueError)):
+        quantizer(x, **options)
+    assert torch.equal(quantizer.alpha, before) and quantizer.init_state == 0 and not quantizer.initialised

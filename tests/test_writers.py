@@ -116,6 +116,17 @@ def test_other_files_are_not_touched(tmp_path):
     assert path.read_text() == "name,value\nx,1\n"
 
 
+@pytest.mark.parametrize("step", [1.5, "x", None, -1, True])
+def test_a_step_that_could_not_be_read_again_is_refused(step, tmp_path):
+    path = tmp_path / "layers.csv"
+    with pytest.raises((TypeError, ValueError), match="^step="):
+        CSVWriter(path).write(step, {"a": Row("weight", 2, 0.5, [])})
+    assert not path.exists()
+    if step is not None:
+        with pytest.raises((TypeError, ValueError), match="^purge_step="):
+            CSVWriter(path, purge_step=step)
+
+
 def test_tensorboard(tmp_path):
     board = pytest.importorskip("torch.utils.tensorboard").SummaryWriter(str(tmp_path))
     writer = TensorBoardWriter(board, prefix="layers/")

@@ -12,7 +12,12 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # pip does not look at build-system.requires with --no-build-isolation
+    sys.exit("qbr: building needs setuptools 70.1 or newer here: pip install -U setuptools")
+
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 

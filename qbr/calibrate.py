@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qbr import arguments, distributed, grouping, running
 from qbr.observed import WeightReads, read_elsewhere
 from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
+from qbr.running import Model
 from qbr.sketch import Mean, Sketch, elements, mean_step, mse_step, mse_step_of, quantile_step
 from qbr.spec import is_number
 
@@ -23,13 +24,13 @@ _IN_CACHE, _ON_DEVICE = 1 << 16, 1 << 24
 
 
 def calibrate(
-    model: nn.Module,
+    model: Model,
     batches: Iterable[Any] | None = None,
     *,
     method: str = "lsq",
     percentile: float = 99.9,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-) -> nn.Module:
+    forward: Callable[[Model, Any], Any] | None = None,
+) -> Model:
     """Set every alpha of a prepared model, so that the first training forward need not.
 
     Weights are set from the weights. Then the batches run through the model in the mode it is in (train: BatchNorm

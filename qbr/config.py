@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -77,7 +77,7 @@ class QATConfig:
     weight_bits: int | None = 2
     act_bits: int | None = 2
     clip: float | None = None
-    skip: tuple[str, ...] = ()
+    skip: Sequence[str] = ()
     weight_per_channel: bool = False
     collect_bin_loss: bool = True
     regularizer: str = "br"

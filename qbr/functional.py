@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -153,7 +153,8 @@ def fake_quantize_with_bin_loss(
 
 
 def foreach_fake_quantize(
-    xs: Sequence[Tensor], alphas: Sequence, specs, *, relu: bool = False, clip: float | None = None,
+    xs: Sequence[Tensor], alphas: Sequence[Tensor | float], specs: QuantSpec | Sequence[QuantSpec], *,
+    relu: bool = False, clip: float | None = None,
     backend: str = "auto", alpha_grad: float | list[float] = 1.0,
 ) -> list[Tensor]:  # fmt: skip
     """fake_quantize over lists, in one call of the backend forward and one backward for all tensors of a device.
@@ -175,8 +176,9 @@ def foreach_fake_quantize(
 
 
 def foreach_fake_quantize_with_bin_loss(
-    xs: Sequence[Tensor], alphas: Sequence, specs, *, relu: bool = False, clip: float | None = None,
-    backprop_to_alpha: ToAlpha | list[ToAlpha] = False, regularizer: str | list[str] = "br", backend: str = "auto",
+    xs: Sequence[Tensor], alphas: Sequence[Tensor | float], specs: QuantSpec | Sequence[QuantSpec], *,
+    relu: bool = False, clip: float | None = None,
+    backprop_to_alpha: ToAlpha | list[Any] = False, regularizer: str | list[str] = "br", backend: str = "auto",
     alpha_grad: float | list[float] = 1.0,
 ) -> list[FakeQuantizedWithBinLoss]:  # fmt: skip
     """fake_quantize_with_bin_loss over lists, as foreach_fake_quantize, which says what is returned and raised.
@@ -195,8 +197,9 @@ def foreach_fake_quantize_with_bin_loss(
 
 
 def foreach_bin_loss(
-    xs: Sequence[Tensor], alphas: Sequence, specs, *, relu: bool = False, clip: float | None = None,
-    backprop_to_alpha: ToAlpha | list[ToAlpha] = False, regularizer: str | list[str] = "br", backend: str = "auto",
+    xs: Sequence[Tensor], alphas: Sequence[Tensor | float], specs: QuantSpec | Sequence[QuantSpec], *,
+    relu: bool = False, clip: float | None = None,
+    backprop_to_alpha: ToAlpha | list[Any] = False, regularizer: str | list[str] = "br", backend: str = "auto",
 ) -> list[BinLoss]:  # fmt: skip
     """bin_loss over lists, as foreach_fake_quantize, which says what is returned and raised.
 

@@ -15,10 +15,10 @@ from qbr.layers import ATTENTION, WEIGHT_LAYERS, QuantizedClippedReLU, Quantized
 from qbr.plan import Plan, PlannedReLU, plan
 from qbr.quantizers import LSQ_ActivationQuantizer, LSQ_WeightQuantizer, LSQQuantizer, quantizers
 from qbr.regularizer import watch
-from qbr.running import device_beside, device_of
+from qbr.running import Model, device_beside, device_of
 
 
-def prepare(model: nn.Module, config: QATConfig | None = None, *, example: Any = None) -> nn.Module:
+def prepare(model: Model, config: QATConfig | None = None, *, example: Any = None) -> Model:
     """Turn model's layers and ReLUs into their quantized forms, in place; ``qbr.plan`` shows which.
 
     All are found before any is changed. A module keeps its identity: its class changes and a quantizer is added, so

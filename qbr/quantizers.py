@@ -67,6 +67,8 @@ class LSQQuantizer(nn.Module):
             another shape.
     """
 
+    init_state: Tensor
+
     def __init__(
         self, spec: QuantSpec, kind: str, *, initial_alpha: float, channels: int = 1, device=None
     ) -> None:

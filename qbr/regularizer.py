@@ -315,7 +315,9 @@ class BinRegularizer:
     def __repr__(self) -> str:
         return f"BinRegularizer(num_bits={self.num_bits}, signed={self.signed}, name={self.name!r})"
 
-    def compute_bin_loss(self, weights: Tensor, alpha: Tensor | float, backprop_to_alpha: ToAlpha = False):
+    def compute_bin_loss(
+        self, weights: Tensor, alpha: Tensor | float, backprop_to_alpha: ToAlpha = False
+    ) -> tuple[Tensor, Tensor, Tensor, LazyInfo]:
         """Bin regularization of one tensor.
 
         Args:

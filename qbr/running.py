@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from qbr.quantizers import LSQQuantizer
 from qbr.side_effects import Generators
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 MAX_LEVELS = 256
 LARGEST_CODE = 1 << 19  # up to which every backend divides and rounds as the reference
@@ -50,9 +51,16 @@ class QuantSpec:
     bits: int
     signed: bool = True
     channel_axis: int | None = None
-    qn: int | None = None
-    qp: int | None = None
-    binary: bool | None = None
+    qn: int = None  # type: ignore[assignment]
+    qp: int = None  # type: ignore[assignment]
+    binary: bool = None  # type: ignore[assignment]
+
+    if TYPE_CHECKING:  # None may be given, and is never there afterwards
+
+        def __init__(
+            self, bits: int, signed: bool = True, channel_axis: int | None = None, qn: int | None = None,
+            qp: int | None = None, binary: bool | None = None,
+        ) -> None: ...  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("bits", "channel_axis", "qn", "qp"):

@@ -8,6 +8,7 @@ what is absent (normal: "auto" takes the next one) and anything else for what is
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -67,7 +68,7 @@ def laid_out_like(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def use_backend(name: str):
+def use_backend(name: str) -> Iterator[None]:
     """Prefer one backend ("auto", "triton", "native", "reference") for the calls inside that name none.
 
     The backward of a call runs on the backend of its forward, wherever it runs. torch.compile takes the choice

@@ -285,17 +285,24 @@ class AlphaControl:
             if isinstance(settings[name], dict):
                 settings[name] = Freeze(**settings[name])
         given = {name: getattr(self, name) for name in _SETTINGS}
-        default = AlphaControl()
-        others = [name for name in _SETTINGS if given[name] not in (settings[name], getattr(default, name))]
+        before, unset = self._meant(), AlphaControl()._meant()
         self._set(**settings)
-        if others:
-            changed = ", ".join(f"{name}={settings[name]!r} instead of {given[name]!r}" for name in others)
-            warnings.warn(f"this AlphaControl has the settings of the state that was loaded: {changed}. For those that "
-                          "it was made with, load no control's state, and call begin_epoch", stacklevel=2)  # fmt: skip
+        now = self._meant()
         self._epoch, self._step, self._begun = state["epoch"], state.get("step", 0), True
         for kind, record in self._records.items():
             record.load_state_dict(records[_SIDES[kind][0]])
         self._apply()
+        others = [name for name in _SETTINGS if before[name] not in (now[name], unset[name])]
+        if others:
+            changed = ", ".join(f"{name}={settings[name]!r} instead of {given[name]!r}" for name in others)
+            warnings.warn(f"this AlphaControl has the settings of the state that was loaded: {changed}. For its own, "
+                          "load no control's state, and call begin_epoch", stacklevel=2)  # fmt: skip
+
+    def _meant(self) -> dict:
+        """The settings, each in one of the ways in which it can be said."""
+        plans = {_SIDES[kind][1]: self._plan(kind) for kind in _SIDES}
+        ways = {name: check_to_alpha(getattr(self, name), name) for _, _, name in _SIDES.values()}
+        return {**plans, **ways, "warmup_epochs": self.warmup_epochs}
 
 
 def _events(plan: Freeze | None):

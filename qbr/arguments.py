@@ -1,4 +1,4 @@
-"""The checks of one call's arguments, before anything is computed, and how x has to lie for the kernels."""
+"""The checks of arguments, before anything is computed, and how x has to lie for the kernels."""
 
 from __future__ import annotations
 

@@ -353,6 +353,7 @@ class LSQQuantizer(nn.Module):
             if init_state is None and not self.init_state.is_meta:  # parameters alone: steps that were learned
                 self.init_state.fill_(1)
                 self._initialised, self._unconfirmed = True, False
+                quantizer_state.warn_of(self.spec, self.init_state, local_metadata)
         if init_state is not None and not init_state.is_meta:
             self._initialised, self._unconfirmed, self._tries = bool((init_state != 0).all()), False, 0
             quantizer_state.warn_of(self.spec, init_state, local_metadata)

@@ -28,7 +28,6 @@ _DEEPEST = 8  # a step that raised leaves its notes there
 _beside: weakref.WeakKeyDictionary[nn.Module, list[tuple]] = weakref.WeakKeyDictionary()
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _met: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # so that many (one for each parameter) search all objects once
-_resting: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # frozen ones of which an optimizer holds no direction
 _DIRECTIONS = ("momentum_buffer", "exp_avg")  # what torch's optimizers call the mean of the gradients so far
 _hooks: list = []
 
@@ -120,12 +119,10 @@ def _before_step(optimizer: Optimizer, args, kwargs) -> None:
     if optimizer.state:  # else it may be a checkpoint's loader, which makes the state of what has a gradient
         for q in frozen:
             q.alpha.grad = None  # an optimizer leaves a parameter without gradient alone, its momentum included
-    _forget_directions(optimizer, [q for q in frozen if q not in _resting])
-    _resting.update(frozen)
-    _resting.difference_update([q for q in mine if not q.frozen])
+        _forget_directions(optimizer, frozen)
     # A closure makes gradients anew, inside of the step; and some optimizers move what has no gradient, too.
-    held = [distributed.local(q.alpha) for q in frozen if q.initialised]
-    values = torch._foreach_mul(held, 1.0) if held else []
+    held = [(weakref.ref(q), distributed.local(q.alpha)) for q in frozen if q.initialised]
+    values = torch._foreach_mul([alpha for _, alpha in held], 1.0) if held else []
     moving = [q for q in mine if q.alpha.requires_grad and not q.frozen]
     alphas = [distributed.local(q.alpha) for q in moving]
     floors = torch._foreach_div(alphas, LARGEST_SHRINK) if alphas else []
@@ -141,11 +138,11 @@ def _before_step(optimizer: Optimizer, args, kwargs) -> None:
 
 def _forget_directions(optimizer: Optimizer, quantizers: list[nn.Module]) -> None:
     """Clear what past gradients have left for these alphas: released epochs later, they would go on that way."""
-    for quantizer in quantizers:
-        state = optimizer.state.get(quantizer._parameters.get("alpha"), {})
-        for name in _DIRECTIONS:
-            if isinstance(state.get(name), torch.Tensor):
-                state[name].zero_()
+    states = [optimizer.state.get(quantizer._parameters.get("alpha"), {}) for quantizer in quantizers]
+    means = [state.get(name) for state in states for name in _DIRECTIONS]
+    means = [distributed.local(mean) for mean in means if isinstance(mean, torch.Tensor)]
+    if means:
+        torch._foreach_zero_(means)
 
 
 def _confirm(quantizers: list[nn.Module]) -> None:
@@ -178,8 +175,10 @@ def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
     mine, alphas, floors, held, values = notes.pop() if notes else ((), [], [], [], [])
     if alphas:
         torch._foreach_maximum_(alphas, floors)
-    if held:
-        torch._foreach_copy_(held, values)
+    # A closure may have released some.
+    still = [(alpha, value) for (q, alpha), value in zip(held, values) if q() is not None and q().frozen]
+    if still:
+        torch._foreach_copy_(*map(list, zip(*still)))
     _confirm([quantizer for quantizer in list(_live) if quantizer._unconfirmed])  # also what no optimizer has
     for quantizer in mine:
         if quantizer._retained:

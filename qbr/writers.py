@@ -7,7 +7,7 @@ import errno
 import io
 import os
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 
 from qbr.arguments import check_count
@@ -86,6 +86,8 @@ class CSVWriter:
             TypeError, ValueError: for another step; for other layers or figures than the file's first row has.
             OSError: where the row does not fit on the disk; the file is as it was before.
         """
+        if isinstance(step, Integral) and not isinstance(step, bool):
+            step = int(step)  # numpy's too
         check_count(step, "step", least=0)
         cells = {f"{layer}.{name}": v for layer, row in scalars(figures).items() for name, v in row.items()}
         if not cells:

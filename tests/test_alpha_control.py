@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -165,6 +167,11 @@ def test_state():
     with pytest.warns(UserWarning, match="freeze_acts=False instead of True, warmup_epochs=3 instead of 5"):
         asked.load_state_dict(state)
     assert asked.state_dict() == state
+    same = AlphaControl(qbr.Freeze(), br_to_alpha_acts=(1.0, "scaled"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same.load_state_dict(AlphaControl(True, br_to_alpha_acts="scaled", warmup_epochs=2).state_dict())
+    assert same.warmup_epochs == 2
     assert fresh.attach(_model()).br_active
     with pytest.raises(ValueError, match="keys"):
         other.load_state_dict({"epoch": 1})

@@ -396,3 +396,8 @@ def test_parameters_alone_bring_steps_that_stay():
         other(_x())
     assert _alphas(other) == _alphas(model)
     assert all(quantizer.initialised and quantizer.init_state == 1 for quantizer in quantizers(other).values())
+    state = model.state_dict()
+    for name in [name for name in state if name.endswith("init_state")]:
+        del state[name]
+    with pytest.warns(UserWarning, match="step sizes of 2 bits .* were loaded for 4 bits"):
+        _model(4).load_state_dict(state, strict=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import ranks
 import torch
@@ -280,21 +282,42 @@ def test_frozen_alphas_stay_where_an_optimizer_moves_what_has_no_gradient():
 
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS[:2])
 def test_released_alphas_do_not_go_on_where_they_were_going(kind, options):
-    """Also of a checkpoint that was written while they were frozen."""
+    """Nor with an optimizer's state of before, loaded while they are frozen."""
     model = made()
     qbr.calibrate(model, [batch()])
     freeze = qbr.Freeze(epoch=2, release_epoch=3)
     control = qbr.AlphaControl(freeze, freeze).attach(model)
     optimizer = optimizer_of(model, kind, **options)
     closure = closure_of(model, optimizer)
-    held = {}
+    held, state = {}, None
     for epoch in (1, 2, 3):
         control.begin_epoch(epoch)
-        for _ in range(2):
+        for step in range(2):
+            if epoch == 2 and step == 1:
+                optimizer.load_state_dict(state)
             closure()
             if epoch == 3:
                 for quantizer in quantizers(model).values():
                     quantizer.alpha.grad.zero_()
             optimizer.step()
         held[epoch] = alphas(model)
+        state = state or copy.deepcopy(optimizer.state_dict())
     assert held[1] == held[2] == held[3]
+
+
+def test_alphas_that_a_closure_releases_learn_in_that_step():
+    model = made()
+    qbr.calibrate(model, [batch()])
+    control = qbr.AlphaControl(qbr.Freeze(step=1, release_step=2)).attach(model)
+    optimizer = optimizer_of(model)
+    closure, moved = closure_of(model, optimizer), []
+
+    def step():
+        control.begin_step()
+        return closure()
+
+    for _ in range(2):
+        before = alphas(model)
+        optimizer.step(step)
+        moved.append(alphas(model)[0] != before[0])
+    assert moved == [False, True]

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -114,6 +115,11 @@ def test_other_files_are_not_touched(tmp_path):
     with pytest.raises(ValueError, match="notes.csv is not a CSVWriter's file"):
         CSVWriter(path)
     assert path.read_text() == "name,value\nx,1\n"
+
+
+def test_numbers_of_numpy_are_steps(tmp_path):
+    CSVWriter(tmp_path / "layers.csv").write(np.int64(3), {"a": Row("weight", 2, 0.5, [])})
+    assert _read(tmp_path / "layers.csv")[0]["step"] == "3"
 
 
 @pytest.mark.parametrize("step", [1.5, "x", None, -1, True])

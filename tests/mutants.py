@@ -188,7 +188,7 @@ MUTANTS = [
     Mutant("quantizers: no least step", GUARD,
            "torch._foreach_clamp_min_(floors, SMALLEST_ALPHA)", "pass", "quantizers"),
     Mutant("guard: momentum moves a frozen step", GUARD,
-           "        torch._foreach_copy_(held, values)\n", "        pass\n", "guard"),
+           "        torch._foreach_copy_(*map(list, zip(*still)))\n", "        pass\n", "guard"),
     Mutant("guard: a first step from data is lifted", GUARD,
            "            floor.zero_()\n", "            pass\n", "guard"),
     Mutant("guard: a loaded state lacks frozen steps", GUARD,

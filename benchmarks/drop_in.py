@@ -96,8 +96,8 @@ def main() -> None:
     rows, kept = [], measure.still_true(before, args.device)
     for part in parts if args.part == "all" else [args.part]:
         for row in measure.each(part, args.device, *parts[part], [row for row in kept if row["part"] == part]):
-            rows.append(row)  # whatever ends this, what was measured stays
-            measure.save(path, args.device, rows)
+            rows.append(row)
+            measure.save(path, args.device, measure.with_kept(rows, kept))
     measure.exit_if(measure.failures(rows))
 
 

@@ -109,12 +109,12 @@ def alternate_apart(
 def each(
     part: str, device: str, cases: Iterable[tuple], measured: Callable[..., dict], kept: Iterable[dict] = ()
 ) -> Iterator[dict]:
-    """A row of every case, ``kept`` first; of one that fails, why, so that the others are not lost with it."""
+    """A row of every case, from ``kept`` where it is there; of one that fails, why, so that the others are not lost."""
     kept = {row["case"]: row for row in kept}
     named = {" ".join(str(getattr(word, "name", word)) for word in case): case for case in cases}
-    yield from (kept[name] for name in named if name in kept)
     for name, case in named.items():
         if name in kept:
+            yield kept[name]
             continue
         start = {"part": part, "device": device, "case": name}
         try:
@@ -130,7 +130,19 @@ def still_true(before: dict | None, device: str) -> list[dict]:
     if before is None or now["commit"] == "unknown" or now["commit"].endswith("+changes"):
         return []
     same = {**before["environment"], "command": now["command"], "date": now["date"]} == now
+    same = same and _effort(before["environment"]["command"]) == _effort(now["command"])
     return [row for row in before["rows"] if same and "failed" not in row and "case" in row]
+
+
+def _effort(command: str) -> tuple[bool, str]:
+    """Whether --quick, and the --repeats, of a command."""
+    words = f"{command} ".replace("=", " ").partition("--repeats ")[2].split()
+    return "--quick" in command.split(), words[0] if words else ""
+
+
+def with_kept(rows: list[dict], kept: list[dict]) -> list[dict]:
+    """rows, and those of ``kept`` that have not come yet: whatever ends this, what was measured stays."""
+    return rows + [row for row in kept if row not in rows]
 
 
 def failures(rows: list[dict]) -> list[str]:

@@ -181,7 +181,7 @@ def main() -> None:
         cases = PARTS[part](args.device, args.quick, 5 if args.quick else args.repeats, *only)
         for row in measure.each(part, args.device, *cases, kept):
             rows.append(row)
-            save(path, args.device, part, rows)  # whatever ends this, what was measured stays
+            save(path, args.device, part, measure.with_kept(rows, kept))
         failures += measure.failures(rows)
     measure.exit_if(failures)
 

@@ -292,7 +292,7 @@ class AlphaControl:
         for kind, record in self._records.items():
             record.load_state_dict(records[_SIDES[kind][0]])
         self._apply()
-        others = [name for name in _SETTINGS if before[name] not in (now[name], unset[name])]
+        others = [name for name in _SETTINGS if before[name] != now[name] and before != unset]
         if others:
             changed = ", ".join(f"{name}={settings[name]!r} instead of {given[name]!r}" for name in others)
             warnings.warn(f"this AlphaControl has the settings of the state that was loaded: {changed}. For its own, "

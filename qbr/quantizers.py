@@ -350,7 +350,8 @@ class LSQQuantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if alpha is not None and not alpha.is_meta:
             self._made_on_meta = False
-            if init_state is None and not self.init_state.is_meta:  # parameters alone: steps that were learned
+            learned = init_state is None and bool((alpha.float() != self.initial_alpha).any())
+            if learned and not self.init_state.is_meta:  # parameters alone, and no placeholders
                 self.init_state.fill_(1)
                 self._initialised, self._unconfirmed = True, False
                 quantizer_state.warn_of(self.spec, self.init_state, local_metadata)

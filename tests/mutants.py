@@ -247,7 +247,7 @@ MUTANTS = [
     Mutant("guard: a released step goes on in its old direction", GUARD,
            "torch._foreach_zero_(means)", "pass", "guard"),
     Mutant("state: parameters alone count as no step", QUANTIZERS,
-           "if init_state is None and not self.init_state.is_meta:", "if False:", "state"),
+           "if learned and not self.init_state.is_meta:", "if False:", "state"),
     Mutant("quantizers: what is refused sets a step", QUANTIZERS,
            "arguments.check(x, self.alpha, self.spec, relu, clip)", "pass", "quantizers"),
     Mutant("control: other settings come in silence", CONTROL,

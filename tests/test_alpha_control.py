@@ -164,14 +164,16 @@ def test_state():
     fresh = AlphaControl()
     fresh.load_state_dict(state)
     asked = AlphaControl(freeze_weights=True, freeze_acts=True, warmup_epochs=5)
-    with pytest.warns(UserWarning, match="freeze_acts=False instead of True, warmup_epochs=3 instead of 5"):
+    with pytest.warns(UserWarning, match="freeze_acts=False instead of True, .*warmup_epochs=3 instead of 5"):
         asked.load_state_dict(state)
     assert asked.state_dict() == state
-    same = AlphaControl(qbr.Freeze(), br_to_alpha_acts=(1.0, "scaled"))
+    same = AlphaControl(qbr.Freeze(), br_to_alpha_acts=(1.0, "scaled"), warmup_epochs=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same.load_state_dict(AlphaControl(True, br_to_alpha_acts="scaled", warmup_epochs=2).state_dict())
-    assert same.warmup_epochs == 2
+    assert same.freeze_weights is True
+    with pytest.warns(UserWarning, match="freeze_weights=True instead of False"):
+        AlphaControl.strategy("S2", warmup_epochs=2).load_state_dict(AlphaControl.strategy("S1").state_dict())
     assert fresh.attach(_model()).br_active
     with pytest.raises(ValueError, match="keys"):
         other.load_state_dict({"epoch": 1})

@@ -60,6 +60,37 @@ def test_a_part_that_was_stopped_goes_on_where_it_stopped(tmp_path, monkeypatch,
     assert (rows[0]["times"]["fwd"]["median_s"] == 1) == (commit == "abc")
 
 
+def test_a_drop_in_that_is_stopped_again_loses_nothing_and_mixes_nothing(tmp_path, monkeypatch):
+    import drop_in
+    import measure
+    import steps
+
+    def tensor_row(device, size, bits, repeats):
+        if bits in failing:
+            raise failing[bits]
+        return {"bits": bits, "times": {}, "n": repeats}
+
+    failing = {4: RuntimeError("now and then")}
+    monkeypatch.setattr(measure, "_git", lambda *_: "")
+    monkeypatch.setattr(measure.sources, "commit", lambda: "abc")
+    monkeypatch.setattr(steps, "row", lambda device, batch, repeats, kinds: {"times": {}, "n": repeats})
+    monkeypatch.setattr(drop_in, "tensor_row", tensor_row)
+    path = tmp_path / "drop_in.json"
+    monkeypatch.setattr(sys, "argv", ["drop_in.py", "--device", "cpu", "--resume", "--output", str(path)])
+    with pytest.raises(SystemExit, match="now and then"):
+        drop_in.main()
+    failing = {4: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        drop_in.main()
+    assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["24 2", "32"]
+    failing = {}
+    drop_in.main()
+    assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["24 2", "24 4", "32"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--repeats", "5"])
+    drop_in.main()
+    assert {row["n"] for row in json.loads(path.read_text())["rows"]} == {5}
+
+
 def test_a_step_that_fails_costs_the_drop_in_no_tensor(tmp_path, monkeypatch):
     import drop_in
     import steps

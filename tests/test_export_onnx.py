@@ -363,3 +363,13 @@ def test_quantize_linear_divides_as_qbr_does(type_name, spec, tmp_path):
         multiplied = (x * (1 / alpha)).clamp(spec.qn, spec.qp).round()
         different += int((multiplied != expected).sum())
     assert different > 0
+
+
+def test_an_average_is_compared_by_its_codes_too(tmp_path):
+    model = qbr.prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), QATConfig(2, 4))
+    x = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    qbr.calibrate(model, [x])
+    average = torch.optim.swa_utils.AveragedModel(model).eval()
+    to_onnx(average, x, tmp_path / "average.onnx")
+    found = compare(average, tmp_path / "average.onnx", x)
+    assert found.codes and not found.missed

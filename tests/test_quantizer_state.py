@@ -396,6 +396,9 @@ def test_parameters_alone_bring_steps_that_stay():
         other(_x())
     assert _alphas(other) == _alphas(model)
     assert all(quantizer.initialised and quantizer.init_state == 1 for quantizer in quantizers(other).values())
+    other = _model()
+    other.load_state_dict(dict(_model().named_parameters()), strict=False)  # placeholders, which data replace
+    assert not any(quantizer.initialised for quantizer in quantizers(other).values())
     state = model.state_dict()
     for name in [name for name in state if name.endswith("init_state")]:
         del state[name]

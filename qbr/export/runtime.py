@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qbr import functional
 from qbr.export.optional import need
 from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
+from qbr.running import unwrapped
 
 # Rewrites of onnxruntime after which other numbers come out: a bias rounded to a grid of its own; BatchNorm, scales
 # and sums moved into weights.
@@ -143,6 +144,7 @@ def compare(
             whose first output has another shape than the file's.
     """
     require_quantizers(model)
+    model = unwrapped(model)  # as to_onnx, which names the file's nodes
     onnx = need("onnx")
     args = tuple(example) if isinstance(example, (tuple, list)) else () if isinstance(example, Mapping) else (example,)
     kwargs = dict(example) if isinstance(example, Mapping) else {}

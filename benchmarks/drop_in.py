@@ -93,11 +93,11 @@ def main() -> None:
         "step": ([(args.batch,)], lambda batch: steps.row(args.device, batch, repeats, kinds)),
     }
     before = json.loads(path.read_text()) if args.resume and path.exists() else None
-    rows, kept = [], measure.still_true(before, args.device)
+    rows, kept = [], measure.still_true(before, args.device, repeats)
     for part in parts if args.part == "all" else [args.part]:
-        for row in measure.each(part, args.device, *parts[part], [row for row in kept if row["part"] == part]):
+        for row in measure.each(part, args.device, *parts[part], kept):
             rows.append(row)
-            measure.save(path, args.device, measure.with_kept(rows, kept))
+            measure.save(path, args.device, measure.with_kept(rows, kept), repeats=repeats)
     measure.exit_if(measure.failures(rows))
 
 

@@ -26,7 +26,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from experiments.cifar10.data import recognise  # noqa: E402
 from experiments.cifar10.files import UserError, write_json  # noqa: E402
 from experiments.cifar10.sources import commit  # noqa: E402
 
@@ -43,6 +42,8 @@ sys.exit(any(found[name][sys.argv[1]] for name in (("native", "triton") if sys.a
 """
 # The tests marked gpu in three commands: a part that ended well is not run again.
 BACKENDS = {"native": "native", "triton": "triton", "others": "not native and not triton"}
+# Triton compiles nearly every example of the property tests anew: minutes in one process with all of them.
+FEW = {"triton": ["env", "QBR_PROPERTIES=few"]}
 COMPILED = "resnet18-w2a2"  # the one pair of runs of a rehearsal on the CPU that is compiled, too
 # What such a rehearsal adds to the flags of each script.
 SMALL = {"cifar10_baseline": ["--epochs", "1"], "cifar10_qat_br": ["--warmup-epochs", "1", "--qat-epochs", "2"]}
@@ -69,11 +70,8 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
     # A file that needs a package which is not there is an error, and the other files run.
     parity = [PY, "-m", "pytest", "-q", "-rs", *several, "--continue-on-collection-errors", *files, "--junitxml"]
     marks = {"native": ["-k", "native-cpu and w2"]}
-    few: list[str] = []
     if on_gpu:
         marks = {backend: ["-m", "gpu", "-k", which] for backend, which in BACKENDS.items()}
-        # Triton compiles nearly every example of the property tests anew: minutes in one process with all of them.
-        few = ["env", "QBR_PROPERTIES=few"]
     trained = training(out, on_gpu, data)
     sanitizer = shutil.which("compute-sanitizer") or f"{CUDA}/bin/compute-sanitizer"
     checked = [PY, "benchmarks/sanitize.py", "--device", device]
@@ -86,7 +84,7 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
     return {
         "build": [[PY, "-c", BUILD, device]],
         "parity": [
-            [*(few if backend == "triton" else []), *parity, str(out / f"parity-{backend}.xml"), *mark]
+            [*FEW.get(backend, []), *parity, str(out / f"parity-{backend}.xml"), *mark]
             for backend, mark in marks.items()
         ],
         "benchmarks": [
@@ -221,10 +219,13 @@ def main() -> None:
     unknown = set(args.only or ()) - plan.keys()
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(plan)}")
-    try:  # found now, and not after what comes before the training
-        args.data and recognise(args.data)
-    except UserError as error:
-        parser.error(str(error))
+    if args.data:  # looked at now, and not after what comes before the training
+        from experiments.cifar10.data import recognise  # imports torch
+
+        try:
+            recognise(args.data)
+        except UserError as error:
+            parser.error(str(error))
     about = {"commit": commit() or "unknown", "device": args.device}
     if about["commit"] == "unknown":
         print("without git no result tells its commit: set QBR_COMMIT, to another after every change", flush=True)

@@ -110,7 +110,7 @@ def each(
     part: str, device: str, cases: Iterable[tuple], measured: Callable[..., dict], kept: Iterable[dict] = ()
 ) -> Iterator[dict]:
     """A row of every case, from ``kept`` where it is there; of one that fails, why, so that the others are not lost."""
-    kept = {row["case"]: row for row in kept}
+    kept = {row["case"]: row for row in kept if row["part"] == part}
     named = {" ".join(str(getattr(word, "name", word)) for word in case): case for case in cases}
     for name, case in named.items():
         if name in kept:
@@ -124,20 +124,13 @@ def each(
             yield {**start, "failed": f"{type(error).__name__}: {error}", "times": {}}
 
 
-def still_true(before: dict | None, device: str) -> list[dict]:
+def still_true(before: dict | None, device: str, repeats: int) -> list[dict]:
     """The rows of an earlier {environment, rows} that did not fail; none unless all but command and day is the same."""
-    now = environment(device)
+    now = environment(device, repeats=repeats)
     if before is None or now["commit"] == "unknown" or now["commit"].endswith("+changes"):
         return []
     same = {**before["environment"], "command": now["command"], "date": now["date"]} == now
-    same = same and _effort(before["environment"]["command"]) == _effort(now["command"])
     return [row for row in before["rows"] if same and "failed" not in row and "case" in row]
-
-
-def _effort(command: str) -> tuple[bool, str]:
-    """Whether --quick, and the --repeats, of a command."""
-    words = f"{command} ".replace("=", " ").partition("--repeats ")[2].split()
-    return "--quick" in command.split(), words[0] if words else ""
 
 
 def with_kept(rows: list[dict], kept: list[dict]) -> list[dict]:
@@ -155,8 +148,8 @@ def exit_if(failed: list[str]) -> None:
         sys.exit("these cases failed:\n" + "\n".join(failed))
 
 
-def environment(device: str) -> dict:
-    """What a figure means nothing without: command, versions, hardware, threads, commit."""
+def environment(device: str, **facts) -> dict:
+    """What a figure means nothing without: command, versions, hardware, threads, commit; and ``facts``."""
     if device == "cuda":
         hardware = torch.cuda.get_device_name()
     else:
@@ -174,6 +167,7 @@ def environment(device: str) -> dict:
         "torch": torch.__version__,
         **(_versions_for_cuda() if device == "cuda" else {}),
         "qbr": qbr.__version__,
+        **facts,
     }
 
 
@@ -189,10 +183,10 @@ def _versions_for_cuda() -> dict[str, str | None]:
     return {"cuda": torch.version.cuda, "triton": triton, "driver": driver.strip() or None}
 
 
-def save(path: Path, device: str, rows: list[dict]) -> None:
+def save(path: Path, device: str, rows: list[dict], **facts) -> None:
     """Write {environment, rows} as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
+    write(path, json.dumps({"environment": environment(device, **facts), "rows": rows}, indent=1) + "\n")
     print(f"wrote {os.path.relpath(path)}")
 
 

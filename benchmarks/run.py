@@ -141,10 +141,10 @@ PARTS = {
 }
 
 
-def save(path: Path, device: str, part: str, rows: list[dict]) -> None:
+def save(path: Path, device: str, part: str, rows: list[dict], repeats: int) -> None:
     """Replace one part of the JSON file, and write its flat figures as CSV beside it."""
     parts = json.loads(path.read_text()) if path.exists() else {}
-    parts[part] = {"environment": measure.environment(device), "rows": rows}
+    parts[part] = {"environment": measure.environment(device, repeats=repeats), "rows": rows}
     measure.write(path, json.dumps(parts, indent=1) + "\n")
     flat = [
         {**{k: v for k, v in row.items() if not isinstance(v, dict)}, "run": name, **r}
@@ -172,16 +172,16 @@ def main() -> None:
     name = f"run-{args.device}{'-quick' if args.quick else ''}.json"
     path = args.output or measure.ROOT / "benchmarks/results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    failures = []
+    failures, repeats = [], 5 if args.quick else args.repeats
     for part in args.part:
         print(f"# {part}", flush=True)
         only = (args.log2_size,) if part == "kernels" else ()
         before = json.loads(path.read_text()).get(part) if args.resume and path.exists() else None
-        rows, kept = [], measure.still_true(before, args.device)
-        cases = PARTS[part](args.device, args.quick, 5 if args.quick else args.repeats, *only)
+        rows, kept = [], measure.still_true(before, args.device, repeats)
+        cases = PARTS[part](args.device, args.quick, repeats, *only)
         for row in measure.each(part, args.device, *cases, kept):
             rows.append(row)
-            save(path, args.device, part, measure.with_kept(rows, kept))
+            save(path, args.device, part, measure.with_kept(rows, kept), repeats)
         failures += measure.failures(rows)
     measure.exit_if(failures)
 

@@ -261,7 +261,7 @@ class AlphaControl:
         version without steps and convergences loads, too.
 
         Warns:
-            UserWarning: where this control was made with other settings, which the state's replace.
+            UserWarning: where this control has settings that are not the defaults, and the state's are others.
 
         Raises:
             ValueError, TypeError: for a state that is not AlphaControl's; nothing has changed then.
@@ -287,13 +287,13 @@ class AlphaControl:
         given = {name: getattr(self, name) for name in _SETTINGS}
         before, unset = self._meant(), AlphaControl()._meant()
         self._set(**settings)
-        now = self._meant()
         self._epoch, self._step, self._begun = state["epoch"], state.get("step", 0), True
         for kind, record in self._records.items():
             record.load_state_dict(records[_SIDES[kind][0]])
         self._apply()
-        others = [name for name in _SETTINGS if before[name] != now[name] and before != unset]
-        if others:
+        now = self._meant()
+        others = [name for name in _SETTINGS if before[name] != now[name]]
+        if others and before != unset:
             changed = ", ".join(f"{name}={settings[name]!r} instead of {given[name]!r}" for name in others)
             warnings.warn(f"this AlphaControl has the settings of the state that was loaded: {changed}. For its own, "
                           "load no control's state, and call begin_epoch", stacklevel=2)  # fmt: skip

@@ -81,10 +81,14 @@ def check_step(alpha: float, argument: str) -> float:
     """alpha as a float, if it is positive and finite in float32."""
     if not is_number(alpha):
         raise TypeError(f"{argument}={alpha!r}: expected a number")
-    limits = torch.finfo(torch.float32)
-    if not limits.tiny * limits.eps <= alpha <= limits.max:
+    if not _in_range(alpha, torch.float32):
         raise ValueError(f"{argument}={alpha}: expected a positive, finite step size, in float32's range")
     return float(alpha)
+
+
+def _in_range(alpha: float, dtype: torch.dtype) -> bool:
+    limits = torch.finfo(dtype)
+    return limits.tiny * limits.eps <= alpha <= limits.max
 
 
 def usable(steps: Tensor) -> Tensor:
@@ -105,8 +109,7 @@ def check_alpha(alpha, x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     if not isinstance(alpha, Tensor):
         if not is_number(alpha):
             raise TypeError(f"alpha={alpha!r}: expected a number, or a tensor of one step or one per channel")
-        limits = torch.finfo(dtype)
-        if not limits.tiny * limits.eps <= alpha <= limits.max:
+        if not _in_range(alpha, dtype):
             raise ValueError(f"alpha={alpha}: expected a positive, finite step size, in {dtype}'s range")
         return torch.full((channels,), float(alpha), dtype=dtype, device=x.device)
     if alpha.numel() != channels:

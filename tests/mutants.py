@@ -251,7 +251,7 @@ MUTANTS = [
     Mutant("quantizers: what is refused sets a step", QUANTIZERS,
            "arguments.check(x, self.alpha, self.spec, relu, clip)", "pass", "quantizers"),
     Mutant("control: other settings come in silence", CONTROL,
-           "        if others:\n", "        if False:\n", "control"),
+           "        if others and before != unset:\n", "        if False:\n", "control"),
     Mutant("state: unusable data count", QUANTIZERS,
            "torch.maximum(self.init_state, usable.any().to(self.init_state))", "torch.ones_like(self.init_state)",
            "state"),

@@ -430,3 +430,19 @@ def test_another_forward_leaves_the_losses_of_a_training_forward(mode):
     assert [loss.item() for loss in found[:2]] == expected and found.weights.requires_grad
     with pytest.warns(UserWarning, match="nothing was collected"):
         assert qbr.bin_loss(model).weights == 0
+
+
+def test_a_kth_of_every_accumulated_batch_s_br_is_one_br():
+    torch.manual_seed(0)
+    model = qbr.prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), qbr.QATConfig(2, 2))
+    batches = torch.randn(4, 5, 6)
+    qbr.calibrate(model, list(batches))
+
+    def gradient(count: int, share: float) -> torch.Tensor:
+        model.zero_grad()
+        for batch in batches[:count]:
+            model(batch)
+            (share * qbr.bin_loss(model).weights).backward()
+        return model[0].weight.grad.clone()
+
+    assert torch.equal(gradient(4, 0.25), gradient(1, 1.0))

@@ -195,7 +195,10 @@ class AlphaControl:
 
     def _apply(self) -> None:
         frozen = self._frozen()
+        plans = [record.plan for record in self._records.values() if record.plan is not None]
+        awaits_epoch = not self._begun and (self.warmup_epochs > 0 or any(plan.by_epoch for plan in plans))
         for quantizer in self._quantizers:
+            quantizer.awaits_epoch = awaits_epoch
             quantizer.collecting = self.br_active
             quantizer.br_to_alpha = getattr(self, _SIDES[quantizer.kind][2])
             quantizer.freeze(frozen[quantizer.kind])

@@ -69,6 +69,12 @@ class Freeze:
         """Whether it needs to know the step."""
         return self.step is not None or self.release_step is not None
 
+    @property
+    def by_epoch(self) -> bool:
+        """Whether it needs to know the epoch, be it to look at the model when one begins."""
+        moments = (self.epoch, self.tolerance, self.release_epoch, self.release_tolerance)
+        return any(moment is not None for moment in moments)
+
 
 torch.serialization.add_safe_globals([Freeze])  # plain values: checkpoints that keep their arguments load
 

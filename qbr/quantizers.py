@@ -54,6 +54,7 @@ class LSQQuantizer(nn.Module):
             or not finite, which an optimizer's step notices: the next training forward then tries again.
         collecting: whether a training forward with gradients keeps its bin loss for ``qbr.bin_loss(model)``; None,
             which counts as no, until prepare() or an AlphaControl decides.
+        awaits_epoch: whether an AlphaControl that goes by epochs has been told of none yet; bin_loss() warns of it.
         br_to_alpha: how much of that loss's gradient reaches alpha: False, True, a fraction from 0 to 1, "scaled" or
             (fraction, "scaled"), as in functional.bin_loss. A frozen alpha has none.
         regularizer: which loss that is: "br" or "dampening".
@@ -85,6 +86,7 @@ class LSQQuantizer(nn.Module):
         self.spec = spec
         self.kind = kind
         self.collecting: bool | None = None
+        self.awaits_epoch = False
         self.br_to_alpha: ToAlpha = False
         self.regularizer = "br"
         self.frozen = False

@@ -40,6 +40,10 @@ _NOTHING_COLLECTED = (
     "bin_loss(model): nothing was collected, and both losses are 0: call it after each training forward, with "
     "gradients, and before the optimizer's step"
 )
+_NO_EPOCH = (
+    "bin_loss(model): the AlphaControl of this model goes by epochs, and none has begun, so that it stays as in epoch 1: "
+    "call control.begin_epoch(epoch) when each epoch begins"
+)
 
 
 class ModelBinLoss(NamedTuple):
@@ -100,9 +104,12 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False, skip: Sequence[str]
             layers[_call_name(layer, first + call * steps[layer])] = entry
             if name not in skipped:
                 losses[quantizer.kind].append(entry.loss)
-    if not layers and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        if any(quantizer.collecting and quantizer.training for quantizer in found.values()):
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        training = [quantizer for quantizer in found.values() if quantizer.training]
+        if not layers and any(quantizer.collecting for quantizer in training):
             warnings.warn(_NOTHING_COLLECTED, stacklevel=2)
+        if any(quantizer.awaits_epoch for quantizer in training):
+            warnings.warn(_NO_EPOCH, stacklevel=2)
     device = next(iter(found.values())).alpha.device
     return ModelBinLoss(
         _sum(losses["weight"], device), _sum(losses["activation"], device), dict(zip(layers, _fixed(layers.values())))

@@ -124,7 +124,7 @@ class CSVWriter:
                 raise ValueError(no_such)
             kept = ""
         else:
-            if rows[0][:1] != ["step"] or not all(row[:1] and row[0].lstrip("-").isdigit() for row in rows[1:]):
+            if rows[0][:1] != ["step"] or not all(row[:1] and row[0].isdigit() for row in rows[1:]):
                 raise ValueError(no_such)
             self._header = rows[0]
             kept = "".join(_line(row) for row in rows[1:] if purge_step is None or int(row[0]) < purge_step)

@@ -248,6 +248,27 @@ def test_alphas_of_named_layers_have_an_lr_of_their_own():
         qbr.parameter_groups(model, **rates, alpha_lr_overrides=0.1)
 
 
+@pytest.mark.parametrize(
+    "settings, warns",
+    [({}, False), ({"freeze_acts": True}, False), ({"warmup_epochs": 2}, True),
+     ({"freeze_weights": qbr.Freeze(epoch=3)}, True), ({"freeze_acts": qbr.Freeze(step=3)}, False)],
+)  # fmt: skip
+def test_a_control_that_no_epoch_begins_is_told(settings, warns):
+    model = _model()
+    control = AlphaControl(**settings).attach(model)
+
+    def messages() -> list[str]:
+        model(_data()).sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            qbr.bin_loss(model)
+        return [str(each.message) for each in caught]
+
+    assert [("begin_epoch" in each) for each in messages()] == [True] * warns
+    control.begin_epoch(1)
+    assert not messages()
+
+
 def test_going_back_to_warm_up_drops_what_was_collected():
     """A forward's bin loss is of the phase it ran in: none is left for an epoch that collects none."""
     model = _model()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +68,7 @@ class AlphaControl:
         )
 
     @classmethod
-    def strategy(cls, name: str, **settings) -> AlphaControl:
+    def strategy(cls, name: str, **settings: Any) -> AlphaControl:
         """A strategy of the BR paper by its name.
 
             "S1": LSQ alone finds the steps in warm-up; then they are frozen on both sides, and weights and activations
@@ -251,7 +252,7 @@ class AlphaControl:
             moved = "no" if moved == "no" else "no (freeze wins)"
         return side, "no (frozen)" if frozen else "yes", moved, "yes" if after_warmup else "no"
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """The settings, the epoch, the step, and what convergences remember; plain values, also for JSON. A Freeze is a
         dict in it."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
@@ -259,7 +260,7 @@ class AlphaControl:
         records = {_SIDES[kind][0]: record.state_dict() for kind, record in self._records.items()}
         return {**settings, "epoch": self._epoch, "step": self._step, "convergence": records}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict() gave, settings included, and apply it if a model is attached. The state of a
         version without steps and convergences loads, too.
 

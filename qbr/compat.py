@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qbr.layers import QuantizedClippedReLU, clipped_relu
 
@@ -74,20 +75,20 @@ class ActivationHookManager:
             raise TypeError(f"layer_names={layer_names!r}: expected a list of names")
         if isinstance(target_modules, type):
             raise TypeError(f"target_modules={target_modules.__name__}: expected a list of module types")
-        self.target_modules = (nn.ReLU, nn.ReLU6) if target_modules is None else tuple(target_modules)
-        self.layer_names = None if layer_names is None else list(layer_names)
+        self.target_modules: tuple[type, ...] = (nn.ReLU, nn.ReLU6) if target_modules is None else tuple(target_modules)
+        self.layer_names: list[str] | None = None if layer_names is None else list(layer_names)
         self.exclude_first_last = exclude_first_last
         self.detach_activations = detach_activations
-        self.training = True
+        self.training: bool = True
         self.activations: dict[str, Tensor] = {}
         self._inputs: dict[str, tuple[Tensor, float | None]] = {}
         self._calls: dict[str, int] = {}
         matches = self._matches()
         if exclude_first_last and len(matches) > 2:
             matches = matches[1:-1]
-        self.registered_layers = [name for name, _ in matches]
+        self.registered_layers: list[str] = [name for name, _ in matches]
         self._inside = False  # whether a forward of model is running
-        self.hooks = [model.register_forward_pre_hook(self._around(True))]
+        self.hooks: list[RemovableHandle] = [model.register_forward_pre_hook(self._around(True))]
         self.hooks.append(model.register_forward_hook(self._around(False), always_call=True))
         for name, module in matches:
             self.hooks.append(module.register_forward_hook(self._keep(name, module), with_kwargs=True))
@@ -160,6 +161,6 @@ class ActivationHookManager:
     def __enter__(self) -> ActivationHookManager:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove_hooks()
         self.clear_activations()

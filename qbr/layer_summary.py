@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class _Values(NamedTuple):
 
 
 @torch.no_grad()
-def summary(model: nn.Module, *inputs) -> Summary:
+def summary(model: nn.Module, *inputs: Any) -> Summary:
     """Bits, steps, bins used, clipped share and distance to the levels, layer by layer; print it.
 
     Weights are looked at as they are now, in one pass. Activations are those of ``model(*inputs)`` in eval mode;

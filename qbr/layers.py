@@ -5,9 +5,12 @@ Their forwards' argument is called ``input``, as torch.nn's is: models may pass 
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.types import Device
 from torch.utils.weak import TensorWeakRef
 
 from qbr.arguments import check_clip
@@ -40,7 +43,7 @@ class _QuantizedConv(_QuantizedWeight):
 
 
 class _NumBits(_QuantizedWeight):
-    def __init__(self, *args, num_bits: int = 2, **options) -> None:
+    def __init__(self, *args: Any, num_bits: int = 2, **options: Any) -> None:
         super().__init__(*args, **options)
         self.weight_quantizer: LSQQuantizer = LSQ_WeightQuantizer(num_bits, device=self.weight.device)
 
@@ -54,8 +57,11 @@ class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
     """
 
     def __init__(
-        self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True,
-        num_bits: int = 2, *, padding_mode: str = "zeros", device=None, dtype=None,
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = True, num_bits: int = 2, *,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros", device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
@@ -94,8 +100,9 @@ class QuantizedLinear(_QuantizedWeight, nn.Linear):
     """
 
     def __init__(
-        self, in_features, out_features, bias=True, num_bits: int = 2, *, device=None, dtype=None
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, num_bits: int = 2, *, device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype)
         self.weight_quantizer: LSQQuantizer = LSQ_WeightQuantizer(num_bits, device=device)
 
@@ -169,7 +176,7 @@ class QuantizedTransformerDecoderLayer(nn.TransformerDecoderLayer):
     torch's own, copied or unpickled, puts a functional relu in the place of such a module.
     """
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
 
 
@@ -190,19 +197,22 @@ class QuantizedClippedReLU(Counted, nn.Module):
 
     def __init__(
         self, clip_value: float | None = None, num_bits: int = 2, *,
-        keep_pre_quant_activation: bool = False, device=None,
+        keep_pre_quant_activation: bool = False, device: Device = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.set_up(clip_value, num_bits, keep_pre_quant_activation, device)
 
-    def set_up(self, clip_value, num_bits, keep_pre_quant_activation=False, device=None, calls=1) -> None:
+    def set_up(
+        self, clip_value: float | None, num_bits: int, keep_pre_quant_activation: bool = False, device: Device = None,
+        calls: int = 1,
+    ) -> None:  # fmt: skip
         """What __init__ does beyond nn.Module's own, for a module that becomes a QuantizedClippedReLU.
 
         Args:
             calls: how many quantizers it has; qbr.calls.count_calls() has to tell it which call is which.
         """
-        self.clip_value = check_clip(clip_value, "clip_value")
-        self.keep_pre_quant_activation = check_flag(keep_pre_quant_activation, "keep_pre_quant_activation")
+        self.clip_value: float | None = check_clip(clip_value, "clip_value")
+        self.keep_pre_quant_activation: bool = check_flag(keep_pre_quant_activation, "keep_pre_quant_activation")
         self.quantizer: LSQQuantizer = LSQ_ActivationQuantizer(num_bits, clip_value, device=device)
         for name in call_names("quantizer", calls)[1:]:
             self.add_module(name, LSQ_ActivationQuantizer(num_bits, clip_value, device=device))
@@ -258,7 +268,7 @@ class QuantizedClippedReLU(Counted, nn.Module):
     def extra_repr(self) -> str:
         return f"clip_value={self.clip_value}"
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_input": None, "_kept": None}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ def parameter_groups(
     alpha_lr: float | None = None,
     act_alpha_lr: float | None = None,
     alpha_lr_overrides: Mapping[str, float] | None = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Groups for a torch.optim optimizer: everything else, and the alphas with no weight decay.
 
     Weight decay pulls a step size to 0, and Adam undoes LSQ's gradient scale, so that alpha wants a learning rate of

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from qbr import arguments, distributed, functional, grouping, quantizer_state, sketch, step_guard
 from qbr.arguments import check_bits, check_clip, check_step
@@ -71,28 +73,29 @@ class LSQQuantizer(nn.Module):
     init_state: Tensor
 
     def __init__(
-        self, spec: QuantSpec, kind: str, *, initial_alpha: float, channels: int = 1, device=None
+        self, spec: QuantSpec, kind: str, *, initial_alpha: float, channels: int = 1, device: Device = None
     ) -> None:
         super().__init__()
         if not isinstance(spec, QuantSpec):
             raise TypeError(f"spec={spec!r}: expected a qbr.QuantSpec")
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: expected 'weight' or 'activation'")
-        self.initial_alpha = check_step(initial_alpha, "initial_alpha")
+        self.initial_alpha: float = check_step(initial_alpha, "initial_alpha")
         if isinstance(channels, bool) or not isinstance(channels, int):
             raise TypeError(f"channels={channels!r}: expected an int, 1 or more")
         if channels < 1 or (channels > 1 and spec.channel_axis is None):
             raise ValueError(f"channels={channels} with spec.channel_axis={spec.channel_axis}: expected 1")
-        self.spec = spec
+        self.spec: QuantSpec = spec
         self.kind = kind
         self.collecting: bool | None = None
-        self.awaits_epoch = False
+        self.awaits_epoch: bool = False
         self.br_to_alpha: ToAlpha = False
-        self.regularizer = "br"
-        self.frozen = False
+        self.regularizer: str = "br"
+        self.frozen: bool = False
         self._learns = True  # alpha's requires_grad when it is not frozen
         self._set_requires_grad = True  # what freeze() has made of it
-        self.alpha = nn.Parameter(torch.full((channels,), self.initial_alpha, dtype=torch.float32, device=device))
+        steps = torch.full((channels,), self.initial_alpha, dtype=torch.float32, device=device)
+        self.alpha: nn.Parameter = nn.Parameter(steps)
         self.register_buffer("init_state", torch.zeros(1, dtype=torch.float32, device=device))
         self._made_on_meta = self.alpha.is_meta
         # init_state's value on the host: reading the buffer in forward would wait for the device.
@@ -100,8 +103,8 @@ class LSQQuantizer(nn.Module):
         self._unconfirmed = False  # whether a forward has tried to set alpha, and nobody has read whether it could
         self._tries = 0
         self._retained: list[BinLoss] = []
-        self.observer = None
-        self.alone = False
+        self.observer: Any = None
+        self.alone: bool = False
         self._ready: grouping.Ready | None = None
         self._ready_used = False
         self._saved_elsewhere = False
@@ -361,14 +364,14 @@ class LSQQuantizer(nn.Module):
             self._initialised, self._unconfirmed, self._tries = bool((init_state != 0).all()), False, 0
             quantizer_state.warn_of(self.spec, init_state, local_metadata)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # Collected losses are part of a graph, and an observer is of one model: neither deepcopy nor pickle takes them.
         return {**super().__getstate__(), "_retained": [], "_ready": None, "observer": None, "_alpha_in_graph": ()}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = {"frozen": False, "_learns": True, "_saved_elsewhere": False, "_alpha_in_graph": (),
                     "_set_requires_grad": state["_parameters"]["alpha"].requires_grad,
-                    "_unconfirmed": False, "_tries": 0, "_made_on_meta": False}  # fmt: skip
+                    "_unconfirmed": False, "_tries": 0, "awaits_epoch": False, "_made_on_meta": False}  # fmt: skip
         super().__setstate__({**defaults, **state})
         step_guard.register(self)
 
@@ -393,7 +396,10 @@ class LSQ_WeightQuantizer(LSQQuantizer):
         device: where alpha is made.
     """
 
-    def __init__(self, num_bits: int = 2, *, channel_axis: int | None = None, channels: int = 1, device=None) -> None:
+    def __init__(
+        self, num_bits: int = 2, *, channel_axis: int | None = None, channels: int = 1,
+        device: Device = None,
+    ) -> None:  # fmt: skip
         spec = QuantSpec(check_bits(num_bits, "num_bits"), signed=True, channel_axis=channel_axis)
         initial = 0.1 / max(abs(spec.qn), abs(spec.qp))
         super().__init__(spec, "weight", initial_alpha=initial, channels=channels, device=device)
@@ -414,7 +420,7 @@ class LSQ_ActivationQuantizer(LSQQuantizer):
     """
 
     def __init__(
-        self, num_bits: int = 2, clip_value: float | None = None, *, signed: bool = False, device=None
+        self, num_bits: int = 2, clip_value: float | None = None, *, signed: bool = False, device: Device = None
     ) -> None:
         spec = QuantSpec(check_bits(num_bits, "num_bits"), signed=signed)
         initial = (check_clip(clip_value, "clip_value") or 4.0) / max(spec.qp, 1)

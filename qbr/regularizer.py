@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from qbr.patterns import matches
 from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
 from qbr.spec import QuantSpec, ToAlpha, check_regularizer
 
+Alphas: TypeAlias = Mapping[str, Tensor | float]  # {layer: step size}
 # A quantizer of one of these names is reported as its layer, those of further calls and other tensors with a suffix.
 _OWNED = re.compile(r"(?:weight_)?quantizer(?:_(?P<call>\d+))?|(?P<tensor>input|memory|\w+_weight)_quantizer")
 _LAYER_KEYS = (
@@ -41,8 +42,8 @@ _NOTHING_COLLECTED = (
     "gradients, and before the optimizer's step"
 )
 _NO_EPOCH = (
-    "bin_loss(model): the AlphaControl of this model goes by epochs, and none has begun, so that it stays as in epoch 1: "
-    "call control.begin_epoch(epoch) when each epoch begins"
+    "bin_loss(model): the AlphaControl of this model goes by epochs, and none has begun, so that it stays as in epoch "
+    "1: call control.begin_epoch(epoch) when each epoch begins"
 )
 
 
@@ -316,8 +317,8 @@ class BinRegularizer:
         self.num_bits = num_bits
         self.signed = signed
         self.name = name
-        self.regularizer = check_regularizer(regularizer, "regularizer")
-        self.spec = QuantSpec(check_bits(num_bits, "num_bits"), signed=signed)
+        self.regularizer: str = check_regularizer(regularizer, "regularizer")
+        self.spec: QuantSpec = QuantSpec(check_bits(num_bits, "num_bits"), signed=signed)
 
     def __repr__(self) -> str:
         return f"BinRegularizer(num_bits={self.num_bits}, signed={self.signed}, name={self.name!r})"
@@ -355,7 +356,7 @@ class BinRegularizer:
         return loss, mse, var, LazyInfo(tuple(_INFO), load)
 
     def compute_total_loss(
-        self, weights_dict: Mapping[str, Tensor], alphas_dict: Mapping, backprop_to_alpha: ToAlpha = False
+        self, weights_dict: Mapping[str, Tensor], alphas_dict: Alphas, backprop_to_alpha: ToAlpha = False
     ) -> tuple[Tensor, LazyInfo]:
         """The sum of the layers' losses.
 
@@ -376,7 +377,7 @@ class BinRegularizer:
         tables = {name: each.bins for name, each in results.items()}
         return total, LazyInfo((*_TOTAL_INFO, "layer_losses"), lambda: _total_info(tables))
 
-    def get_bin_statistics(self, weights_dict: Mapping[str, Tensor], alphas_dict: Mapping) -> dict[str, dict]:
+    def get_bin_statistics(self, weights_dict: Mapping[str, Tensor], alphas_dict: Alphas) -> dict[str, dict[str, Any]]:
         """Each layer's bins, read with one synchronisation for all; lists have one entry per code, ascending.
 
         Returns:
@@ -395,7 +396,7 @@ class BinRegularizer:
             for name, m in zip(tables, metrics.read(list(tables.values())))
         }
 
-    def _bin_losses(self, weights_dict: Mapping[str, Tensor], alphas_dict: Mapping, to_alpha: ToAlpha):
+    def _bin_losses(self, weights_dict: Mapping[str, Tensor], alphas_dict: Alphas, to_alpha: ToAlpha):
         """{layer: BinLoss} of the layers that have an alpha, from one call of the backend."""
         named = list(_with_alphas(weights_dict, alphas_dict))
         tensors, alphas = [tensor for _, tensor, _ in named], [alpha for *_, alpha in named]
@@ -413,7 +414,7 @@ class BinRegularizer:
         return dict(zip([name for name, *_ in named], _fixed(results)))
 
 
-def _with_alphas(weights_dict: Mapping[str, Tensor], alphas_dict: Mapping):
+def _with_alphas(weights_dict: Mapping[str, Tensor], alphas_dict: Alphas):
     """(name, tensor, alpha) of the layers that have an alpha, under their own name or the one before '@'."""
     for name, weights in weights_dict.items():
         alpha = alphas_dict.get(name)

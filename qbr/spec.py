@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,7 @@ class QuantSpec:
         """The codes that can occur, ascending."""
         return (-1, 1) if self.binary else tuple(range(self.qn, self.qp + 1))
 
-    def channels(self, shape) -> int:
+    def channels(self, shape: Sequence[int]) -> int:
         """How many steps a tensor of this shape has."""
         return 1 if self.channel_axis is None else shape[self.channel_axis]
 

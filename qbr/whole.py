@@ -12,7 +12,7 @@ TEMPORARY = ".*.tmp"  # the names beside a file that a killed write leaves behin
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path beside ``path``; what the block writes there becomes ``path`` in one step, once it is on the disk.
 
     A reader, and a process that is killed at any moment, finds the old file or the new one. What a killed process
@@ -35,7 +35,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Call write(a path beside ``path``), within ``replacing``."""
     with replacing(path) as temporary:
         write(temporary)

@@ -9,12 +9,13 @@ import os
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from qbr.arguments import check_count
 from qbr.whole import write_whole
 
 
-def scalars(figures: Mapping[str, tuple]) -> dict[str, dict[str, float | None]]:
+def scalars(figures: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """{layer: {figure: number or None}}: what of {layer: NamedTuple} is one number."""
     return {
         layer: {name: v for name, v in row._asdict().items() if v is None or isinstance(v, Real)}
@@ -33,13 +34,13 @@ class TensorBoardWriter:
         prefix: goes before every tag.
     """
 
-    def __init__(self, board, prefix: str = "") -> None:
+    def __init__(self, board: Any, prefix: str = "") -> None:
         if not callable(getattr(board, "add_scalar", None)):
             raise TypeError(f"board={board!r}: expected a torch.utils.tensorboard.SummaryWriter, or its add_scalar")
-        self.board = board
+        self.board: Any = board
         self.prefix = prefix
 
-    def write(self, step: int, figures: Mapping[str, tuple]) -> None:
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """One point of every figure that has a value, at this epoch or step."""
         for layer, row in scalars(figures).items():
             for name, value in row.items():
@@ -65,17 +66,17 @@ class CSVWriter:
         ValueError: for a file that is no such CSV. FileNotFoundError: where its folder is not there.
     """
 
-    def __init__(self, path: str | os.PathLike, *, purge_step: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, purge_step: int | None = None) -> None:
         if purge_step is not None:
             check_count(purge_step, "purge_step", least=0)
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._header: list[str] | None = None
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"{self.path}: its folder is not there; make it first")
         if self.path.exists():
             self._take_up(purge_step)
 
-    def write(self, step: int, figures: Mapping[str, tuple]) -> None:
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """Append one row; a figure without a value is an empty cell. Figures without a layer, as ``bin_loss(model)``
         has them in warm-up, are no row.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 ONNX, PACKED, CHECKPOINT = "ONNX", "safetensors", "a checkpoint of torch.save"
 
 
-def kind_of(path: str | os.PathLike) -> str | None:
+def kind_of(path: str | os.PathLike[str]) -> str | None:
     """ONNX, PACKED, CHECKPOINT, or None for none of them; nothing of the file is run or trusted.
 
     Raises:
@@ -45,7 +45,7 @@ def check_output(path: Path, source: Path, suffixes: tuple[str, ...]) -> None:
                          "another file")  # fmt: skip
 
 
-def described(path: str | os.PathLike) -> str:
+def described(path: str | os.PathLike[str]) -> str:
     """What a file that is not of the expected kind seems to be, for a message."""
     kind = kind_of(path)
     if kind is not None:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class Inspection:
         return f"{self.kind}: {self.details}; {self.size:,} bytes\n{table}"
 
 
-def inspect(path: str | os.PathLike, **options) -> Inspection:
+def inspect(path: str | os.PathLike[str], **options: Any) -> Inspection:
     """What an ONNX file of ``to_onnx``, a packed file or a checkpoint holds. Nothing in it is run.
 
     Args:

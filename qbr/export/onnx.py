@@ -28,8 +28,8 @@ LARGEST_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GB
 
 def to_onnx(
     model: nn.Module,
-    example: Tensor | tuple | Mapping[str, Any],
-    path: str | os.PathLike,
+    example: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    path: str | os.PathLike[str],
     *,
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,

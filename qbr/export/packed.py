@@ -77,7 +77,7 @@ class Packed:
 
 def save_packed(
     model: nn.Module,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     config: QATConfig | None = None,
     float_dtype: torch.dtype | None = None,
@@ -125,7 +125,7 @@ def save_packed(
 
 
 def write_packed(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     state: Mapping[str, Tensor],
     weights: Mapping[str, tuple[str, Tensor]],
     specs: Mapping[str, QuantSpec],
@@ -188,7 +188,7 @@ def _check_kept(name: str, codes: Tensor, alpha: Tensor, spec: QuantSpec, dtype:
         raise ValueError(f"{name}: its levels cannot be told apart in {dtype}; pack the model in float32")
 
 
-def load_packed(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike) -> nn.Module:
+def load_packed(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
     """Load a packed file into a model, whose outputs in eval mode are then those of the saved one, to the bit.
 
     Weights become codes * alpha: the float weights that were trained are not in the file. Embeddings with
@@ -251,7 +251,7 @@ def _check_fits(model: nn.Module, packed: Packed, path) -> None:
                              f"{quantizer.spec} in the model")  # fmt: skip
 
 
-def read_packed(path: str | os.PathLike) -> Packed:
+def read_packed(path: str | os.PathLike[str]) -> Packed:
     """A packed file, every part of it checked.
 
     Raises:

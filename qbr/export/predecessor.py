@@ -83,7 +83,7 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     config: QATConfig | None = None,
     weight_bits: int | None = None,
@@ -142,7 +142,7 @@ def read_checkpoint(
     return checkpoint
 
 
-def convert_checkpoint(old: str | os.PathLike, new: str | os.PathLike, **options: Any) -> Path:
+def convert_checkpoint(old: str | os.PathLike[str], new: str | os.PathLike[str], **options: Any) -> Path:
     """Write a checkpoint as one of qbr's: packed weights for ``.safetensors``, else a checkpoint to train on from.
 
     The latter is a file of torch.save with plain values only, ``model_state_dict`` and ``config`` (QATConfig's

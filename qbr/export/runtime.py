@@ -27,7 +27,7 @@ TOO_OLD = "files with 2-bit types want onnxruntime 1.24 or newer, and with it Py
 _QUANTIZING = ("QuantizeLinear", "Where")  # what an activation's codes come from; Where: 1 bit, signed
 
 
-def session(path: str | os.PathLike, *, exact: bool = True, threads: int | None = None):
+def session(path: str | os.PathLike[str], *, exact: bool = True, threads: int | None = None) -> Any:
     """An onnxruntime.InferenceSession on the CPU.
 
     Args:
@@ -127,8 +127,9 @@ class Comparison:
 
 
 def compare(
-    model: nn.Module, path: str | os.PathLike, example: Tensor | tuple | Mapping[str, Any], *, exact: bool = True
-) -> Comparison:
+    model: nn.Module, path: str | os.PathLike[str], example: Tensor | tuple[Any, ...] | Mapping[str, Any], *,
+    exact: bool = True,
+) -> Comparison:  # fmt: skip
     """Run an exported file and the model it was made from on one batch.
 
     Args:

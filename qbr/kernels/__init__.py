@@ -125,7 +125,7 @@ def _choose(requested: str, device_type: str, dtype: torch.dtype) -> str:
     raise AssertionError("the reference backend runs everywhere")
 
 
-class BackendTable(dict):
+class BackendTable(dict[str, dict[str, str | None]]):
     """{backend: {device: None if it runs there, else what is missing and how to get it}}; prints as a table."""
 
     def __str__(self) -> str:

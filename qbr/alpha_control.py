@@ -75,6 +75,9 @@ class AlphaControl:
                   learn from the task loss and the bin loss.
             "S2": the steps go on learning from the task loss beside the bin loss.
 
+        The paper's bin loss is of weights: leave bin_loss(model).activations, the predecessor's addition, out of the
+        loss to have its own.
+
         Args:
             name: "S1" or "S2".
             settings: warmup_epochs, br_to_alpha_weights and br_to_alpha_acts, as in AlphaControl().

@@ -71,6 +71,40 @@ def test_figures_of_a_run(folder):
     assert "acts-only" not in study.by_row(results)
 
 
+def test_oscillation_is_of_all_epochs_with_br(folder):
+    """At the end lr is 0: the last epoch alone would tell the schedule."""
+    run = _run("lsq", 0)
+    run["epochs"].append({**run["epochs"][-1], "epoch": 4, "oscillation": {"oscillating": 0.01}})
+    assert study.figures({**run, "row": "lsq"})["oscillating"] == pytest.approx(2.0)
+
+
+def test_seeds_that_never_converge_leave_no_mean():
+    assert study_report._cell([3.0, None, 4.0], 1) == "2 of 3" and study_report._cell([3.0, 5.0], 1) == "4.0 ± 1.4"
+    assert study_report._cell([None, None], 1) == "" and study_report._cell([3.0], 1) == "3.0"
+
+
+def test_the_reports_command_has_the_seeds_and_rows_that_are_there(folder):
+    results = study.read(folder / "results.json")
+    assert study_report._command(results).endswith("--scale smoke --seeds 0 1 2 --rows lsq default freeze br-to-alpha")
+    results["seeds"] = [0, 1]
+    assert "--seeds" not in study_report._command(results)
+
+
+@pytest.mark.parametrize(
+    "options, title",
+    [
+        ({"lambda_br": 0.0}, "W2A2 with LSQ alone"),
+        ({"lambda_br": 1.0, "lambda_br_act": 0.1}, "W2A2 with LSQ and BR of weights and BR of activations"),
+        ({"lambda_br": 1.0, "regularizer": "dampening", "num_bits_first": 8, "num_bits_last": 2},
+         "W2A2 (first layer 8 bits) with LSQ and dampening of weights"),
+    ],
+)  # fmt: skip
+def test_a_runs_report_is_called_what_it_is(options, title):
+    report = importlib.import_module("cifar10.report")
+    options = {"num_bits_weight": 2, "num_bits_act": 2, "lambda_br_act": 0.0, **options}
+    assert report._what({"options": options}) == title
+
+
 def test_a_study_of_activations_alone_has_its_report(folder):
     for path in folder.glob("seed*/*/results.json"):
         run = study.read(path)

@@ -167,39 +167,13 @@ def test_how_far_br_will_pull_is_told(qat_flags, tmp_path, capsys, no_report):
     assert "dampening: strength" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_the_pull_of_br_is_that_of_the_formula(schedule):
-    """Under SGD, where BR is all of the loss, every bin moves as far as is told."""
-    import qbr
-
-    strength = importlib.import_module("cifar10.strength")
-    torch.manual_seed(0)
-    model = qbr.prepare(torch.nn.Sequential(torch.nn.Linear(64, 64)), qbr.QATConfig(act_bits=None))
-    model(torch.randn(2, 64))
-    steps, begin, lam, lr, momentum = 400, 100, 2.0, 0.1, 0.9
-    options = argparse.Namespace(
-        lr=lr, lambda_br=lam, momentum=momentum, regularizer="br", lr_schedule="cosine", lr_warmup=0.0,
-        lambda_br_schedule=schedule,
-    )  # fmt: skip
-    line = strength.expected_pull(model, options, begin, steps, ())
-    weight, quantizer = model[0].weight, model[0].weight_quantizer
-    quantizer.alpha.requires_grad_(False)
-    optimizer = torch.optim.SGD([weight], lr=lr, momentum=momentum)
-    optim = importlib.import_module("cifar10.optim")
-    at, rise = optim.factor("cosine", steps, 0.0), optim.rise(schedule, begin, steps)
-    start = qbr.functional.bin_loss(weight, quantizer.alpha.detach(), quantizer.spec)
-    for step in range(begin, steps):
-        optimizer.param_groups[0]["lr"] = lr * at(step)
-        optimizer.zero_grad()
-        model(torch.randn(2, 64))
-        (lam * (rise(step) if rise else 1) * qbr.bin_loss(model).weights).backward()
-        optimizer.step()
-    end = qbr.functional.bin_loss(weight, quantizer.alpha.detach(), quantizer.spec)
-    sizes = start.bins.counts
-    expected = -torch.expm1(-float(line.split("strength ")[1].split(":")[0]) / sizes)
-    moved = 1 - (end.bins.squares / start.bins.squares).sqrt()
-    assert torch.equal(end.bins.counts, sizes)
-    assert torch.allclose(moved[sizes > 0], expected[sizes > 0], rtol=0.15)  # momentum lags behind
+def test_what_bin_losses_add_to_the_loss_is_on_record(qat_flags, tmp_path, no_report):
+    rising = ["--lambda-br-schedule", "cosine", "--drop-last"]  # batches of one size: means over steps are over images
+    assert qat([*qat_flags, "--output-dir", str(tmp_path), *rising]) == 0
+    _, first, second = _results(tmp_path)["epochs"]
+    for epoch in (first, second):
+        assert epoch["loss"] == pytest.approx(epoch["ce"] + epoch["br_w_term"] + epoch["br_a_term"], rel=1e-5)
+    assert 0 < first["br_w_term"] < 0.5 * first["br_w"] and first["br_w_term"] < 0.5 * second["br_w_term"]
 
 
 def test_a_step_size_that_leaps_within_an_epoch_is_told(tmp_path, capsys):

@@ -145,8 +145,8 @@ class Trainer:
 
         Returns:
             loss, ce, train_acc (percent), lr (of the first step), images_per_second, train_seconds; while BR is
-            on also br_w, br_a (means over steps), br_w_start, br_w_end, br_a_start, br_a_end (first and last step)
-            and br_layers {layer: mean over steps}.
+            on also br_w, br_a (means over steps), br_w_start, br_w_end, br_a_start, br_a_end (first and last step),
+            br_w_term, br_a_term (what they add to the loss, means over steps) and br_layers {layer: mean over steps}.
 
         Raises:
             TrainingDiverged: on a NaN or infinity; the weights are those before the step that met it.
@@ -157,7 +157,7 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         failed_at = torch.full((), -1, device=self.device)
         totals = torch.zeros(3, device=self.device)
-        bins = _BinTotals()
+        bins = _BinTotals(torch.tensor([self.lambda_weights, self.lambda_acts], device=self.device))
         count = self.batches.count
         alphas_set = all(quantizer.initialised for quantizer in self._quantizers())
         title = f"epoch {epoch}/{self.epochs}"
@@ -175,7 +175,7 @@ class Trainer:
                 loss, ce = loss.detach(), ce.detach()
                 mine = len(y) if self.net is self.model else self.batches.size(step) / processes.world()
                 totals += torch.stack([loss * mine, ce * len(y), (logits.argmax(1) == y).sum()])
-                bins.add(bin_losses)
+                bins.add(bin_losses, self.rise)
                 bar.update(self.batches.size(step))
                 if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(self.batches):
                     self._stop_if(failed_at, epoch)
@@ -292,10 +292,11 @@ class Trainer:
 class _BinTotals:
     """BR's losses over an epoch, kept on the device until figures() reads them at once."""
 
-    def __init__(self) -> None:
-        self.steps, self.layers, self.total = 0, [], 0
+    def __init__(self, lambdas: Tensor) -> None:
+        self.lambdas = lambdas  # of weights, of activations
+        self.steps, self.layers, self.total, self.terms = 0, [], 0, 0
 
-    def add(self, bins: Any) -> None:
+    def add(self, bins: Any, rise: Tensor) -> None:
         if bins is None:
             return
         self.layers = list(bins.layers)
@@ -304,14 +305,17 @@ class _BinTotals:
         if self.steps == 0:
             self.first = self.last
         self.total = self.total + self.last
+        self.terms = self.terms + rise * self.lambdas * self.last[:2]
         self.steps += 1
 
     def figures(self) -> dict[str, Any]:
         if self.steps == 0:
             return {}
-        figures = torch.stack([self.total / self.steps, self.first, self.last])
-        mean, first, last = (processes.total(figures) / processes.world()).tolist()
+        rows = [self.total / self.steps, self.first, self.last, self.terms / self.steps]
+        read = (processes.total(torch.cat(rows)) / processes.world()).split([len(row) for row in rows])
+        mean, first, last, terms = (row.tolist() for row in read)
         figures = {"br_layers": dict(zip(self.layers, mean[2:]))}
         for index, side in enumerate(("br_w", "br_a")):
             figures.update({side: mean[index], f"{side}_start": first[index], f"{side}_end": last[index]})
+            figures[f"{side}_term"] = terms[index]
         return figures

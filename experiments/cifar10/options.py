@@ -21,9 +21,9 @@ FLOAT_BITS = 32
 _NOT_GIVEN = object()
 # What --quick changes, with the packed subset.
 QUICK_BASELINE = {"model": "resnet20", "epochs": 3, "batch_size": 64, "output_dir": Path("runs/quick-baseline")}
-# Two epochs of BR are 142 steps: lambda 1 would move a bin of 1,000 weights 2 % of the way to its level, 50 moves it
-# more than half. 2 * lambda * lr = 2 stays below 3.8, where a bin of one weight would start to oscillate (math:
-# qbr/kernels/README.md, "Strength"). BR_A is 8.5 here, over four times the cross-entropy, and gets a tenth.
+# Two epochs of BR are 142 steps: lambda 1 would move a bin of 1,000 weights 2 % of the way to its level, 40 moves it
+# half. 2 * lambda * lr <= 1.33, also with --recipe record's schedule, stays below 1.36, where a bin of one weight would
+# start to oscillate under its Nesterov momentum (strength.limit). BR_A is 8.5 here, over four times the cross-entropy.
 QUICK_QAT = {
     "model": "resnet20",
     "warmup_epochs": 1,
@@ -31,7 +31,7 @@ QUICK_QAT = {
     "batch_size": 64,
     "lr": 0.02,
     "alpha_init": "mse",
-    "lambda_br": 50.0,
+    "lambda_br": 40.0,
     "lambda_br_act": 0.1,
     "output_dir": Path("runs/quick"),
 }

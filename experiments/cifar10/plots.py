@@ -98,8 +98,9 @@ def losses(results: dict[str, Any]) -> Figure:
         share = 1 - options.get("distill", 0)  # the teacher's part is not on record
         terms = {"epochs": [_terms(epoch, options, share) for epoch in results["epochs"]]}
         _line(ax, terms, "ce", "cross-entropy" if share == 1 else f"{share:g} · cross-entropy", BLUE)
-        _line(ax, terms, "br_w", f"{options['lambda_br']:g} · BR_W", ORANGE)
-        _line(ax, terms, "br_a", f"{options['lambda_br_act']:g} · BR_A", GREEN)
+        rise = " · rise" if options.get("lambda_br_schedule", "constant") != "constant" else ""
+        _line(ax, terms, "br_w", f"{options['lambda_br']:g}{rise} · BR_W", ORANGE)
+        _line(ax, terms, "br_a", f"{options['lambda_br_act']:g}{rise} · BR_A", GREEN)
         _epochs_axis(ax, results)
         ax.set_yscale("log")
         plain_ticks(ax)
@@ -110,8 +111,9 @@ def losses(results: dict[str, Any]) -> Figure:
 
 def _terms(epoch: dict[str, Any], options: dict[str, Any], share: float) -> dict[str, Any]:
     strength = {"br_w": options["lambda_br"], "br_a": options["lambda_br_act"]}
-    # A term of 0 has no place on a logarithmic axis.
-    weighted = {key: factor * epoch[key] or None for key, factor in strength.items() if key in epoch}
+    # What older runs have no record of had constant lambdas. A term of 0 has no place on a logarithmic axis.
+    weighted = {key: epoch.get(f"{key}_term", factor * epoch[key]) or None
+                for key, factor in strength.items() if key in epoch}  # fmt: skip
     return {"epoch": epoch["epoch"], "ce": share * epoch["ce"] or None, **weighted}
 
 

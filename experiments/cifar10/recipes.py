@@ -37,8 +37,8 @@ BASELINE: dict[str, dict[str, Any]] = {
     "record": {**_RECORD, "epochs": 15, "lr": 0.4},
 }
 # Seven epochs of BR are 665 steps at a mean lr of 0.036: lambda 1 would move a bin of 1,000 weights a third of the way
-# to its level, 10 moves it all the way, and 2 * lambda * lr <= 1.5 stays below 3.8, where a bin of one weight starts to
-# oscillate (qbr/kernels/README.md, "Strength"). BR of activations has cost accuracy wherever it was measured.
+# to its level, 9 moves it all the way, and 2 * lambda * lr <= 1.31 stays below 1.36, where a bin of one weight starts
+# to oscillate under Nesterov's momentum (strength.limit). BR of activations has cost accuracy wherever it was measured.
 QAT: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {**_FAST, "lr": 0.04, "lr_alpha_act": 0.2, "lambda_br_act": 0.1, "alpha_init": "mse"},
@@ -50,7 +50,7 @@ QAT: dict[str, dict[str, Any]] = {
         "lr": 0.1,
         "lr_alpha": 0.02,
         "lr_alpha_act": 0.2,
-        "lambda_br": 10.0,
+        "lambda_br": 9.0,
         "lambda_br_act": 0.0,
         "freeze_weight_alpha_epoch": 6,
         "freeze_act_alpha_epoch": 10,

@@ -19,16 +19,19 @@ REMEDY = "name the --output-dir of a run"
 PLOTS = {
     "losses": "Cross-entropy, and what bin regularization adds to the training loss; means of each epoch.",
     "accuracy": "Accuracy per epoch. Test images are looked at once, after training.",
-    "bin_losses": "The bin regularization losses: sums over all layers of the mean squared distance to the level, "
-    "summed over occupied levels.",
+    "bin_losses": "BR_W and BR_A: sums over the regularized layers of {weights}, and of {activations}.",
     "alphas": "The step size of every quantizer after each epoch.",
     "weights": "Each layer's weights divided by its alpha, so that the levels lie at whole numbers: when the BR phase "
     "began and at the end. Weights beyond the plotted range are counted at its edge.",
 }
+SUMS = {
+    "br": "the mean squared distance to the level, summed over occupied levels",
+    "dampening": "the squared distances to the level (dampening)",
+}
 TITLES = {
     "losses": "Loss",
     "accuracy": "Accuracy",
-    "bin_losses": "Bin regularization",
+    "bin_losses": "Bin losses",
     "alphas": "Step sizes",
     "weights": "Weights against their levels",
 }
@@ -97,7 +100,8 @@ def _page(results: dict[str, Any], images: dict[str, bytes]) -> str:
         parts.append(f'<p class="bad">{html.escape(results["error"])}</p>')
     parts.append(_lead(results))
     for name, image in images.items():
-        parts += with_image(TITLES[name], PLOTS[name], image)
+        caption = PLOTS[name].format(weights=SUMS[options.get("regularizer", "br")], activations=SUMS["br"])
+        parts += with_image(TITLES[name], caption, image)
     if "alpha_control" in results:
         parts.append(f"<h2>Which losses moved alpha</h2><pre>{html.escape(results['alpha_control'])}</pre>")
     parts.append(f"<h2>Epochs</h2>{_epochs(results['epochs'])}")
@@ -111,8 +115,13 @@ def _what(results: dict[str, Any]) -> str:
     options = results["options"]
     if "num_bits_weight" not in options:
         return "float"
-    bits = (options["num_bits_weight"], options["num_bits_act"])
-    return f"W{bits[0]}A{bits[1]} with LSQ and bin regularization"
+    text = f"W{options['num_bits_weight']}A{options['num_bits_act']}"
+    ends = {end: options.get(f"num_bits_{end}") for end in ("first", "last")}
+    ends = [f"{end} layer {bits} bits" for end, bits in ends.items() if bits not in (None, options["num_bits_weight"])]
+    text += f" ({', '.join(ends)}) with LSQ" if ends else " with LSQ"
+    way = {"br": "BR", "dampening": "dampening"}[options.get("regularizer", "br")]
+    losses = [f"{way} of weights"] * (options["lambda_br"] > 0) + ["BR of activations"] * (options["lambda_br_act"] > 0)
+    return " and ".join([text, *losses]) if losses else f"{text} alone"
 
 
 def _summary(results: dict[str, Any]) -> str:

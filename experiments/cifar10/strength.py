@@ -29,10 +29,14 @@ def expected_pull(model: nn.Module, options: Any, begin: int, steps: int, skip: 
     """
     at = factor(options.lr_schedule, steps, options.lr_warmup)
     share = rise(options.lambda_br_schedule, begin, steps)
-    total = options.lr * sum(at(step) * (share(step) if share else 1) for step in range(begin, steps))
-    strength = 2 * options.lambda_br * total / (1 - options.momentum)
+    most = limit(options.momentum, options.nesterov)
+    full = 2 * options.lambda_br * options.lr
+    rates = [full * at(step) * (share(step) if share else 1) for step in range(begin, steps)]
+    strength = sum(rates) / (1 - options.momentum)
+    beyond = max(rates, default=0.0) / most  # bins of fewer weights grow
     if options.regularizer == "dampening":
-        return f"dampening: strength {strength:.3g}: alone it would move every weight by {_share(strength)} of its way"
+        line = f"dampening: strength {strength:.3g}: alone it would move every weight by {_share(strength)} of its way"
+        return line + ("; too strong for this lr: weights will oscillate and grow" if beyond > 1 else "")
     sizes = _bin_sizes(model, skip)  # a bin of n weights has n of them
     median = strength / sizes[torch.searchsorted(sizes.cumsum(0), sizes.sum() / 2)].item()
     moved = (sizes[strength / sizes >= FAINT].sum() / sizes.sum()).item()
@@ -40,7 +44,19 @@ def expected_pull(model: nn.Module, options: Any, begin: int, steps: int, skip: 
     line += f"way to its level, and {100 * moved:.0f} % of the weights by a tenth or more"
     if median < FAINT:
         line += "; most bins are too large for BR to move them far (--regularizer dampening weighs every weight alike)"
+    if beyond > 1:
+        line += (f"; bins of fewer than {beyond:.3g} weights will oscillate and grow: 2 * lambda * lr is up to "
+                 f"{max(rates):.3g}, and this momentum follows {most:.3g} a weight: a lower --lambda-br or --lr helps")
     return line
+
+
+def limit(momentum: float, nesterov: bool) -> float:
+    """The largest 2 * lambda * lr / n at which torch's SGD pulls a bin of n weights to its level instead of past it and
+    away: a quadratic's curvature times lr.
+
+    Nesterov's form steps along g + momentum * v, v the velocity after g: it ends earlier than the plain one.
+    """
+    return 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
 
 
 def _share(exponent: float) -> str:

@@ -33,13 +33,13 @@ ROWS = {
     "default": Row("BR; CE moves alpha (default; S2)", (), 91.5),
     "freeze": Row("BR; alpha frozen (S1)", ("--freeze-alpha",), 91.0),
     "br-to-alpha": Row("BR; CE and BR move alpha", ("--br-backprop-to-alpha",), 90.0),
-    "weights-only": Row("BR of weights only", _WEIGHTS),
+    "weights-only": Row("BR of weights only (S2 as published)", _WEIGHTS),
     "dampening": Row("Dampening of weights only", _DAMPENING),
     "dampening-strong": Row("Dampening, ten times as strong", _DAMPENING),
     "acts-only": Row("BR of activations only", ("--lambda-br", "0")),
     "br-to-alpha-scaled": Row("BR; CE and scaled BR move alpha", ("--br-backprop-to-alpha", "scaled")),
     "lsq-freeze": Row("LSQ alone; alpha frozen", (*_LSQ, "--freeze-alpha")),
-    "weights-only-freeze": Row("BR of weights only; alpha frozen", (*_WEIGHTS, "--freeze-alpha")),
+    "weights-only-freeze": Row("BR of weights only; alpha frozen (S1 as published)", (*_WEIGHTS, "--freeze-alpha")),
     "weights-only-br-to-alpha": Row("BR of weights only; it moves alpha", (*_WEIGHTS, "--br-backprop-to-alpha")),
     "freeze-br-to-alpha": Row("BR; frozen, and BR to alpha", ("--freeze-alpha", "--br-backprop-to-alpha")),
 }
@@ -185,18 +185,18 @@ def figures(run: dict[str, Any], reference: dict[str, Any] | None = None) -> dic
         the last step (br_w of BR alone). distance: mean over all quantized weights of their distance to their level,
         in units of alpha, at the end. converged: the first epoch after warm-up whose validation accuracy is at most 1
         point below the best of the reference's epochs after warm-up; None if there is none, or no reference.
-        oscillating: percent of weights, in the last epoch. drift_w, drift_a: mean over layers of alpha's relative
-        change from the end of warm-up to the end, percent. seconds: of all epochs, warm-up included.
+        oscillating: percent of weights, mean over the epochs after warm-up. drift_w, drift_a: mean over layers of
+        alpha's relative change from the end of warm-up to the end, percent. seconds: of all epochs, warm-up included.
     """
     epochs, final, warmup = run["epochs"], run["final"], run["warmup_epochs"]
-    seen = epochs[-1].get("oscillation")
+    seen = [epoch.get("oscillation", {}).get("oscillating") for epoch in epochs[warmup:]]
     found = {
         "test": final["last"]["test_acc"],
         "br_w": final.get("br_w", {}).get("end") if run["row"] not in DAMPENED else None,
         "br_a": final.get("br_a", {}).get("end"),
         "distance": epochs[-1].get("distance_w"),
         "converged": None if reference is None else _converged(run, reference),
-        "oscillating": 100 * seen["oscillating"] if seen and seen["oscillating"] is not None else None,
+        "oscillating": 100 * statistics.fmean(seen) if seen and None not in seen else None,
         "seconds": sum(epoch["seconds"] for epoch in epochs),
     }
     for side, layers in zip(("drift_w", "drift_a"), sides(epochs[-1]["alphas"])):

@@ -26,8 +26,9 @@ LEGEND = (
     "sums over the layers of their bin losses, to which a weight of a small layer adds more than one of a large layer. "
     "Distance: mean over all quantized weights; 0.25 where they lie evenly between levels. Converged: the first epoch "
     f"after warm-up within {study.WITHIN:g} point of the best that the seed's run of LSQ alone reaches after warm-up "
-    "(of so many seeds, where not all do). Oscillating: weights whose "
-    "frequency of changing their bin and changing back is above 0.005 in the last epoch (Nagel et al., 2022). Drift: "
+    "(where not all seeds do, how many). Oscillating: weights whose "
+    "frequency of changing their bin and changing back is above 0.005 (Nagel et al., 2022), a mean of about the last "
+    "100 steps, at the end of each epoch after warm-up, in the mean of these; where lr ends at 0 few are left. Drift: "
     "the relative change of alpha from the end of warm-up to the end, mean over layers. Seconds of a run, its warm-up "
     "included, beside whatever else the machine did."
 )
@@ -79,11 +80,10 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 
 def _cell(values: list[float | None], digits: int) -> str:
     there = [value for value in values if value is not None]
-    found = mean_and_spread(there)
-    if found is None:
-        return ""
-    spread = f" ± {found[1]:.{digits}f}" if len(there) > 1 else ""
-    return f"{found[0]:.{digits}f}{spread}" + (f" ({len(there)} of {len(values)})" if len(there) < len(values) else "")
+    if not there or len(there) < len(values):  # a mean of those that got there would flatter a row
+        return f"{len(there)} of {len(values)}" if there else ""
+    mean, spread = mean_and_spread(there)
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(there) > 1 else "")
 
 
 def findings(results: dict[str, Any]) -> list[str]:
@@ -109,7 +109,7 @@ def findings(results: dict[str, Any]) -> list[str]:
     compare("dampening-strong", "lsq", "Dampening of weights ten times as strong against LSQ alone")
     compare("freeze", "default", "alpha frozen after warm-up (S1) against alpha that goes on learning (S2)")
     compare("lsq-freeze", "lsq", "The same without BR")
-    compare("weights-only-freeze", "weights-only", "The same with BR on weights only")
+    compare("weights-only-freeze", "weights-only", "The same with BR on weights only, as the BR paper has it")
     compare("br-to-alpha", "default", "BR moving the weights' alphas against BR kept off them")
     compare("weights-only-br-to-alpha", "weights-only", "The same with BR on weights only")
     compare("br-to-alpha-scaled", "default", "BR moving them times LSQ's gradient scale against BR kept off them")
@@ -178,6 +178,11 @@ def _markdown(results: dict[str, Any], images: dict[str, bytes]) -> str:
 def _command(results: dict[str, Any]) -> str:
     data = "" if results["data"] is None else f" --data {results['data']}"
     extra = f" -- {' '.join(results['extra'])}" if results["extra"] else ""
+    seeds, rows = results["seeds"], by_row(results)
+    if seeds != list(range(study.SCALES[results["scale"]].seeds)):
+        data += f" --seeds {' '.join(map(str, seeds))}"
+    if len(rows) < len(ROWS):
+        data += f" --rows {' '.join(rows)}"
     return f"python experiments/alpha_study.py --scale {results['scale']}{data}{extra}"
 
 

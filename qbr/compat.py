@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qbr.layers import QuantizedClippedReLU, clipped_relu
+from qbr.spec import check_flag
 
 
 class _GradScale(torch.autograd.Function):
@@ -71,6 +72,8 @@ class ActivationHookManager:
         detach_activations: bool = False,
     ) -> None:
         self.model = model
+        check_flag(exclude_first_last, "exclude_first_last")
+        check_flag(detach_activations, "detach_activations")
         if isinstance(layer_names, str):
             raise TypeError(f"layer_names={layer_names!r}: expected a list of names")
         if isinstance(target_modules, type):

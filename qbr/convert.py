@@ -13,6 +13,7 @@ from qbr.calls import Counted
 from qbr.layers import WEIGHT_LAYERS, QuantizedClippedReLU, call_names, renormalised
 from qbr.quantizers import LSQQuantizer, keeping_dtype, quantizers
 from qbr.regularizer import unwatch
+from qbr.spec import check_flag
 
 _FLOAT_LAYERS = {quantized: plain for plain, quantized in WEIGHT_LAYERS.items()}
 
@@ -94,6 +95,7 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Warns:
         UserWarning: of step sizes that were never set from data.
     """
+    check_flag(inplace, "inplace")
     if not quantizers(model):
         raise ValueError(f"model ({type(model).__name__}) has no quantizers: nothing to convert")
     warn_unset(model)

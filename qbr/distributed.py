@@ -52,6 +52,23 @@ def check_unwrapped(model: nn.Module) -> None:
     if found is not None:
         raise ValueError(f"model is in a {type(found).__name__}, which would not synchronise the step sizes: call "
                          "prepare() first, then wrap or shard")  # fmt: skip
+    parts = next((name for name, parameter in model.named_parameters() if local(parameter) is not parameter), None)
+    if parts is not None:
+        raise ValueError(f"{parts} is a DTensor: tensor parallelism is not supported; shards come after prepare()")
+
+
+def running_ddp() -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward runs."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def check_known(parameters: Sequence[Tensor], ddp: nn.parallel.DistributedDataParallel) -> None:
+    """Raise ValueError where ddp does not know one of a model's step sizes: each rank would train its own."""
+    known = {id(parameter) for parameter in getattr(ddp, "_module_parameters", parameters)}
+    known |= {id(p) for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore}
+    if any(id(parameter) not in known for parameter in parameters if parameter.requires_grad):
+        raise ValueError("DistributedDataParallel was made before prepare(), and would not synchronise the step sizes: "
+                         "call prepare() first, then DistributedDataParallel")  # fmt: skip
 
 
 def may_reclaim_parameters() -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qbr import distributed, functional
 from qbr.arguments import check_count
 from qbr.regularizer import quantized_weights
+from qbr.spec import is_number
 
 _MOMENTS = ("epoch", "step", "tolerance")
 
@@ -57,7 +58,8 @@ class Freeze:
             for name in (prefix + "epoch", prefix + "step"):
                 if getattr(self, name) is not None:
                     check_count(getattr(self, name), name, least=1)
-            _check_tolerance(getattr(self, prefix + "tolerance"), prefix + "tolerance")
+            tolerance = _tolerance(getattr(self, prefix + "tolerance"), prefix + "tolerance")
+            object.__setattr__(self, prefix + "tolerance", tolerance)
         check_count(self.window, "window", least=1)
         for name in ("epoch", "step"):
             begin, end = getattr(self, name), getattr(self, f"release_{name}")
@@ -189,10 +191,12 @@ def _reached(at_epoch, at_step, tolerance, decided, epoch: int, step: int) -> bo
     return None
 
 
-def _check_tolerance(value: float | None, name: str) -> None:
+def _tolerance(value: float | None, name: str) -> float | None:
+    """value as a plain number, or None."""
     if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not is_number(value):
         raise TypeError(f"{name}={value!r}: expected a number")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value}: expected a positive, finite number")
+    return float(value)

@@ -88,13 +88,31 @@ def _has_hooks(layer: nn.Module) -> bool:
 
 def weights(model: nn.Module) -> list[tuple[nn.Module, nn.Module, str]]:
     """(quantizer, layer, name of the weight) of all quantized weights: ``weight_quantizer`` is that of ``weight``, and
-    so on for every name that ends so. A quantizer that tied weights share comes once."""
+    so on for every quantizer of a weight whose name ends so. One that tied weights share comes once.
+
+    Warns:
+        UserWarning: once a model, of a quantizer that weights share which are not tied (any more).
+    """
     found: dict[nn.Module, tuple[nn.Module, nn.Module, str]] = {}
     for module in walk(model):
         for name, child in module._modules.items():
-            if name.endswith("weight_quantizer") and child is not None and child not in found:
-                found[child] = child, module, name.removesuffix("_quantizer")
+            if not name.endswith("_quantizer") or getattr(child, "kind", None) != "weight":
+                continue
+            parameter = name.removesuffix("_quantizer")
+            _, first, its = found.setdefault(child, (child, module, parameter))
+            if module._parameters.get(parameter) is not first._parameters.get(its):
+                _warn_of_one_step(model, child)
     return list(found.values())
+
+
+def _warn_of_one_step(model: nn.Module, quantizer: nn.Module) -> None:
+    if torch.compiler.is_compiling() or model.__dict__.get("_qbr_told_of_sharing"):
+        return
+    assign(model, "_qbr_told_of_sharing", True)
+    names = [name for name, each in model.named_modules(remove_duplicate=False) if each is quantizer]
+    warnings.warn(f"{names} are one quantizer of weights that are not one: all but the first have no bin loss, no "
+                  "figures and no part in calibration. Untie before prepare; a state_dict that is loaded with "
+                  "assign=True unties: tie again after it", stacklevel=4)  # fmt: skip
 
 
 def _quantize(members: list, with_bins: bool) -> None:

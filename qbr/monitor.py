@@ -12,6 +12,7 @@ from qbr import distributed, grouping, metrics
 from qbr.functional import Bins
 from qbr.quantizers import LSQQuantizer
 from qbr.regularizer import by_layer, quantized_weights
+from qbr.spec import check_flag, is_number
 
 OSCILLATING = 0.005  # a weight that oscillates more often than this counts as oscillating (Nagel et al., section 2.3)
 _UP, _DOWN = 1, 2  # how a code turned; 0 where it did not
@@ -75,7 +76,8 @@ class Monitor:
             0.01; None to do without.
 
     Raises:
-        ValueError: for a model without quantizers, or one that a Monitor watches already; naming a bad argument.
+        TypeError, ValueError: for a model without quantizers, or one that a Monitor watches already; naming a bad
+            argument.
 
     Source: Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022, section 4.1.
     """
@@ -84,6 +86,9 @@ class Monitor:
         found = by_layer(model)
         if any(quantizer.observer is not None for quantizer in found.values()):
             raise ValueError("model is watched by a Monitor already: use that one, or close() it first")
+        check_flag(oscillations, "oscillations")
+        if frequency is not None and not is_number(frequency):
+            raise TypeError(f"frequency={frequency!r}: expected a number between 0 and 1, or None")
         if frequency is not None and not (oscillations and 0 < frequency < 1):
             raise ValueError(f"frequency={frequency}, oscillations={oscillations}: expected a momentum between 0 and 1 "
                              "with oscillations=True, or None")  # fmt: skip
@@ -99,6 +104,7 @@ class Monitor:
         Args:
             reset: start the sums and counts anew; what a weight's last code, direction and frequency were stays.
         """
+        check_flag(reset, "reset")
         values = iter(metrics.to_host([t for observer in self._observers.values() for t in observer.tensors()]))
         figures = {name: observer.figures(values) for name, observer in self._observers.items()}
         if reset:

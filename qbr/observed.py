@@ -36,8 +36,9 @@ class _Stack:
     def entered(self, module: nn.Module, *_) -> None:
         self.running.append(module)
 
-    def left(self, *_) -> None:
-        self.running.pop()
+    def left(self, module: nn.Module, *_) -> None:
+        if self.running and self.running[-1] is module:  # else another hook raised before it entered
+            self.running.pop()
 
 
 class _Calls(_Stack):

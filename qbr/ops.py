@@ -16,6 +16,9 @@ Shapes and dtypes of the raw ops:
 
 from __future__ import annotations
 
+import os
+import threading
+
 import torch
 from torch import Tensor
 
@@ -65,6 +68,17 @@ FAKES |= foreach.loops(FAKES)
 _libraries = {name: torch.library.Library(f"qbr_{name}", "DEF") for name in kernels.MODULES}
 _ops: dict[tuple[str, str], torch._ops.OpOverload] = {}
 _implemented: set[str] = set()
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A lock of the child's own: another thread of the parent may have held it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 # Exact strides: inductor pads large ones on GPUs, and kernels walk a dense tensor's memory from end to end.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -78,7 +92,11 @@ for _name, _library in _libraries.items():
 
 def implement(backend: str) -> None:
     """Register a loaded backend's Python functions as the kernels of its ops, once; compiled code did so itself."""
-    if backend not in _implemented:
+    if backend in _implemented:
+        return
+    with _lock:
+        if backend in _implemented:  # another thread has, meanwhile
+            return
         module = kernels.module(backend)
         functions = {op: getattr(module, op) for op in SCHEMAS if hasattr(module, op)}
         if functions:

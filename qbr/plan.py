@@ -396,6 +396,9 @@ def _weight_spec(name: str, module: nn.Module, config: LayerConfig) -> QuantSpec
         if config.weight_bits == 1 and module.padding_idx is not None:
             raise ValueError(f"{name} is an Embedding with padding_idx={module.padding_idx} and weight_bits=1: binary "
                              "codes have no 0 for it; give it 2 bits or more by overrides")  # fmt: skip
+    if config.weight_bits == 1 and any(buffer.endswith("weight_mask") for buffer in module._buffers):
+        raise ValueError(f"{name} is pruned and has weight_bits=1: binary codes have no 0 for what is pruned; give it "
+                         "2 bits or more by overrides, or prune.remove and train it dense")  # fmt: skip
     axis = None
     if config.weight_per_channel:
         axis = 1 if isinstance(module, nn.ConvTranspose2d) else 0

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from qbr import arguments, distributed, functional, grouping, quantizer_state, sketch, step_guard
-from qbr.arguments import check_bits, check_clip, check_step
+from qbr.arguments import check_bits, check_clip, check_count, check_step
 from qbr.functional import BinLoss, Bins
-from qbr.spec import QuantSpec, ToAlpha, is_number
+from qbr.spec import QuantSpec, ToAlpha, check_flag, is_number
 
 KINDS = ("weight", "activation")
 TRIES = 3  # training forwards, with an optimizer's step after each, that may fail to set a step size
@@ -81,9 +81,8 @@ class LSQQuantizer(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: expected 'weight' or 'activation'")
         self.initial_alpha: float = check_step(initial_alpha, "initial_alpha")
-        if isinstance(channels, bool) or not isinstance(channels, int):
-            raise TypeError(f"channels={channels!r}: expected an int, 1 or more")
-        if channels < 1 or (channels > 1 and spec.channel_axis is None):
+        check_count(channels, "channels", least=1)
+        if channels > 1 and spec.channel_axis is None:
             raise ValueError(f"channels={channels} with spec.channel_axis={spec.channel_axis}: expected 1")
         self.spec: QuantSpec = spec
         self.kind = kind
@@ -217,6 +216,7 @@ class LSQQuantizer(nn.Module):
         Under torch.distributed alpha keeps requires_grad, and its gradient is 0: DistributedDataParallel waits in
         every step for the gradient of each parameter that it was made with, and for no other.
         """
+        check_flag(frozen, "frozen")
         if not self.frozen or self.alpha.requires_grad != self._set_requires_grad:  # else it is what was set here
             self._learns = self.alpha.requires_grad
         if not self.frozen and not frozen:
@@ -369,10 +369,7 @@ class LSQQuantizer(nn.Module):
         return {**super().__getstate__(), "_retained": [], "_ready": None, "observer": None, "_alpha_in_graph": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = {"frozen": False, "_learns": True, "_saved_elsewhere": False, "_alpha_in_graph": (),
-                    "_set_requires_grad": state["_parameters"]["alpha"].requires_grad,
-                    "_unconfirmed": False, "_tries": 0, "awaits_epoch": False, "_made_on_meta": False}  # fmt: skip
-        super().__setstate__({**defaults, **state})
+        super().__setstate__(state)
         step_guard.register(self)
 
 

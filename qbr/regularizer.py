@@ -19,7 +19,7 @@ from qbr.functional import BinLoss, Bins
 from qbr.metrics import BinMetrics, LazyInfo
 from qbr.patterns import matches
 from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
-from qbr.spec import QuantSpec, ToAlpha, check_regularizer
+from qbr.spec import QuantSpec, ToAlpha, check_flag, check_regularizer
 
 Alphas: TypeAlias = Mapping[str, Tensor | float]  # {layer: step size}
 # A quantizer of one of these names is reported as its layer, those of further calls and other tensors with a suffix.
@@ -90,8 +90,9 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False, skip: Sequence[str]
     if all(quantizer.collecting is None for quantizer in found.values()):
         raise ValueError(f"model ({type(model).__name__}) has quantizers that collect no bin loss: attach a control "
                          "before its forward, qbr.AlphaControl().attach(model), or use BinRegularizer")  # fmt: skip
-    if isinstance(skip, str):
-        raise TypeError(f"skip={skip!r}: expected a list or tuple of patterns")
+    check_flag(global_bins, "global_bins")
+    if isinstance(skip, str) or not all(isinstance(pattern, str) for pattern in skip):
+        raise TypeError(f"skip={skip!r}: expected a list or tuple of patterns, str each")
     skipped = _skipped(tuple(found), tuple(skip)) if skip else ()
     layers: dict[str, BinLoss] = {}
     losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
@@ -255,6 +256,11 @@ def forget(model: nn.Module, *_) -> None:
     """Drop what earlier forwards of model have collected; as a forward pre-hook, at the start of each new one that
     collects something itself: not of one without gradients, or in eval mode, between a training forward and its loss.
     """
+    if not torch.compiler.is_compiling():
+        ddp = distributed.running_ddp()
+        if ddp is not None and model.__dict__.get("_qbr_known_to") != id(ddp):
+            distributed.check_known([quantizer.alpha for quantizer in quantizers(model).values()], ddp)
+            grouping.assign(model, "_qbr_known_to", id(ddp))
     if grouping.is_inside(model):
         return
     grouping.mark_roots(model, True)
@@ -280,7 +286,7 @@ def _check_before_loading(model, state_dict, prefix, *_) -> None:
 def watch(model: nn.Module) -> None:
     """Hook the root of a model, once: before each forward forget() and all weights' quantization, before each load
     the check of its state_dict; and have optimizers that lack its step sizes noticed."""
-    step_guard.remember(model, quantizers(model))
+    step_guard.remember(model, quantizers(model), grouping.weights(model))
     roots = [each for each in model.modules() if each is not model and forget in each._forward_pre_hooks.values()]
     grouping.assign(model, "_qbr_roots", roots)
     if forget not in model._forward_pre_hooks.values():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from qbr.spec import is_number
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -76,7 +78,7 @@ class Cosine(Linear):
 def _check_finite(schedule, *names: str) -> None:
     for name in names:
         value = getattr(schedule, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise TypeError(f"{name}={value!r}: expected a number")
         if not math.isfinite(value):
             raise ValueError(f"{name}={value}: expected a finite number")

@@ -39,14 +39,16 @@ def register(quantizer: nn.Module) -> None:
         _hooks.extend([register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(guard_step)])
 
 
-def remember(model: nn.Module, quantizers: dict[str, nn.Module]) -> None:
+def remember(model: nn.Module, quantizers: dict[str, nn.Module], weights: list[tuple]) -> None:
     """Note for each quantizer of model the parameters beside it, so that an optimizer without its alpha is noticed.
 
-    For a weight that is itself; for an activation all of the smallest module around it that has any.
+    For a weight's, (quantizer, layer, name) in ``weights``, that is itself; for an activation's all of the smallest
+    module around it that has any.
     """
     check_again()  # an optimizer may have stepped before these were there
+    own = {quantizer: [(weakref.ref(owner), name)] for quantizer, owner, name in weights}
     for name, quantizer in quantizers.items():
-        beside = []
+        beside = own.get(quantizer, [])
         while name and not beside:
             name = name.rpartition(".")[0]
             beside = [
@@ -56,7 +58,7 @@ def remember(model: nn.Module, quantizers: dict[str, nn.Module]) -> None:
                 for parameter, value in owner._parameters.items()
                 if value is not None
             ]
-        _beside[quantizer] = beside[:1] if quantizer.kind == "weight" else beside
+        _beside[quantizer] = beside
 
 
 def check_again() -> None:

@@ -219,3 +219,23 @@ def test_restored_from_json_in_the_same_shape(tmp_path):
     other.load_state_dict(saved["model"])
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(other(x), model(x))
+
+
+def test_flags_are_true_or_false_and_nothing_is_done_by_their_truth():
+    model = qbr.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4)), qbr.QATConfig(act_bits=None))
+    qbr.calibrate(model, None)
+    quantizer = model[0].weight_quantizer
+    for name, call in {
+        "inplace": lambda: qbr.convert(model, inplace="no"),
+        "global_bins": lambda: qbr.bin_loss(model, global_bins="no"),
+        "oscillations": lambda: qbr.Monitor(model, oscillations="no"),
+        "frozen": lambda: quantizer.freeze("no"),
+        "exclude_first_last": lambda: qbr.ActivationHookManager(model, exclude_first_last="no"),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name}='no': expected True or False"):
+            call()
+    assert model[0].weight_quantizer is quantizer and not quantizer.frozen and quantizer.observer is None
+    with pytest.raises(TypeError, match="frequency='0.01'"):
+        qbr.Monitor(model, frequency="0.01")
+    with pytest.raises(TypeError, match=r"skip=\[1\]"):
+        qbr.bin_loss(model, skip=[1])

@@ -237,6 +237,16 @@ def _refusals():
             _shard(wrapped)
         with pytest.raises(ValueError, match="would not synchronise the step sizes: call prepare"):
             qbr.prepare(wrapped)
+    inside = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    qbr.calibrate(qbr.prepare(inside.module), [xs[0].flatten(1)[:, :8]])  # a forward past the wrapper
+    with pytest.raises(ValueError, match="made before prepare.., and would not synchronise the step sizes"):
+        inside(xs[0].flatten(1)[:, :8])
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    parallel = nn.Sequential(nn.Linear(8, 8))
+    shards = torch.distributed.tensor.parallel.ColwiseParallel()
+    torch.distributed.tensor.parallel.parallelize_module(parallel, mesh, {"0": shards})
+    with pytest.raises(ValueError, match="0.weight is a DTensor: tensor parallelism is not supported"):
+        qbr.prepare(parallel)
     channels.br_to_alpha = False
     channels(xs[0].abs())
     messages.append(qbr.bin_loss(channels, global_bins=True).activations.item())

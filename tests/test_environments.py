@@ -188,3 +188,29 @@ def test_a_fork_while_another_thread_loads():
     finally:
         native._lock.release()
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_the_first_calls_of_several_threads():
+    """Each backend is registered once, as torch demands: DataParallel's threads all make the first call."""
+    code = """
+import threading, time, torch, warnings
+from qbr import kernels, ops
+warnings.simplefilter("error")
+failed, barrier, ways = [], threading.Barrier(4), kernels.list_functions
+kernels.list_functions = lambda backend: time.sleep(0.1) or ways(backend)
+kernels.resolve = lambda requested, device_type, dtype: requested
+
+def first_call():
+    barrier.wait()
+    try:
+        ops._backend("triton", "cpu", torch.float32)
+    except Exception as error:
+        failed.append(error)
+
+threads = [threading.Thread(target=first_call) for _ in range(4)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+assert not failed, failed
+"""
+    pytest.importorskip("triton")
+    done = child(code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr

@@ -356,6 +356,45 @@ def test_weights_that_are_tied_after_prepare_are_told_once():
         model(torch.randn(2, 4))
 
 
+@pytest.mark.parametrize("how", ["untied", "assigned", "given"])
+def test_weights_of_one_quantizer_that_are_not_one_are_told_once(how):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if how != "given":
+        model[1].weight = model[0].weight
+    qbr.prepare(model, qbr.QATConfig(act_bits=None))
+    if how == "untied":
+        model[1].weight = nn.Parameter(torch.randn(4, 4))
+    elif how == "assigned":
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    else:
+        model[1].weight_quantizer = model[0].weight_quantizer
+    names = r"\['0.weight_quantizer', '1.weight_quantizer'\] are one quantizer of weights that are not one"
+    with pytest.warns(UserWarning, match=names):
+        model(torch.randn(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 4))
+
+
+def test_every_walk_finds_the_weights_of_a_layer_of_ones_own():
+    """Quantizers of weights by any name that ends so: figures, calibration and the packed file agree."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(3, 4))
+            self.kernel_quantizer = qbr.LSQ_WeightQuantizer(2)
+
+        def forward(self, x):
+            return x @ self.kernel_quantizer(self.kernel).T
+
+    model = nn.Sequential(Own())
+    qbr.calibrate(model, None)
+    (row,) = qbr.summary(model).rows
+    assert row.numel == 12 and model[0].kernel_quantizer.initialised
+    assert torch.equal(qbr.convert(model)[0].kernel, model[0].kernel_quantizer(model[0].kernel))
+
+
 def test_hooks_that_name_no_module():
     model = make()
     expected = model(images())

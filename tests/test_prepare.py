@@ -219,3 +219,10 @@ def test_compile_fullgraph_of_a_whole_model_equals_eager():
         results.append([y, br.weights, br.activations, *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_pruned_weights_are_refused_one_bit():
+    model = nn.Sequential(nn.Linear(4, 4))
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.5)
+    with pytest.raises(ValueError, match="0 is pruned and has weight_bits=1: binary codes have no 0"):
+        qbr.prepare(model, qbr.QATConfig(weight_bits=1))

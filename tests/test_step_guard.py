@@ -321,3 +321,16 @@ def test_alphas_that_a_closure_releases_learn_in_that_step():
         optimizer.step(step)
         moved.append(alphas(model)[0] != before[0])
     assert moved == [False, True]
+
+
+def test_an_optimizer_of_pruned_weights_alone_is_noticed():
+    """What pruning has made of a weight lies behind the bias in its layer."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    for layer in (model[0], model[2]):
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+        layer.bias.requires_grad_(False)
+    qbr.prepare(model, qbr.QATConfig())
+    optimizer = torch.optim.SGD([model[0].weight_orig, model[2].weight_orig], lr=0.1)
+    F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    with pytest.raises(RuntimeError, match="no optimizer, so they would never be trained"):
+        optimizer.step()

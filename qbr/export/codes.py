@@ -35,8 +35,8 @@ class QuantizedWeight:
         return codes_of(self.name, weight, self.quantizer.alpha.detach().cpu(), self.quantizer.spec)
 
 
-def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
-    """All of a model's, each once; ``<parameter>_quantizer`` is that of ``<parameter>`` (qbr/grouping.py).
+def stored_weights(model: nn.Module) -> list[QuantizedWeight]:
+    """All that a state_dict of the model holds, each once; ``<parameter>_quantizer`` is that of ``<parameter>``.
 
     Raises:
         ValueError: for an Embedding with ``max_norm`` whose weight another layer uses, too: its rows are renormalised

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from qbr import kernels
 from qbr.convert import warn_unset
-from qbr.export.codes import check_steps, quantized_weights
+from qbr.export.codes import check_steps, stored_weights
 from qbr.export.lowering import IR_VERSIONS, Lowering, opset, storage, translation
 from qbr.export.optional import need
 from qbr.layers import renormalised
@@ -114,7 +114,7 @@ def to_onnx(
 
 def _for_export(model: nn.Module) -> nn.Module:
     model = copied(model).cpu().eval()
-    for each in quantized_weights(model):
+    for each in stored_weights(model):
         if getattr(each.module, "max_norm", None) is not None:  # for good: forward would do it in place
             each.weight.data = renormalised(each.module, each.weight.detach())
             each.module.max_norm = None

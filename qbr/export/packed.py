@@ -30,7 +30,7 @@ from qbr.export.codes import (
     check_steps,
     codes_of,
     from_unsigned,
-    quantized_weights,
+    stored_weights,
     to_unsigned,
     values_of,
     width,
@@ -113,7 +113,7 @@ def save_packed(
     warn_unset(model)
     weights = {}
     check_parameters(model)
-    for each in quantized_weights(model):
+    for each in stored_weights(model):
         weight = renormalised(each.module, each.weight.detach().cpu())
         weights[each.name] = each.quantizer_name, weight
     specs = {name: quantizer.spec for name, quantizer in found.items()}
@@ -220,7 +220,7 @@ def load_packed(model: nn.Module | Callable[[], nn.Module], path: str | os.PathL
         prepare(target, packed.config)
     _check_fits(target, packed, path)
     _load(target, packed)
-    for each in quantized_weights(target):
+    for each in stored_weights(target):
         if getattr(each.module, "max_norm", None) is not None:
             each.module.max_norm = None
     return model

@@ -26,35 +26,45 @@ sys.path.insert(0, str(ROOT))
 from experiments.cifar10 import sources  # noqa: E402
 
 BUSY_CYCLES = 4_000_000  # 2 ms at 2 GHz
-COLD_BYTES = 256 << 20  # written before each timed call: more than the level-2 cache of any GPU
+COLD_BYTES = 256 << 20  # read before each timed call: more than the level-2 cache of any GPU
 
 
-def time_once(run: Callable[[], object], device: str, device_only: bool = False) -> float:
+class Seconds(float):
+    """Of one call. host_late: whether the device was done with waiting before the host had launched the call, so that
+    its seconds are the host's, too."""
+
+    host_late = False
+
+
+def time_once(run: Callable[[], object], device: str, device_only: bool = False) -> Seconds:
     """Seconds of one call; on CUDA between two events.
 
     Args:
         device_only: keep the device busy until the host has launched the call, so that its own time does not count;
-            unless it takes longer than BUSY_CYCLES. Its level-2 cache holds none of the call's data then, as in a
-            training step. Otherwise the device is idle at first, and waits for its host.
+            unless it takes longer than BUSY_CYCLES, which host_late tells. Its level-2 cache holds none of the call's
+            data then, as in a training step. Otherwise the device is idle at first, and waits for its host.
     """
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if device_only:
-            _cold().zero_()
+            _cold().sum()  # not written: what waits to be written back would be part of the call
             torch.cuda._sleep(BUSY_CYCLES)
         start.record()
         run()
+        late = device_only and start.query()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        seconds = Seconds(start.elapsed_time(end) / 1e3)
+        seconds.host_late = late
+        return seconds
     start = time.perf_counter()
     run()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - start)
 
 
 @functools.cache
 def _cold() -> torch.Tensor:
-    return torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda")
+    return torch.zeros(COLD_BYTES // 4, device="cuda")
 
 
 def alternate(
@@ -73,7 +83,7 @@ def alternate(
     block: time so many calls of a run in a row, after as many untimed ones. torch.compile's kernels have a thread pool
     of their own on the CPU; its threads disturb whatever comes directly after them.
 
-    device_only: as in time_once.
+    device_only: as in time_once; where calls had the host's time in them, host_late is their share.
     """
     for run in runs.values():
         for _ in range(warm_up):
@@ -90,6 +100,8 @@ def alternate(
         low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         ratio = statistics.median(value / first for value, first in zip(values, next(iter(times.values()))))
         summary[name] = {"median_s": median, "low_s": low, "high_s": high, "repeats": len(values), "ratio": ratio}
+        late = sum(value.host_late for value in values)
+        summary[name] |= {"host_late": late / len(values)} if late else {}
     return summary
 
 

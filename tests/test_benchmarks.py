@@ -29,6 +29,21 @@ def test_a_case_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     rows = json.loads(path.read_text())["kernels"]["rows"]
     assert [row.get("bits") for row in rows] == [2, None, 8] and rows[1]["failed"].startswith("AssertionError")
 
+def test_calls_that_the_host_was_late_for_are_told(monkeypatch):
+    import measure
+
+    def time_once(run, device, device_only):
+        seconds = measure.Seconds(1.0)
+        seconds.host_late = device_only and run() == "slow"
+        return seconds
+
+    monkeypatch.setattr(measure, "time_once", time_once)
+    runs = {"fast": lambda: "fast", "slow": lambda: "slow"}
+    result = measure.alternate(runs, "cuda", 4, device_only=True)
+    assert "host_late" not in result["fast"] and result["slow"]["host_late"] == 1.0
+    assert "host_late" not in measure.alternate(runs, "cuda", 4)["slow"]
+
+
 @pytest.mark.parametrize("commit", ["abc", "another", "unknown"])
 def test_a_part_that_was_stopped_goes_on_where_it_stopped(tmp_path, monkeypatch, commit):
     import measure

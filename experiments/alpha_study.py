@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cifar10 import exits, study, study_report, warmup
+from cifar10 import exits, folders, study, study_report, warmup
 from cifar10.files import UserError, check_writable, write_json
 from cifar10.options import parse, qat_parser
 from tqdm import tqdm
@@ -160,7 +160,7 @@ class _Study:
         common = [*data, "--gpu", str(self.options.gpu), "--output-dir", str(folder), "--resume"]
         if folder.name == "baseline":
             return ["cifar10_baseline.py", *self.scale.baseline, *common]
-        best = self.folder / "baseline" / "checkpoints" / "best.pth"
+        best = self.folder / "baseline" / folders.CHECKPOINTS / "best.pth"
         reference = folder.name == study.REFERENCE
         command = ["cifar10_qat_br.py", *self.scale.flags(folder.name, self.options.extra)]
         command += ["--seed", folder.parent.name.removeprefix("seed"), "--pretrained-baseline", str(best)]

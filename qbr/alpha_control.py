@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qbr import distributed
+from qbr import distributed, grouping
 from qbr.arguments import check_count
 from qbr.freezing import Freeze, Record, mean_distance
 from qbr.quantizers import LSQQuantizer, quantizers, require_quantizers
-from qbr.regularizer import quantized_weights, watch
+from qbr.regularizer import watch
 from qbr.spec import ToAlpha, check_to_alpha
 
 _SETTINGS = ("freeze_weights", "freeze_acts", "br_to_alpha_weights", "br_to_alpha_acts", "warmup_epochs")
@@ -125,7 +125,7 @@ class AlphaControl:
             raise RuntimeError(f"attach: this AlphaControl has a {type(self._model).__name__} already, which would be "
                                "left as it is: make another one for this model")  # fmt: skip
         if any(self._plan(kind) and self._plan(kind).release_tolerance is not None for kind in _SIDES):
-            if not quantized_weights(model):
+            if not grouping.weights(model):
                 raise ValueError("release_tolerance: the model has no quantized weights whose distance could settle; "
                                  "use release_epoch or release_step")  # fmt: skip
         watch(model)

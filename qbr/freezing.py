@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qbr import distributed, functional
+from qbr import grouping
 from qbr.arguments import check_count
-from qbr.regularizer import quantized_weights
 from qbr.spec import is_number
 
 _MOMENTS = ("epoch", "step", "tolerance")
@@ -172,12 +171,9 @@ class Record:
 def mean_distance(model: nn.Module) -> Tensor:
     """Mean |w - b * alpha| / alpha over all quantized weights of model: a scalar tensor, from one pass over them. Of a
     layer with a step per channel the mean distance in units of its steps' mean."""
-    found = quantized_weights(model)
-    steps = [distributed.whole(quantizer.alpha) for quantizer in found]
-    weights = [distributed.whole(weight) for weight in found.values()]
-    tables = functional.foreach_bin_loss(weights, steps, [quantizer.spec for quantizer in found])
-    distances = [(each.bins.table[-2] / alpha.mean()).to(steps[0].device) for each, alpha in zip(tables, steps)]
-    return (torch.stack(distances).sum() / max(sum(each.bins.numel for each in tables), 1)).to(torch.float32)
+    found = list(grouping.weight_bins(model).values())
+    distances = [(bins.table[-2] / bins.alpha.mean()).to(found[0].alpha.device) for bins in found]
+    return (torch.stack(distances).sum() / max(sum(bins.numel for bins in found), 1)).to(torch.float32)
 
 
 def _reached(at_epoch, at_step, tolerance, decided, epoch: int, step: int) -> bool | None:

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbr import functional
-from qbr.functional import BinLoss
+from qbr import distributed, functional
+from qbr.functional import BinLoss, Bins
 from qbr.kernels import is_dense
 
 # Assigns an attribute that is no parameter, module or buffer: nn.Module's own __setattr__ takes as long as a small op.
@@ -113,6 +113,31 @@ def _warn_of_one_step(model: nn.Module, quantizer: nn.Module) -> None:
     warnings.warn(f"{names} are one quantizer of weights that are not one: all but the first have no bin loss, no "
                   "figures and no part in calibration. Untie before prepare; a state_dict that is loaded with "
                   "assign=True unties: tie again after it", stacklevel=4)  # fmt: skip
+
+
+def quantized_weights(model: nn.Module) -> dict[nn.Module, Tensor]:
+    """{quantizer: its weight}; of a parametrized layer what it is in eval mode, where spectral_norm learns nothing."""
+    found = {}
+    for quantizer, layer, name in weights(model):
+        parametrizations = layer.parametrizations.modules() if hasattr(layer, "parametrizations") else ()
+        training = [each for each in parametrizations if each.training]
+        for each in training:
+            each.training = False
+        try:
+            found[quantizer] = getattr(layer, name)
+        finally:
+            for each in training:
+                each.training = True
+    return found
+
+
+@torch.no_grad()
+def weight_bins(model: nn.Module) -> dict[nn.Module, Bins]:
+    """{quantizer: the bins of its weight as it is now}, from one pass over all of them; of shards, gathered."""
+    found = quantized_weights(model)
+    steps, specs = [distributed.whole(quantizer.alpha) for quantizer in found], [each.spec for each in found]
+    results = functional.foreach_bin_loss([distributed.whole(weight) for weight in found.values()], steps, specs)
+    return dict(zip(found, (result.bins for result in results)))
 
 
 def _quantize(members: list, with_bins: bool) -> None:

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbr import distributed, functional, metrics
+from qbr import distributed, functional, grouping, metrics
 from qbr.layers import QuantizedClippedReLU
 from qbr.metrics import BinMetrics
 from qbr.quantizers import LSQQuantizer
-from qbr.regularizer import by_layer, quantized_weights
+from qbr.regularizer import by_layer
 from qbr.spec import QuantSpec
 
 
@@ -84,7 +84,7 @@ def summary(model: nn.Module, *inputs: Any) -> Summary:
         ValueError: for a model without quantizers.
     """
     found = by_layer(model)
-    weights = quantized_weights(model)
+    weights = grouping.quantized_weights(model)
     names = {quantizer: name for name, quantizer in found.items()}
     values = {names[quantizer]: value for quantizer, value in zip(weights, _weights(weights))}
     activations = {name: quantizer for name, quantizer in found.items() if quantizer not in weights}

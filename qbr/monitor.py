@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdRef
 from qbr import distributed, grouping, metrics
 from qbr.functional import Bins
 from qbr.quantizers import LSQQuantizer
-from qbr.regularizer import by_layer, quantized_weights
+from qbr.regularizer import by_layer
 from qbr.spec import check_flag, is_number
 
 OSCILLATING = 0.005  # a weight that oscillates more often than this counts as oscillating (Nagel et al., section 2.3)
@@ -92,7 +92,7 @@ class Monitor:
         if frequency is not None and not (oscillations and 0 < frequency < 1):
             raise ValueError(f"frequency={frequency}, oscillations={oscillations}: expected a momentum between 0 and 1 "
                              "with oscillations=True, or None")  # fmt: skip
-        weights = quantized_weights(model) if oscillations else {}
+        weights = grouping.quantized_weights(model) if oscillations else {}
         self._observers: dict[str, Observer] = {}
         for name, quantizer in found.items():
             codes = CodeChanges(weights[quantizer], quantizer, frequency) if quantizer in weights else None

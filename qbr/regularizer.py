@@ -158,22 +158,6 @@ def by_layer(model: nn.Module) -> dict[str, LSQQuantizer]:
     return found
 
 
-def quantized_weights(model: nn.Module) -> dict[LSQQuantizer, Tensor]:
-    """{quantizer: its weight}; of a parametrized layer what it is in eval mode, where spectral_norm learns nothing."""
-    found = {}
-    for quantizer, layer, name in grouping.weights(model):
-        parametrizations = layer.parametrizations.modules() if hasattr(layer, "parametrizations") else ()
-        training = [each for each in parametrizations if each.training]
-        for each in training:
-            each.training = False
-        try:
-            found[quantizer] = getattr(layer, name)
-        finally:
-            for each in training:
-                each.training = True
-    return found
-
-
 def _with_global_bins(acts: dict[str, LSQQuantizer], taken: dict[str, list[BinLoss]]) -> dict[str, list[BinLoss]]:
     for name, quantizer in acts.items():
         layer, _ = _layer_and_call(name)

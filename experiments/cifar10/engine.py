@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import qbr
+from qbr.quantizers import quantizers
 
 from . import distillation, optim, processes
 from .data import Batches, ImageSet, Splits
@@ -159,7 +160,7 @@ class Trainer:
         totals = torch.zeros(3, device=self.device)
         bins = _BinTotals(torch.tensor([self.lambda_weights, self.lambda_acts], device=self.device))
         count = self.batches.count
-        alphas_set = all(quantizer.initialised for quantizer in self._quantizers())
+        alphas_set = all(quantizer.initialised for quantizer in quantizers(self.model).values())
         title = f"epoch {epoch}/{self.epochs}"
         start = time.perf_counter()
         with tqdm(total=count, desc=title, unit="img", leave=False, disable=True if self.quiet else None) as bar:
@@ -208,9 +209,6 @@ class Trainer:
     @property
     def br_active(self) -> bool:
         return self.control is not None and self.control.br_active
-
-    def _quantizers(self) -> list[qbr.LSQQuantizer]:
-        return [module for module in self.model.modules() if isinstance(module, qbr.LSQQuantizer)]
 
     def _logits(self, net: nn.Module, x: Tensor) -> Tensor:
         context = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()

@@ -20,6 +20,7 @@ from torch import nn
 import qbr
 from qbr import kernels
 from qbr.freezing import mean_distance
+from qbr.quantizers import quantizers
 
 from . import checkpoints, data, distillation, exits, folders, histograms, logs, oscillation, processes, report, warmup
 from .device import keep_freed_memory, pick_device
@@ -321,7 +322,7 @@ class Run:
 
     def _epoch(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
         start = time.perf_counter()
-        before = self._alphas() if all(module.initialised for module in self._quantizers().values()) else {}
+        before = self._alphas() if all(module.initialised for module in quantizers(self.model).values()) else {}
         if trainer.control and epoch == self.options.warmup_epochs + 1:
             self._keep_histograms("before", epoch - 1)
             if self.options.lambda_br and self.options.num_bits_weight != FLOAT_BITS:
@@ -343,12 +344,9 @@ class Run:
             print(warning)
         return figures
 
-    def _quantizers(self) -> dict[str, nn.Module]:
-        return {name: m for name, m in self.model.named_modules() if isinstance(m, qbr.LSQQuantizer)}
-
     def _alphas(self) -> dict[str, float]:
         """Every quantizer's step size, the mean where it has several."""
-        found = self._quantizers()
+        found = quantizers(self.model)
         means = [module.alpha.detach().mean() for module in found.values()]
         return dict(zip(found, torch.stack(means).tolist())) if found else {}
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qbr import functional
-from qbr.regularizer import quantized_weights
+from qbr import grouping
 
 from .optim import factor, rise
 
@@ -67,9 +66,6 @@ def _share(exponent: float) -> str:
 def _bin_sizes(model: nn.Module, skip: Sequence[str]) -> torch.Tensor:
     """How many weights each bin has that BR moves, the smallest first: float64 [bins], on the CPU."""
     left_out = {model.get_submodule(name).weight_quantizer for name in skip}
-    found = {quantizer: weight for quantizer, weight in quantized_weights(model).items() if quantizer not in left_out}
-    tables = functional.foreach_bin_loss(
-        list(found.values()), [quantizer.alpha for quantizer in found], [quantizer.spec for quantizer in found]
-    )
-    counts = torch.cat([each.bins.counts.cpu() for each in tables])
+    found = grouping.weight_bins(model).items()
+    counts = torch.cat([bins.counts.cpu() for quantizer, bins in found if quantizer not in left_out])
     return counts[counts > 0].sort().values

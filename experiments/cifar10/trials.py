@@ -14,7 +14,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, data, space
+from . import checkpoints, data, folders, space
 from .device import pick_device
 from .engine import TrainingDiverged
 from .files import UserError, atomic_write, markdown_table, read_json, write_json
@@ -185,7 +185,7 @@ class Search:
         so_far = f"; best so far {best['val_acc']:.2f} % (trial {best['number']})" if best else ""
         print(f"\ntrial {trial['number']}/{len(self.trials)}, to epoch {until}: {_named(trial['params'])}{so_far}")
         options, given = self.options[trial["number"] - 1]
-        resume = (options.output_dir / "checkpoints" / "last.pth").exists()
+        resume = (options.output_dir / folders.CHECKPOINTS / "last.pth").exists()
         options = argparse.Namespace(**{**vars(options), "resume": resume})
         run = Trial(QAT, options, given, f"search.py, trial {trial['number']}", shared)
         run.until = until
@@ -227,7 +227,7 @@ class Search:
 
     def _forget_weights(self, trial: dict[str, Any]) -> None:
         """A trial that goes no further keeps its figures: hundreds of checkpoints would fill a disk."""
-        shutil.rmtree(self._trial_folder(trial["number"]) / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self._trial_folder(trial["number"]) / folders.CHECKPOINTS, ignore_errors=True)
 
     def best(self) -> dict[str, Any] | None:
         done = ranked([trial for trial in self.trials if trial["val_acc"] is not None])

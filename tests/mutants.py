@@ -329,7 +329,7 @@ MUTANTS = [
     Mutant("calibrate: negative values are left out", SKETCH, "+ _BINS * (x < 0)", "+ 0 * (x < 0)", "calibrate"),
     # ---- monitor, export ----
     Mutant("monitor: the tail of a sum", "qbr/monitor.py", " + flat[whole:].sum()", "", "monitor"),
-    Mutant("monitor: a look at a weight trains its parametrization", REGULARIZER,
+    Mutant("monitor: a look at a weight trains its parametrization", "qbr/grouping.py",
            "            each.training = False\n", "            pass\n", "monitor"),
     Mutant("monitor: any turn is an oscillation", "qbr/monitor.py",
            "turned_back = turn & self.back", "turned_back = turn & 3", "monitor"),

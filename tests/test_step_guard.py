@@ -328,7 +328,6 @@ def test_an_optimizer_of_pruned_weights_alone_is_noticed():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
     for layer in (model[0], model[2]):
         prune.l1_unstructured(layer, "weight", amount=0.5)
-        layer.bias.requires_grad_(False)
     qbr.prepare(model, qbr.QATConfig())
     optimizer = torch.optim.SGD([model[0].weight_orig, model[2].weight_orig], lr=0.1)
     F.cross_entropy(model(batch()[0]), batch()[1]).backward()

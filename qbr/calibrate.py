@@ -170,9 +170,11 @@ def _report(names: dict[LSQQuantizer, str], waiting: list[LSQQuantizer], calibra
     bad = [q for q, usable in calibrator.done.items() if not usable.any()]
     for quantizer in bad:
         quantizer._initialised = bool(quantizer.init_state.all())  # what nothing has set, a training forward may set
-    if bad:
-        message = f"the data of {[names[q] for q in bad]} is all 0 or not finite: their step sizes stay as they were"
-        warnings.warn(message, stacklevel=3)
+    empty = [q for q in bad if q in calibrator.without_data]
+    for what, found in (("is all 0 or not finite", set(bad) - set(empty)), ("has no element: empty batches", empty)):
+        if found:
+            message = f"the data of {[names[q] for q in bad if q in found]} {what}: their step sizes stay as they were"
+            warnings.warn(message, stacklevel=3)
 
 
 def _report_signs(model: nn.Module, names: dict[LSQQuantizer, str], calibrator: _Calibrator) -> None:
@@ -197,6 +199,7 @@ class _Calibrator:
         done: {quantizer: which of its steps could be set}, tensors of bool on the device.
         read_elsewhere: {weight: name of the module that has read it past its layer in the first batch}.
         below_zero: {unsigned quantizer without a ReLU: whether it was given values below 0}, bool on the device.
+        without_data: quantizers whose inputs had no element.
     """
 
     def __init__(self, method: str, quantile: float) -> None:
@@ -205,6 +208,7 @@ class _Calibrator:
         self.done: dict[LSQQuantizer, Tensor] = {}
         self.read_elsewhere: dict[str, str] = {}
         self.below_zero: dict[LSQQuantizer, Tensor] = {}
+        self.without_data: set[LSQQuantizer] = set()
         self._statistics: dict[LSQQuantizer, Mean | Sketch] = {}
 
     def set_weight(self, quantizer: LSQQuantizer, weight: Tensor) -> None:
@@ -250,6 +254,8 @@ class _Calibrator:
         statistics.reduce(distributed.total)
         if bool(statistics.count.sum() > 0):
             self._set(quantizer, self._step(quantizer, statistics))
+        elif quantizer in self.done:
+            self.without_data.add(quantizer)
 
     def _new(self, quantizer: LSQQuantizer) -> Mean | Sketch:
         if self.method == "lsq" or quantizer.spec.binary:

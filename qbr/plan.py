@@ -17,6 +17,7 @@ from qbr.calls import joined
 from qbr.config import LayerConfig, QATConfig, matches
 from qbr.discovery import FunctionalReLU, Reading
 from qbr.graph_modules import RewrittenGraphs
+from qbr.kernels.reference import DTYPES
 from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
 from qbr.quantizers import quantizers
 from qbr.spec import QuantSpec
@@ -234,7 +235,7 @@ class _Planner:
         for owner_name, owner, parameter in parameters:
             own = config if owner is module else self.config.layer(owner_name, self._policy(module))
             if own.weight_bits is not None:
-                spec = _weight_spec(owner_name, owner, own)
+                spec = _weight_spec(owner_name, owner, own, getattr(owner, parameter).dtype)
                 self.plan.weights.append(PlannedWeight(owner_name, owner, module, parameter, spec))
                 bits = f"{own.weight_bits} bits" + (", per channel" if own.weight_per_channel else "")
             else:
@@ -388,7 +389,10 @@ def _left_out(module: nn.Module) -> str | None:
     return "no quantized form" if kind is None else f"subclass of {kind.__name__}"
 
 
-def _weight_spec(name: str, module: nn.Module, config: LayerConfig) -> QuantSpec:
+def _weight_spec(name: str, module: nn.Module, config: LayerConfig, dtype: torch.dtype) -> QuantSpec:
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} has a weight of {dtype}: expected float32, bfloat16, float16 or float64; cast it, or "
+                        f"skip it: QATConfig(skip=[{name!r}])")  # fmt: skip
     if isinstance(module, nn.Embedding):
         if module.sparse:
             raise ValueError(f"{name} is an Embedding with sparse=True: a quantized weight has a dense gradient; "

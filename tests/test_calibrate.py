@@ -421,3 +421,10 @@ def test_a_batch_that_the_forward_does_not_take_is_named():
     with pytest.raises(TypeError, match=r"Two.forward cannot be called with the batch \(missing .* 'y'\).*forward="):
         qbr.calibrate(model, [(x, x)])
     qbr.calibrate(model, [{"x": x, "y": x}])
+
+
+def test_empty_batches_are_told_as_such():
+    model = qbr.prepare(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), qbr.QATConfig())
+    with pytest.warns(UserWarning, match="the data of .'1.quantizer'. has no element: empty batches: their step sizes"):
+        qbr.calibrate(model, [torch.randn(0, 3)])
+    assert not model[1].quantizer.initialised and model[0].weight_quantizer.initialised

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import qbr
 from qbr import QATConfig, prepare
@@ -223,6 +224,15 @@ def test_compile_fullgraph_of_a_whole_model_equals_eager():
 
 def test_pruned_weights_are_refused_one_bit():
     model = nn.Sequential(nn.Linear(4, 4))
-    torch.nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.5)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
     with pytest.raises(ValueError, match="0 is pruned and has weight_bits=1: binary codes have no 0"):
         qbr.prepare(model, qbr.QATConfig(weight_bits=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_other_dtypes_are_refused_by_name(dtype):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[1].weight.detach().to(dtype))
+    with pytest.raises(TypeError, match=f"1 has a weight of {dtype}: expected float32"):
+        prepare(model, QATConfig(act_bits=None))
+    prepare(model, QATConfig(act_bits=None, skip=["1"]))

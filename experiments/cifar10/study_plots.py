@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -27,6 +28,8 @@ def draw_all(results: dict[str, Any]) -> dict[str, Figure]:
         drawn = {"accuracy": accuracy(results)}
         if any("br_w" in epoch for run in results["runs"] for epoch in run["epochs"]):
             drawn["br"] = bin_losses(results)
+        if any(oscillating(epoch) for run in results["runs"] for epoch in run["epochs"]):
+            drawn["oscillation"] = oscillation(results)
         for index, side in enumerate(("weights", "activations")):
             drawn[f"alphas_{side}"] = alphas(results, index, side)
         if any("histograms" in run for run in results["runs"]):
@@ -69,27 +72,48 @@ def bin_losses(results: dict[str, Any]) -> Figure:
     rows = by_row(results)
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for ax, key, side in zip(axes, ("br_w", "br_a"), ("weights", "activations")):
-        for row, runs in rows.items():
-            if key == "br_w" and row in DAMPENED:
-                continue
-            curves = [{e["epoch"]: e[key] for e in run["epochs"] if key in e} for run in runs]
-            epochs = sorted(set.intersection(*map(set, curves)))
-            if not epochs:
-                continue
-            seeds = [[curve[epoch] for curve in curves] for epoch in epochs]
-            style = {"linestyle": (0, (4, 3))} if row in DASHED else {}
-            marker = "o" if len(epochs) <= 20 else None
-            ax.plot(epochs, [statistics.fmean(each) for each in seeds], color=COLORS[row], label=ROWS[row].title,
-                    linewidth=1.5, marker=marker, markersize=3.5, **style)  # fmt: skip
-            lows, highs = [min(each) for each in seeds], [max(each) for each in seeds]
-            ax.fill_between(epochs, lows, highs, color=COLORS[row], alpha=0.15, linewidth=0)
-        ax.set_yscale("log")
-        plain_ticks(ax)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_xlabel("epoch")
+        shown = {row: runs for row, runs in rows.items() if key != "br_w" or row not in DAMPENED}
+        _curves(ax, shown, lambda epoch: epoch.get(key))
         ax.set_title(f"BR of {side}")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
+
+
+def oscillation(results: dict[str, Any]) -> Figure:
+    """The share of weights that oscillate at each epoch's end, from the last one of warm-up on."""
+    figure, ax = plt.subplots(figsize=(10, 4.2), layout="constrained")
+    rows = by_row(results)
+    _curves(ax, rows, oscillating)
+    ax.set_xlim(left=min(run["warmup_epochs"] for runs in rows.values() for run in runs) - 0.1)
+    ax.set_ylabel("oscillating weights, %")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def oscillating(epoch: dict[str, Any]) -> float | None:
+    """Percent of weights; None where nothing was seen, or none does: a logarithmic axis has no 0."""
+    share = epoch.get("oscillation", {}).get("oscillating")
+    return 100 * share if share else None
+
+
+def _curves(ax, rows: dict[str, Any], value: Callable[[dict[str, Any]], float | None]) -> None:
+    """A line for each row, over the epochs in which all its seeds have a value, and a band over the seeds."""
+    for row, runs in rows.items():
+        curves = [{e["epoch"]: value(e) for e in run["epochs"] if value(e) is not None} for run in runs]
+        epochs = sorted(set.intersection(*map(set, curves)))
+        if not epochs:
+            continue
+        seeds = [[curve[epoch] for curve in curves] for epoch in epochs]
+        style = {"linestyle": (0, (4, 3))} if row in DASHED else {}
+        marker = "o" if len(epochs) <= 20 else None
+        ax.plot(epochs, [statistics.fmean(each) for each in seeds], color=COLORS[row], label=ROWS[row].title,
+                linewidth=1.5, marker=marker, markersize=3.5, **style)  # fmt: skip
+        lows, highs = [min(each) for each in seeds], [max(each) for each in seeds]
+        ax.fill_between(epochs, lows, highs, color=COLORS[row], alpha=0.15, linewidth=0)
+    ax.set_yscale("log")
+    plain_ticks(ax)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_xlabel("epoch")
 
 
 def _panels(rows: dict[str, Any], height: float, **shared) -> tuple[Figure, list]:

@@ -40,6 +40,8 @@ CAPTIONS = {
     "accuracy": "Test accuracy after the last epoch, each seed a dot and the mean a bar; on the right, its difference "
     "from the default row with its 95 % interval, and the differences between the figures that the guides give.",
     "br": "The bin losses per epoch of the BR phase, means over seeds; the band spans the seeds.",
+    "oscillation": "The share of weights that oscillate at each epoch's end, from warm-up's last epoch on, means over "
+    "seeds; the band spans the seeds. There is no point where none does.",
     "alphas_weights": "alpha of each layer's weights relative to its value when warm-up ended, first seed; dark: first "
     "layers.",
     "alphas_activations": "The same of activations.",
@@ -153,7 +155,8 @@ def _facts(results: dict[str, Any]) -> list[str]:
 
 
 def _titles() -> dict[str, str]:
-    return {"accuracy": "Accuracy", "br": "Bin losses", "alphas_weights": "Step sizes of weights",
+    return {"accuracy": "Accuracy", "br": "Bin losses", "oscillation": "Oscillating weights",
+            "alphas_weights": "Step sizes of weights",
             "alphas_activations": "Step sizes of activations", "weights": "Weights before and after BR"}  # fmt: skip
 
 

@@ -198,9 +198,9 @@ def test_the_report_comes_from_results_json_alone(folder, tmp_path_factory):
     assert "| BR; alpha frozen (S1) | 62.30 ± 0.30 | 0.1000 ± 0.0000 |" in text
     assert "Order of the guides' three rows by mean accuracy: freeze > default > br-to-alpha; the guides say" in text
     assert "BR on weights and activations against LSQ alone: +0.10 ± " in text
-    for name in ("accuracy", "br", "alphas_weights", "alphas_activations"):
+    for name in ("accuracy", "br", "oscillation", "alphas_weights", "alphas_activations"):
         assert (alone / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and f"]({name}.png)" in text
-    assert page.count("data:image/png;base64,") == 4 and "http" not in page
+    assert page.count("data:image/png;base64,") == 5 and "http" not in page
 
 
 def test_what_is_no_study_is_refused(tmp_path, capsys):

@@ -63,10 +63,12 @@ def running_ddp() -> nn.parallel.DistributedDataParallel | None:
 
 
 def check_known(parameters: Sequence[Tensor], ddp: nn.parallel.DistributedDataParallel) -> None:
-    """Raise ValueError where ddp does not know one of a model's step sizes: each rank would train its own."""
-    known = {id(parameter) for parameter in getattr(ddp, "_module_parameters", parameters)}
-    known |= {id(p) for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore}
-    if any(id(parameter) not in known for parameter in parameters if parameter.requires_grad):
+    """Raise ValueError where ddp does not know one of its model's step sizes: each rank would train its own."""
+    known = {id(parameter) for parameter in getattr(ddp, "_module_parameters", ())}
+    lost = {id(p) for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore} - known
+    if not known or len(lost) == sum(1 for _ in ddp.module.parameters()):  # functional_call: others in their places
+        return
+    if any(id(parameter) in lost for parameter in parameters if parameter.requires_grad):
         raise ValueError("DistributedDataParallel was made before prepare(), and would not synchronise the step sizes: "
                          "call prepare() first, then DistributedDataParallel")  # fmt: skip
 

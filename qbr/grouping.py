@@ -88,7 +88,7 @@ def _has_hooks(layer: nn.Module) -> bool:
 
 def weights(model: nn.Module) -> list[tuple[nn.Module, nn.Module, str]]:
     """(quantizer, layer, name of the weight) of all quantized weights: ``weight_quantizer`` is that of ``weight``, and
-    so on for every quantizer of a weight whose name ends so. One that tied weights share comes once.
+    so on for every name that ends so, and for those of other parameters. One that tied weights share comes once.
 
     Warns:
         UserWarning: once a model, of a quantizer that weights share which are not tied (any more).
@@ -99,8 +99,12 @@ def weights(model: nn.Module) -> list[tuple[nn.Module, nn.Module, str]]:
             if not name.endswith("_quantizer") or getattr(child, "kind", None) != "weight":
                 continue
             parameter = name.removesuffix("_quantizer")
+            own = any(module._parameters.get(each) is not None for each in (parameter, f"{parameter}_orig"))
+            if not (own or name.endswith("weight_quantizer")):  # of an input, say: signed, and no weight
+                continue
             _, first, its = found.setdefault(child, (child, module, parameter))
-            if module._parameters.get(parameter) is not first._parameters.get(its):
+            weight, other = module._parameters.get(parameter), first._parameters.get(its)
+            if weight is not other and isinstance(weight, nn.Parameter) and isinstance(other, nn.Parameter):
                 _warn_of_one_step(model, child)
     return list(found.values())
 
@@ -110,9 +114,9 @@ def _warn_of_one_step(model: nn.Module, quantizer: nn.Module) -> None:
         return
     assign(model, "_qbr_told_of_sharing", True)
     names = [name for name, each in model.named_modules(remove_duplicate=False) if each is quantizer]
-    warnings.warn(f"{names} are one quantizer of weights that are not one: all but the first have no bin loss, no "
-                  "figures and no part in calibration. Untie before prepare; a state_dict that is loaded with "
-                  "assign=True unties: tie again after it", stacklevel=4)  # fmt: skip
+    warnings.warn(f"{names} are one quantizer of weights that are not one: only the one that runs last has a bin loss, "
+                  "only the first figures and a part in calibration. Untie before prepare; a state_dict that is loaded "
+                  "with assign=True unties: tie again after it", stacklevel=4)  # fmt: skip
 
 
 def quantized_weights(model: nn.Module) -> dict[nn.Module, Tensor]:

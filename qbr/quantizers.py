@@ -71,6 +71,7 @@ class LSQQuantizer(nn.Module):
     """
 
     init_state: Tensor
+    awaits_epoch: bool = False
 
     def __init__(
         self, spec: QuantSpec, kind: str, *, initial_alpha: float, channels: int = 1, device: Device = None
@@ -87,7 +88,6 @@ class LSQQuantizer(nn.Module):
         self.spec: QuantSpec = spec
         self.kind = kind
         self.collecting: bool | None = None
-        self.awaits_epoch: bool = False
         self.br_to_alpha: ToAlpha = False
         self.regularizer: str = "br"
         self.frozen: bool = False

@@ -240,7 +240,7 @@ def forget(model: nn.Module, *_) -> None:
     """Drop what earlier forwards of model have collected; as a forward pre-hook, at the start of each new one that
     collects something itself: not of one without gradients, or in eval mode, between a training forward and its loss.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         ddp = distributed.running_ddp()
         if ddp is not None and model.__dict__.get("_qbr_known_to") != id(ddp):
             distributed.check_known([quantizer.alpha for quantizer in quantizers(model).values()], ddp)

@@ -97,12 +97,14 @@ def test_the_reports_command_has_the_seeds_and_rows_that_are_there(folder):
         ({"lambda_br": 1.0, "lambda_br_act": 0.1}, "W2A2 with LSQ and BR of weights and BR of activations"),
         ({"lambda_br": 1.0, "regularizer": "dampening", "num_bits_first": 8, "num_bits_last": 2},
          "W2A2 (first layer 8 bits) with LSQ and dampening of weights"),
+        ({"lambda_br": 1.0, "num_bits_weight": 32}, "W32A2 with LSQ alone"),
     ],
 )  # fmt: skip
 def test_a_runs_report_is_called_what_it_is(options, title):
     report = importlib.import_module("cifar10.report")
     options = {"num_bits_weight": 2, "num_bits_act": 2, "lambda_br_act": 0.0, **options}
-    assert report._what({"options": options}) == title
+    assert report._what({"options": options, "epochs": [{}, {"br_w": 0.1}]}) == title
+    assert report._what({"options": options, "epochs": [{}]}).endswith("with LSQ alone")
 
 
 def test_a_study_of_activations_alone_has_its_report(folder):

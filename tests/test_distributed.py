@@ -241,6 +241,13 @@ def _refusals():
     qbr.calibrate(qbr.prepare(inside.module), [xs[0].flatten(1)[:, :8]])  # a forward past the wrapper
     with pytest.raises(ValueError, match="made before prepare.., and would not synchronise the step sizes"):
         inside(xs[0].flatten(1)[:, :8])
+    student = nn.parallel.DistributedDataParallel(nn.Linear(8, 8))
+    teacher = inside.module  # no part of the student: what its wrapper does not know is none of its business
+    student.module.register_forward_hook(lambda module, inputs, output: output - teacher(*inputs))
+    student(xs[0].flatten(1)[:, :8])
+    whole = nn.parallel.DistributedDataParallel(_model())
+    copies = {name: value.detach().clone() for name, value in whole.named_parameters()}
+    torch.func.functional_call(whole, copies, (xs[0],))
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     parallel = nn.Sequential(nn.Linear(8, 8))
     shards = torch.distributed.tensor.parallel.ColwiseParallel()

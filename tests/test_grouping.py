@@ -395,6 +395,25 @@ def test_every_walk_finds_the_weights_of_a_layer_of_ones_own():
     assert torch.equal(qbr.convert(model)[0].kernel, model[0].kernel_quantizer(model[0].kernel))
 
 
+@pytest.mark.parametrize("name", ["input", "lin", "bias"])
+def test_signed_quantizers_of_what_is_no_weight_are_left_alone(name):
+    class Own(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3, bias=False)
+            self.lin = nn.Identity()
+            self.add_module(f"{name}_quantizer", qbr.LSQ_WeightQuantizer(4))
+
+        def forward(self, x):
+            return super().forward(self._modules[f"{name}_quantizer"](x))
+
+    model = nn.Sequential(Own())
+    control = qbr.AlphaControl().attach(model)
+    with qbr.Monitor(model) as monitor:
+        control.begin_epoch(1)
+        model(torch.randn(2, 4)).sum().backward()
+        assert monitor.read() and qbr.summary(model).rows and qbr.bin_loss(model).layers
+
+
 def test_hooks_that_name_no_module():
     model = make()
     expected = model(images())

@@ -22,7 +22,7 @@ _NOT_GIVEN = object()
 # What --quick changes, with the packed subset.
 QUICK_BASELINE = {"model": "resnet20", "epochs": 3, "batch_size": 64, "output_dir": Path("runs/quick-baseline")}
 # Two epochs of BR are 142 steps: lambda 1 would move a bin of 1,000 weights 2 % of the way to its level, 40 moves it
-# half. 2 * lambda * lr <= 1.33, also with --recipe record's schedule, stays below 1.36, where a bin of one weight would
+# half. 2 * lambda * lr <= 1.34, also with --recipe record's schedule, stays below 1.36, where a bin of one weight would
 # start to oscillate under its Nesterov momentum (strength.limit). BR_A is 8.5 here, over four times the cross-entropy.
 QUICK_QAT = {
     "model": "resnet20",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import UserError, atomic_write, read_json
+from .options import FLOAT_BITS
 
 REMEDY = "name the --output-dir of a run"
 PLOTS = {
@@ -120,7 +121,10 @@ def _what(results: dict[str, Any]) -> str:
     ends = [f"{end} layer {bits} bits" for end, bits in ends.items() if bits not in (None, options["num_bits_weight"])]
     text += f" ({', '.join(ends)}) with LSQ" if ends else " with LSQ"
     way = {"br": "BR", "dampening": "dampening"}[options.get("regularizer", "br")]
-    losses = [f"{way} of weights"] * (options["lambda_br"] > 0) + ["BR of activations"] * (options["lambda_br_act"] > 0)
+    sides = {"weight": ("lambda_br", f"{way} of weights"), "act": ("lambda_br_act", "BR of activations")}
+    losses = [what for side, (strength, what) in sides.items()
+              if options[strength] > 0 and options[f"num_bits_{side}"] < FLOAT_BITS]  # fmt: skip
+    losses = losses if any("br_w" in epoch for epoch in results["epochs"]) else []
     return " and ".join([text, *losses]) if losses else f"{text} alone"
 
 

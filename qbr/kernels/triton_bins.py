@@ -335,9 +335,10 @@ def _store_sums(partials, words, sums, address, i_row, LEVELS: tl.constexpr, LP:
         o_k = tl.arange(0, LP)
         o_t = tl.arange(0, THREADS)
         for j in tl.static_range(3):
-            # Of the cells S, Q and n, n is stored first.
-            o_cell = (tl.minimum(o_k, LEVELS) * 3 + (j + 2) % 3)[:, None] * THREADS + o_t[None, :]  # [LP, THREADS]
-            b_row = tl.sum(_read_float(address + 4 * o_cell), 1)
+            # Of the cells S, Q and n, n is stored first. Lanes read slots side by side, each from a bank of its own.
+            o_row = (tl.minimum(o_k, LEVELS) * 3 + (j + 2) % 3)[None, :] * THREADS
+            o_cell = o_row + (o_t[:, None] + 32 // LP * o_k[None, :]) % THREADS  # [THREADS, LP]
+            b_row = tl.sum(_read_float(address + 4 * o_cell), 0)
             tl.store(p_row + j * LP + o_k, tl.where(o_k < LEVELS, b_row, 0.0))
         _store_row(p_row + 3 * LP, sums, 0, 1, 2, LP)
     else:

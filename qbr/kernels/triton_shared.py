@@ -57,19 +57,20 @@ _ADD_TO_WORD = tl.constexpr("""{
 def _memory(BYTES: tl.constexpr):
     """The address, in shared space, of this block's memory: once in a kernel."""
     return tl.inline_asm_elementwise(
-        f"{{ .shared .align 16 .b8 qbr_memory[{BYTES}]; mov.u32 $0, qbr_memory; add.u32 $0, $0, $1; }}",
+        f"{{ .shared .align 16 .b8 qbr_memory[{(BYTES + 15) // 16 * 16}]; mov.u32 $0, qbr_memory; add.u32 $0, $0, $1; }}",
         "=r,r", [0], tl.int32, False, 1,
     )  # fmt: skip
 
 
 @triton.jit
 def _clear(address, BYTES: tl.constexpr, THREADS: tl.constexpr):
-    """Zero the memory, and wait for every thread to have done so."""
+    """Zero the memory, 16 bytes at a time, and wait for every thread to have done so."""
     o_t = tl.arange(0, THREADS)
-    for first in range(0, BYTES, 4 * THREADS):
-        o_b = tl.minimum(first + 4 * o_t, BYTES - 4)
+    last: tl.constexpr = (BYTES + 15) // 16 - 1
+    for i in tl.static_range(last // THREADS + 1):
+        o_b = 16 * tl.minimum(i * THREADS + o_t, last)
         tl.inline_asm_elementwise(
-            "st.shared.u32 [$1], 0; mov.u32 $0, 0;", "=r,r", [address + o_b], tl.int32, False, 1
+            "st.shared.v4.u32 [$1], {0, 0, 0, 0}; mov.u32 $0, 0;", "=r,r", [address + o_b], tl.int32, False, 1
         )  # fmt: skip
     tl.debug_barrier()
 

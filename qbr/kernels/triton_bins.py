@@ -25,7 +25,15 @@ from qbr.kernels.triton_kernels import (
     _store_per_channel,
     _tile,
 )
-from qbr.kernels.triton_shared import _add_to_cells, _add_to_words, _clear, _memory, _read_float, _read_word
+from qbr.kernels.triton_shared import (
+    _add_to_cells,
+    _add_to_words,
+    _clear,
+    _memory,
+    _read_float,
+    _read_word,
+    _write_float,
+)
 
 MASKED = tl.constexpr(0)
 CELLS = tl.constexpr(1)
@@ -256,7 +264,7 @@ def _lsq_bin_fwd(x, alpha, xhat, partials, words, s_words, s_ends, outer, C, inn
         sums = _zero_sums(3 * LEVELS + 2, LANES)
     elif METHOD == CELLS:
         sums = _zero_sums(2, LANES)
-        address = _memory(12 * THREADS * (LEVELS + 1))
+        address = _memory(12 * THREADS * (LEVELS + 1), 4 * THREADS)
         _clear(address, 12 * THREADS * (LEVELS + 1), THREADS)
     else:
         sums = _zero_sums(6, LANES)
@@ -264,7 +272,7 @@ def _lsq_bin_fwd(x, alpha, xhat, partials, words, s_words, s_ends, outer, C, inn
         if INTERPRETED:
             address = words + tl.cast(i_row, tl.int64) * (3 * LEVELS)
         else:
-            address = _memory(24 * LEVELS)
+            address = _memory(24 * LEVELS, 16)
             _clear(address, 24 * LEVELS, THREADS)
     # An item is one block of channels and one share of its tiles.
     for i_item in range(i_p, n_items, n_programs):
@@ -324,23 +332,27 @@ def _lsq_bin_fwd_kernel(
 def _store_sums(partials, words, sums, address, i_row, LEVELS: tl.constexpr, LP: tl.constexpr, METHOD: tl.constexpr,
                 THREADS: tl.constexpr):  # fmt: skip
     """Store a program's rows of partials and words."""
-    if METHOD == MASKED:
+    if METHOD == MASKED and INTERPRETED:
         p_row = partials + tl.cast(i_row, tl.int64) * (4 * LP)
         for j in tl.static_range(3):
             _store_row(p_row + j * LP, sums, j, 3, LEVELS, LP)
         _store_row(p_row + 3 * LP, sums, 3 * LEVELS, 1, 2, LP)
-    elif METHOD == CELLS:
+    elif METHOD != WORDS:
+        LANES: tl.constexpr = sums[0].shape[0]
+        COLUMNS: tl.constexpr = LANES if METHOD == MASKED else THREADS
+        o_l = tl.arange(0, LANES)
+        if METHOD == CELLS:
+            tl.debug_barrier()
+        else:
+            address = _memory(4 * LANES * (3 * LEVELS + 2), 4 * LANES)
+            for k in tl.static_range(LEVELS):
+                for j in tl.static_range(3):
+                    _write_float(address + 4 * ((3 * k + (j + 2) % 3) * LANES + o_l), sums[3 * k + j])
+        # Of the slot that belongs to no bin S and Q are 0, and make room.
+        for j in tl.static_range(2):
+            _write_float(address + 4 * ((3 * LEVELS + j) * COLUMNS + o_l), sums[len(sums) - 2 + j])
         tl.debug_barrier()
-        p_row = partials + tl.cast(i_row, tl.int64) * (4 * LP)
-        o_k = tl.arange(0, LP)
-        o_t = tl.arange(0, THREADS)
-        for j in tl.static_range(3):
-            # Of the cells S, Q and n, n is stored first. Lanes read slots side by side, each from a bank of its own.
-            o_row = (tl.minimum(o_k, LEVELS) * 3 + (j + 2) % 3)[None, :] * THREADS
-            o_cell = o_row + (o_t[:, None] + 32 // LP * o_k[None, :]) % THREADS  # [THREADS, LP]
-            b_row = tl.sum(_read_float(address + 4 * o_cell), 0)
-            tl.store(p_row + j * LP + o_k, tl.where(o_k < LEVELS, b_row, 0.0))
-        _store_row(p_row + 3 * LP, sums, 0, 1, 2, LP)
+        _store_cells(partials + tl.cast(i_row, tl.int64) * (4 * LP), address, LEVELS, LP, COLUMNS)
     else:
         _store_row(partials + tl.cast(i_row, tl.int64) * 8, sums, 0, 1, 6, 8)
         if not INTERPRETED:
@@ -348,6 +360,21 @@ def _store_sums(partials, words, sums, address, i_row, LEVELS: tl.constexpr, LP:
             o_w = tl.arange(0, 4 * LP)
             b_words = _read_word(address + 8 * tl.minimum(o_w, 3 * LEVELS - 1))
             tl.store(words + tl.cast(i_row, tl.int64) * (3 * LEVELS) + o_w, b_words, mask=o_w < 3 * LEVELS)
+
+
+@triton.jit
+def _store_cells(p_row, address, LEVELS: tl.constexpr, LP: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store the totals of cells [3 LEVELS + 2, COLUMNS] as n | S | Q | the last two, by one reduction for all."""
+    o_j = tl.arange(0, 4 * LP)
+    o_k = o_j % LP
+    m_bin = o_j < 3 * LP
+    m_j = o_k < tl.where(m_bin, LEVELS, 2)
+    o_row = tl.where(m_bin, 3 * o_k + (o_j // LP + 2) % 3, 3 * LEVELS + o_k)
+    o_t = tl.arange(0, COLUMNS)[:, None]
+    # Lanes read rows side by side, each from another bank; the address is a multiple of a row, so that xor moves it.
+    p_first = address + 4 * (tl.where(m_j, o_row, 0) * COLUMNS + tl.cdiv(8, LP) * o_j % COLUMNS)
+    b_row = tl.sum(_read_float(p_first[None, :] ^ (4 * o_t)), 0)  # [4 LP]
+    tl.store(p_row + o_j, tl.where(m_j, b_row, 0.0))
 
 
 @triton.jit

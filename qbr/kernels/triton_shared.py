@@ -3,8 +3,9 @@
 A kernel asks for its block's memory once, by ``_memory``, and passes the address on. Two kinds of table lie there:
     cells  [levels + 1, 3, threads] float32: S, Q and n of each bin, every thread alone in its column: no atomics
     words  [3, levels] int64: (count, S) | Q | fine Q of each bin in fixed point; integers add up in any order
-Cells have one slot more than there are levels, for positions that belong to no bin. Triton's interpreter has no inline
-PTX: there, words are added to in global memory.
+Cells have one slot more than there are levels, for positions that belong to no bin. Sums of registers take the form of
+cells before they are added up across threads. Triton's interpreter has no inline PTX: there, words are added to in
+global memory.
 """
 
 import triton
@@ -54,10 +55,11 @@ _ADD_TO_WORD = tl.constexpr("""{
 
 
 @triton.jit
-def _memory(BYTES: tl.constexpr):
+def _memory(BYTES: tl.constexpr, ALIGN: tl.constexpr):
     """The address, in shared space, of this block's memory: once in a kernel."""
     return tl.inline_asm_elementwise(
-        f"{{ .shared .align 16 .b8 qbr_memory[{(BYTES + 15) // 16 * 16}]; mov.u32 $0, qbr_memory; add.u32 $0, $0, $1; }}",
+        f"{{ .shared .align {ALIGN} .b8 qbr_memory[{(BYTES + 15) // 16 * 16}]; "
+        f"mov.u32 $0, qbr_memory; add.u32 $0, $0, $1; }}",
         "=r,r", [0], tl.int32, False, 1,
     )  # fmt: skip
 
@@ -94,6 +96,13 @@ def _add_to_words(address, o_w, b_word):
 @triton.jit
 def _read_float(b_address):
     return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [b_address], tl.float32, False, 1)
+
+
+@triton.jit
+def _write_float(b_address, b_x):
+    tl.inline_asm_elementwise(
+        "st.shared.f32 [$1], $2; mov.u32 $0, 0;", "=r,r,f", [b_address, b_x], tl.int32, False, 1
+    )  # fmt: skip
 
 
 @triton.jit

@@ -135,7 +135,7 @@ def test_a_size_that_nothing_divides_keeps_wide_accesses():
 def test_programs_share_the_work_in_bounded_pieces():
     for numel in (1, 4097, 1 << 24, 1 << 33):
         for channels, inner in ((1, 1), (64, 9), (4096, 4096), (64, 1)):
-            plan = triton_backend.plan(max(numel, channels * inner), channels, inner, 4, 512, 132 * 16)
+            plan = triton_backend.plan(max(numel, channels * inner), channels, inner, 4, 512, 132 * 4, 132 * 8)
             items = plan.blocks * plan.splits
             tiles = max(plan.outer, 1) * -(-plan.inner // plan.t1) if plan.layout == 1 else -(-plan.outer // plan.t0)
             if plan.layout == 0:
@@ -143,3 +143,10 @@ def test_programs_share_the_work_in_bounded_pieces():
             per_program = -(-items // plan.programs) * -(-tiles // plan.splits) * plan.t0 * plan.t1
             assert 1 <= plan.programs <= items
             assert per_program <= 2 * triton_backend.ELEMENTS_PER_PROGRAM
+
+
+@pytest.mark.parametrize("log2, programs", [(16, 128), (18, 512), (20, 528), (21, 1024), (22, 1056), (26, 1056)])
+def test_programs_have_four_tiles_where_that_leaves_enough_of_them(log2, programs):
+    """Of 512 elements, on 132 multiprocessors: all tiles at once, then four programs on each, then one wave."""
+    plan = triton_backend.plan(1 << log2, 1, 1, 4, 512, 132 * 4, 132 * 8)
+    assert plan.programs == plan.splits == programs

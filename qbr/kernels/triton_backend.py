@@ -22,8 +22,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUM_WARPS = 4
 # One 16-byte load per thread and tile: more would cost the bin sums their registers.
 VECTOR_BYTES = 16
-# Enough programs for eight blocks of 128 threads on each multiprocessor, twice over where registers allow them.
-PROGRAMS_PER_SM = 16
+# Programs on a multiprocessor, one wave at most: 8 fit in an H100's registers and shared memory, of 16-bit elements 6.
+PROGRAMS_PER_SM = 8
+HALF_PROGRAMS_PER_SM = 6
+# What a program does around its tiles costs up to 2.5 of them: a program has 4, but 4 programs a multiprocessor go
+# first, whose 16 warps have 8 KB in flight: about what memory's latency takes.
+TILES_PER_PROGRAM = 4
+LEAST_PROGRAMS_PER_SM = 4
 # Masked sums take 4 instructions a level and 3 registers; cells 19 instructions at any number of levels, and 12 bytes
 # of shared memory a level and thread: 26 KB a block at 16 levels.
 MASKED_LEVELS = 4
@@ -127,8 +132,8 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def plan(numel: int, channels: int, inner: int, vec: int, tile: int, programs: int) -> Plan:
-    """Divide numel > 0 elements into tiles of `tile`, a power of two, for about `programs` programs.
+def plan(numel: int, channels: int, inner: int, vec: int, tile: int, least: int, most: int) -> Plan:
+    """Divide numel > 0 elements into tiles of `tile`, a power of two, for about `least` to `most` programs.
 
     A tile has tile / vec elements at least, one for each thread: Triton repeats what smaller ones hold, and each copy
     would be added to the bins.
@@ -151,33 +156,39 @@ def plan(numel: int, channels: int, inner: int, vec: int, tile: int, programs: i
         blocks = -(-channels // t1)
         tiles = -(-outer // t0)
     tile = t0 * t1
-    most = max(ELEMENTS_PER_PROGRAM // tile, 1)  # tiles of one program
-    splits = min(tiles, max(-(-programs // blocks), -(-tiles // most)))
+    programs = max(least, min(most, blocks * tiles // TILES_PER_PROGRAM))
+    longest = max(ELEMENTS_PER_PROGRAM // tile, 1)  # tiles of one program
+    splits = min(tiles, max(-(-programs // blocks), -(-tiles // longest)))
     tiles_per_item = -(-tiles // splits)
     items = blocks * splits
-    items_per_program = max(most // tiles_per_item, 1)
+    items_per_program = max(longest // tiles_per_item, 1)
     count = min(items, max(programs, -(-items // items_per_program)))
     return Plan(outer, channels, inner, layout, t0, t1, vec, blocks, splits, count)
 
 
 @lru_cache(maxsize=4096)
-def _plan(numel, channels, inner, itemsize, device: torch.device, per_sm: int, num_warps: int) -> Plan:
+def _plan(numel, channels, inner, itemsize, device: torch.device, least: int, most: int, num_warps: int) -> Plan:
     if _kernels().interpreted:
         tile = max(min(_power_of_two(numel) // 2, INTERPRETER_TILE), 64)
-        return plan(numel, channels, inner, tile // 64, tile, INTERPRETER_PROGRAMS)
-    vec = VECTOR_BYTES // itemsize
-    return plan(numel, channels, inner, vec, 32 * num_warps * vec, per_sm * _multiprocessors(device))
+        return plan(numel, channels, inner, tile // 64, tile, INTERPRETER_PROGRAMS, INTERPRETER_PROGRAMS)
+    vec, count = VECTOR_BYTES // itemsize, _multiprocessors(device)
+    return plan(numel, channels, inner, vec, 32 * num_warps * vec, least * count, most * count)
 
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _plan_of(x: Tensor, alpha: Tensor, channel_axis: int, per_sm=PROGRAMS_PER_SM, num_warps=NUM_WARPS) -> Plan:
+def _plan_of(x: Tensor, alpha: Tensor, channel_axis: int, method: int | None = None, least: int = 0) -> Plan:
+    """The division for a method of the forward with bins, or another kernel; least: programs on a multiprocessor."""
     check_dense(x)
     channels = alpha.numel()
     inner = x.stride(channel_axis) if channel_axis >= 0 and channels > 1 else 1
-    return _plan(x.numel(), channels, inner, x.element_size(), x.device, per_sm, num_warps)
+    most = PROGRAMS_PER_SM if x.element_size() == 4 else HALF_PROGRAMS_PER_SM
+    if method == WORDS:
+        most = WORDS_PROGRAMS_PER_SM
+    least = least or min(LEAST_PROGRAMS_PER_SM, most)
+    return _plan(x.numel(), channels, inner, x.element_size(), x.device, least, most, _num_warps(method))
 
 
 def _on_device_of(x: Tensor):
@@ -200,7 +211,7 @@ def lsq_fwd(x, alpha, qn, qp, binary, channel_axis, relu, clip):
     xhat = torch.empty_like(x)
     if x.numel():
         # No sums, hence no reason to bound the programs: one tile each.
-        p = _plan_of(x, alpha, channel_axis, per_sm=1 << 24)
+        p = _plan_of(x, alpha, channel_axis, least=1 << 24)
         with _on_device_of(x):
             _kernels().lsq_fwd[(p.blocks * p.splits,)](
                 x, alpha, xhat, p.outer, p.channels, p.inner, p.splits, clip,
@@ -236,9 +247,9 @@ def _bin_method(levels: int) -> int:
     return MASKED if levels <= MASKED_LEVELS or _kernels().interpreted else CELLS
 
 
-def _work(method: int | None) -> tuple[int, int]:
-    """(programs on a multiprocessor, warps of one) of a method of the forward with bins; None: of any other kernel."""
-    return (WORDS_PROGRAMS_PER_SM, WORDS_NUM_WARPS) if method == WORDS else (PROGRAMS_PER_SM, NUM_WARPS)
+def _num_warps(method: int | None) -> int:
+    """The warps of a program of a method of the forward with bins; None: of any other kernel."""
+    return WORDS_NUM_WARPS if method == WORDS else NUM_WARPS
 
 
 def _columns(channels: int) -> int:
@@ -254,8 +265,8 @@ def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_
             torch.zeros_like(alpha) if backprop_to_alpha else alpha.new_empty(0)
         )  # fmt: skip
     method = _bin_method(levels)
-    per_sm, num_warps = _work(method)
-    p = _plan_of(x, alpha, channel_axis, per_sm, num_warps)
+    num_warps = _num_warps(method)
+    p = _plan_of(x, alpha, channel_axis, method)
     lp = max(_power_of_two(levels), 2)
     kernels = _kernels()
     loss = alpha.new_empty(())

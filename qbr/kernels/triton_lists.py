@@ -51,7 +51,7 @@ def _groups(xs, alphas, ranges, bins: bool = False, grads=None) -> Iterator[Grou
     for i, (x, alpha, (qn, qp, binary, axis)) in enumerate(zip(xs, alphas, quants(ranges))):
         if x.numel() == 0:
             continue
-        p = one._plan_of(x, alpha, axis, *one._work(one._bin_method(qp - qn + 1) if bins else None))
+        p = one._plan_of(x, alpha, axis, one._bin_method(qp - qn + 1) if bins else None)
         divisible = (p.inner if p.layout == 1 else p.channels) % 16 == 0
         aligned = x.data_ptr() % 16 == 0 and (grads is None or grads[i].data_ptr() % 16 == 0)
         key = (x.dtype, aligned, qn, qp, binary, divisible, p.layout, p.t0, p.t1, p.vec)
@@ -123,7 +123,7 @@ def _bin_fwd(xhats, xs, alphas, ranges, relu, clip, backprop_to_alpha):
     for group in _groups(xs, alphas, ranges, bins=True):
         levels, n = group.levels, len(group.members)
         method = one._bin_method(levels)
-        _, num_warps = one._work(method)
+        num_warps = one._num_warps(method)
         lp = max(one._power_of_two(levels), 2)
         layouts, programs, _ = _layouts(group.plans, xs[0].device, True)
         channels = [p.channels for p in group.plans]

@@ -53,6 +53,10 @@ INTERPRETER_PROGRAMS = 3
 FINAL_TILE = 1024
 # Its channels, side by side: 8 of them fill a sector of 32 bytes, and leave the tile 128 rows at a time.
 FINAL_COLUMNS = 8
+# One program adds the rows of bins up, and waits for memory once for every tile: of 32 elements a thread with 8 warps.
+# Words, three sums of 8 elements and 124 registers a thread, take 16 warps: half the turns for a sixth more to issue.
+BINS_TILE, BINS_NUM_WARPS = 8192, 8
+BINS_WORDS_TILE, BINS_WORDS_NUM_WARPS = 4096, 16
 
 
 def load(device_type: str) -> None:
@@ -207,6 +211,12 @@ def _options(num_warps: int = NUM_WARPS) -> dict:
     return dict(num_warps=num_warps, enable_fp_fusion=False)
 
 
+def _bins_options(method: int, lp: int) -> dict:
+    if method == WORDS:
+        return dict(BR=BINS_WORDS_TILE // lp, **_options(BINS_WORDS_NUM_WARPS))
+    return dict(BR=BINS_TILE // (4 * lp), **_options(BINS_NUM_WARPS))
+
+
 def lsq_fwd(x, alpha, qn, qp, binary, channel_axis, relu, clip):
     xhat = torch.empty_like(x)
     if x.numel():
@@ -290,7 +300,7 @@ def _bin_fwd(xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_
         )  # fmt: skip
         kernels.bins[(1,)](
             partials, words, alpha, loss, bins, one_step, p.programs, p.channels,
-            QN=qn, LEVELS=levels, LP=lp, BR=FINAL_TILE * num_warps // NUM_WARPS // lp, **_options(num_warps),
+            QN=qn, LEVELS=levels, LP=lp, **_bins_options(method, lp),
         )  # fmt: skip
         if s_words is not None:
             bc = FINAL_COLUMNS

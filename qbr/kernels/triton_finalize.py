@@ -35,20 +35,21 @@ def _sum_rows_kernel(
 @triton.jit
 def _bin_sums(partials, rows, LP: tl.constexpr, BR: tl.constexpr):
     """n, S, Q and the tail (sum |d|, near), [LP] float64 each, from rows [rows, 4, LP]."""
-    o_k = tl.arange(0, LP)
-    b_n = tl.zeros([BR, LP], tl.float64)
-    b_s = tl.zeros([BR, LP], tl.float64)
-    b_q = tl.zeros([BR, LP], tl.float64)
-    b_tail = tl.zeros([BR, LP], tl.float64)
+    o_j = tl.arange(0, 4 * LP)
+    b_sum = tl.zeros([BR, 4 * LP], tl.float64)
     for i_r in range(0, rows, BR):
         o_r = i_r + tl.arange(0, BR)
-        m_r = (o_r < rows)[:, None] & (o_k >= 0)[None, :]  # [BR, LP]
-        p_r = partials + o_r.to(tl.int64)[:, None] * (4 * LP) + o_k[None, :]
-        b_n += tl.load(p_r, mask=m_r, other=0.0).to(tl.float64)
-        b_s += tl.load(p_r + LP, mask=m_r, other=0.0).to(tl.float64)
-        b_q += tl.load(p_r + 2 * LP, mask=m_r, other=0.0).to(tl.float64)
-        b_tail += tl.load(p_r + 3 * LP, mask=m_r, other=0.0).to(tl.float64)
-    return tl.sum(b_n, 0), tl.sum(b_s, 0), tl.sum(b_q, 0), tl.sum(b_tail, 0)
+        m_r = (o_r < rows)[:, None] & (o_j >= 0)[None, :]  # [BR, 4 LP]
+        p_r = partials + o_r.to(tl.int64)[:, None] * (4 * LP) + o_j[None, :]
+        b_sum += tl.load(p_r, mask=m_r, other=0.0).to(tl.float64)
+    b_row = tl.reshape(tl.sum(b_sum, 0), [4, LP])
+    return _part(b_row, 0), _part(b_row, 1), _part(b_row, 2), _part(b_row, 3)
+
+
+@triton.jit
+def _part(b_row, j: tl.constexpr):
+    """Row j of four; a select, not a product: others may be NaN."""
+    return tl.sum(tl.where(tl.arange(0, 4)[:, None] == j, b_row, 0.0), 0)
 
 
 @triton.jit

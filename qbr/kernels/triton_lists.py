@@ -144,8 +144,7 @@ def _bin_fwd(xhats, xs, alphas, ranges, relu, clip, backprop_to_alpha):
             )  # fmt: skip
             kernels.bins_list[(n,)](
                 partials, words, group.pick(alphas), group.pick(losses), group.pick(bins), one_step, layouts,
-                N=n, QN=group.quant[0], LEVELS=levels, LP=lp, BR=one.FINAL_TILE * num_warps // one.NUM_WARPS // lp,
-                **one._options(num_warps),
+                N=n, QN=group.quant[0], LEVELS=levels, LP=lp, **one._bins_options(method, lp),
             )  # fmt: skip
             if s_words is not None:
                 bc = one.FINAL_COLUMNS

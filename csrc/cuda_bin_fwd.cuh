@@ -9,7 +9,9 @@ namespace cuda {
 __device__ __forceinline__ void finish_bins(const Job& job, int count, double* shared) {
   const double* rows = static_cast<const double*>(job.parts);
   const int levels = job.range.levels, columns = 3 * levels + 2, threads = blockDim.x;
-  const int width = columns <= threads / 4 ? threads / 4 : threads, groups = threads / width;
+  int width = 32;  // of as few threads as the columns need: the other groups read other rows at the same time
+  while (width < columns && width < threads) width *= 2;
+  const int groups = threads / width;
   const int group = threadIdx.x / width;
   for (int first = 0; first < columns; first += width) {
     const int column = first + threadIdx.x % width;

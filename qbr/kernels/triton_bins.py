@@ -30,7 +30,6 @@ from qbr.kernels.triton_shared import (
     _add_to_words,
     _clear,
     _memory,
-    _own_columns,
     _read_float,
     _read_word,
     _write_float,
@@ -341,7 +340,7 @@ def _store_sums(partials, words, sums, address, i_row, LEVELS: tl.constexpr, LP:
     elif METHOD != WORDS:
         LANES: tl.constexpr = sums[0].shape[0]
         COLUMNS: tl.constexpr = LANES if METHOD == MASKED else THREADS
-        o_l = _own_columns(LANES, THREADS)
+        o_l = tl.arange(0, LANES)
         if METHOD == CELLS:
             tl.debug_barrier()
         else:

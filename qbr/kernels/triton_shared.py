@@ -78,16 +78,6 @@ def _clear(address, BYTES: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _own_columns(LANES: tl.constexpr, THREADS: tl.constexpr):
-    """A column for each lane: the calling thread's own, read anew, since an index known early costs a register."""
-    if LANES == THREADS:
-        b_none = tl.zeros([LANES], tl.int32)
-        return tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r,r", [b_none], tl.int32, False, 1)
-    else:
-        return tl.arange(0, LANES)
-
-
-@triton.jit
 def _add_to_cells(address, b_slot, b_d, THREADS: tl.constexpr):
     tl.inline_asm_elementwise(
         _ADD_TO_CELLS, "=&r,r,r,f,n,n,n",

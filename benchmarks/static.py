@@ -74,7 +74,7 @@ def triton_rows(arch: int, bits: list[int]) -> list[dict]:
                 shared = compiled.metadata.shared + function.shared_bytes
                 # Its programs have one tile each: most of what they execute stands around the loop.
                 one_tile = op == "lsq_fwd"
-                # They stand in blocks of their own, which the shortest cycle goes around.
+                # Those of 8 bits stand in blocks of their own, which the shortest cycle goes around.
                 atomics = op == "lsq_bin_fwd" and 2**b > triton_backend.CELL_LEVELS
                 launched = math.ceil(launch.grid[0] / multiprocessors)
                 whole_loop = not (one_tile or atomics)

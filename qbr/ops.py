@@ -16,15 +16,13 @@ Shapes and dtypes of the raw ops:
 
 from __future__ import annotations
 
-import os
-import threading
-
 import torch
 from torch import Tensor
 
 from qbr import kernels
 from qbr.arguments import check, check_alpha_grad
 from qbr.first_order import first_order
+from qbr.fork_lock import ForkLock
 from qbr.kernels import foreach, reference
 from qbr.saved import save, saved
 from qbr.spec import check_regularizer, check_to_alpha, lsq_grad_scale
@@ -68,17 +66,7 @@ FAKES |= foreach.loops(FAKES)
 _libraries = {name: torch.library.Library(f"qbr_{name}", "DEF") for name in kernels.MODULES}
 _ops: dict[tuple[str, str], torch._ops.OpOverload] = {}
 _implemented: set[str] = set()
-_lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    """A lock of the child's own: another thread of the parent may have held it."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_lock = ForkLock()
 
 # Exact strides: inductor pads large ones on GPUs, and kernels walk a dense tensor's memory from end to end.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)

@@ -107,10 +107,9 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False, skip: Sequence[str]
             if name not in skipped:
                 losses[quantizer.kind].append(entry.loss)
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        training = [quantizer for quantizer in found.values() if quantizer.training]
-        if not layers and any(quantizer.collecting for quantizer in training):
+        if not layers and any(quantizer.collecting and quantizer.training for quantizer in found.values()):
             warnings.warn(_NOTHING_COLLECTED, stacklevel=2)
-        if any(quantizer.awaits_epoch for quantizer in training):
+        if any(quantizer.awaits_epoch and quantizer.training for quantizer in found.values()):
             warnings.warn(_NO_EPOCH, stacklevel=2)
     device = next(iter(found.values())).alpha.device
     return ModelBinLoss(

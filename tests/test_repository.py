@@ -14,7 +14,7 @@ from qbr import kernels, ops
 ROOT = Path(__file__).resolve().parents[1]
 # Each module imports only from the lines above it.
 LAYERS = [
-    ["qbr.spec", "qbr.whole", "qbr.saved", "qbr.patterns"],
+    ["qbr.spec", "qbr.whole", "qbr.saved", "qbr.patterns", "qbr.fork_lock"],
     ["qbr.kernels.build"],
     ["qbr.kernels.library_cache"],
     ["qbr.kernels.triton_kernels"],

@@ -6,29 +6,19 @@ The library registers its kernels with the ops of namespace ``qbr_native`` itsel
 from __future__ import annotations
 
 import os
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from qbr.fork_lock import ForkLock
 from qbr.kernels import BackendUnavailable, build, library_cache
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_lock = threading.Lock()
+_lock = ForkLock()
 _loaded: build.Built | None = None
 _broken: RuntimeError | None = None
-
-
-def _after_fork() -> None:
-    """In the child there is no thread that could release the parent's lock."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def load(device_type: str) -> None:

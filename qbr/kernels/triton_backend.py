@@ -49,7 +49,7 @@ COLUMNS = 128
 # The interpreter costs per program and operation, not per element.
 INTERPRETER_TILE = 1 << 16
 INTERPRETER_PROGRAMS = 3
-# Elements of the second stage's tile: four float64 sums of 8 elements are 64 registers a thread.
+# Elements of the tile in which the second stages of alpha's gradient add their rows up.
 FINAL_TILE = 1024
 # Its channels, side by side: 8 of them fill a sector of 32 bytes, and leave the tile 128 rows at a time.
 FINAL_COLUMNS = 8

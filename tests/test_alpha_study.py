@@ -22,7 +22,7 @@ for _needed in ("tqdm", "PIL", "matplotlib"):
     pytest.importorskip(_needed)
 study, study_report = (importlib.import_module(f"cifar10.{name}") for name in ("study", "study_report"))
 study_plots = importlib.import_module("cifar10.study_plots")
-files, options = (importlib.import_module(f"cifar10.{name}") for name in ("files", "options"))
+files, optim, options = (importlib.import_module(f"cifar10.{name}") for name in ("files", "optim", "options"))
 alpha_study = importlib.import_module("alpha_study").main
 qat = importlib.import_module("cifar10_qat_br").main
 
@@ -184,12 +184,30 @@ def test_a_run_converges_where_the_seeds_reference_is_in_reach():
     assert study._converged(run(90.0, None, None), reference) is None
 
 
+def _options_of(scale: study.Scale, row: str):
+    return options.parse(options.qat_parser(), [*scale.flags(row, ["--lambda-br", "7"]), "--output-dir", "x"])[0]
+
+
 def test_rows_of_dampening_have_the_strength_of_their_scale():
     for scale in study.SCALES.values():
-        mild, strong = (scale.flags(row, ["--lambda-br", "7"]) for row in ("dampening", "dampening-strong"))
-        parsed = [options.parse(options.qat_parser(), [*flags, "--output-dir", "x"])[0] for flags in (mild, strong)]
-        assert [each.regularizer for each in parsed] == ["dampening"] * 2
-        assert parsed[1].lambda_br == pytest.approx(10 * parsed[0].lambda_br) == 10 * float(scale.dampening)
+        parsed = [_options_of(scale, row) for row in ("dampening", "dampening-strong", "dampening-rising")]
+        assert [each.regularizer for each in parsed] == ["dampening"] * 3
+        assert parsed[1].lambda_br == pytest.approx(10 * parsed[0].lambda_br) == 10 * scale.dampening
+
+
+@pytest.mark.parametrize("scale, images", [("cpu", 13_500), ("gpu", 49_000)])
+@pytest.mark.parametrize("rising, constant", [("weights-rising", "weights-reach"), ("dampening-rising", "dampening")])
+def test_a_rising_row_has_the_strength_of_the_constant_one(scale, images, rising, constant):
+    def strength(row):
+        o = _options_of(study.SCALES[scale], row)
+        assert o.lambda_br_act == 0
+        in_epoch = images // o.batch_size if o.drop_last else -(-images // o.batch_size)
+        steps, begin = in_epoch * o.qat_epochs, in_epoch * o.warmup_epochs
+        lr, share = optim.factor(o.lr_schedule, steps, o.lr_warmup), optim.rise(o.lambda_br_schedule, begin, steps)
+        assert (share is None) == (row == constant)
+        return o.lambda_br * sum(lr(step) * (share(step) if share else 1) for step in range(begin, steps))
+
+    assert strength(rising) == pytest.approx(strength(constant), rel=0.01)
 
 
 def test_the_report_comes_from_results_json_alone(folder, tmp_path_factory):

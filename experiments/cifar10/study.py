@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,32 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train after warm-up: flags of cifar10_qat_br.py, and the accuracy in percent that a guide names."""
+    """One way to train after warm-up: flags of cifar10_qat_br.py, and the accuracy in percent that a guide names.
+
+    ``strength`` names the field of Scale that gives --lambda-br, ``times`` over; without it, the scale's BR stays.
+    """
 
     title: str
     flags: tuple[str, ...] = ()
     guide: float | None = None
+    strength: str | None = None
+    times: float = 1.0
 
 
 _LSQ, _WEIGHTS = ("--lambda-br", "0", "--lambda-br-act", "0"), ("--lambda-br-act", "0")
-_DAMPENING = ("--regularizer", "dampening", *_WEIGHTS)  # its strength is the scale's
+_DAMPENING = ("--regularizer", "dampening", *_WEIGHTS)
+_RISING = ("--lambda-br-schedule", "cosine")
 ROWS = {
     REFERENCE: Row("LSQ alone", _LSQ),
     "default": Row("BR; CE moves alpha (default; S2)", (), 91.5),
     "freeze": Row("BR; alpha frozen (S1)", ("--freeze-alpha",), 91.0),
     "br-to-alpha": Row("BR; CE and BR move alpha", ("--br-backprop-to-alpha",), 90.0),
     "weights-only": Row("BR of weights only (published S2)", _WEIGHTS),
-    "dampening": Row("Dampening of weights only", _DAMPENING),
-    "dampening-strong": Row("Dampening, ten times as strong", _DAMPENING),
+    "weights-reach": Row("BR of weights only, on every layer", _WEIGHTS, strength="reach"),
+    "weights-rising": Row("The same, its lambda rising", (*_WEIGHTS, *_RISING), strength="reach"),
+    "dampening": Row("Dampening of weights only", _DAMPENING, strength="dampening"),
+    "dampening-rising": Row("Dampening, its lambda rising", (*_DAMPENING, *_RISING), strength="dampening"),
+    "dampening-strong": Row("Dampening, ten times as strong", _DAMPENING, strength="dampening", times=10.0),
     "acts-only": Row("BR of activations only", ("--lambda-br", "0")),
     "br-to-alpha-scaled": Row("BR; CE and scaled BR move alpha", ("--br-backprop-to-alpha", "scaled")),
     "lsq-freeze": Row("LSQ alone; alpha frozen", (*_LSQ, "--freeze-alpha")),
@@ -55,18 +64,28 @@ class Scale:
     baseline: tuple[str, ...]
     qat: tuple[str, ...]
     strength: tuple[str, ...]  # of BR, in every row that has it
-    dampening: str  # --lambda-br of the dampening row: its pull is exp(-1) of every weight's distance, or near it
+    reach: float  # --lambda-br at which BR alone would take the median weight half of the way to its level
+    dampening: float  # the same of dampening, which takes every weight six tenths of the way
+    rising: float  # times as large a lambda, where it rises along a cosine, has the same strength over all steps
     seeds: int
 
     def flags(self, row: str, extra: Sequence[str] = ()) -> list[str]:
         """What cifar10_qat_br.py trains ``row`` with; ``extra`` comes before what makes it this row."""
-        return [*self.qat, *(() if row == REFERENCE else self.strength), *extra, *own_flags(row, self.dampening)]
+        return [*self.qat, *(() if row == REFERENCE else self.strength), *extra, *own_flags(row, self.strengths)]
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """What own_flags needs to know of this scale."""
+        return {key: getattr(self, key) for key in ("reach", "dampening", "rising")}
 
 
-def own_flags(row: str, dampening: str | None) -> list[str]:
-    """What makes it this row: its flags, and the strength of dampening at this scale."""
-    times = {"dampening": 1, "dampening-strong": 10}.get(row)
-    return [*ROWS[row].flags, *(() if times is None else ("--lambda-br", f"{times * float(dampening):g}"))]
+def own_flags(row: str, strengths: Mapping[str, Any]) -> list[str]:
+    """What makes it this row: its flags, and its strength at a scale, by Scale.strengths or by a results.json."""
+    flags, strength, times = ROWS[row].flags, ROWS[row].strength, ROWS[row].times
+    if strength is None:
+        return list(flags)
+    times *= float(strengths["rising"]) if _RISING[0] in flags else 1.0
+    return [*flags, "--lambda-br", f"{float(f'{times * float(strengths[strength]):.3g}'):g}"]
 
 
 SCALES = {
@@ -81,8 +100,10 @@ SCALES = {
             *("--lr", "0.01", "--lr-alpha-act", "0.2", "--alpha-init", "mse"),
         ),
         ("--lambda-br", "10", "--lambda-br-act", "0.1"),
-        "0.03",
-        3,
+        reach=250.0,
+        dampening=0.03,
+        rising=4.68,
+        seeds=3,
     ),
     "gpu": Scale(
         ("--model", "resnet18", "--recipe", "fast", "--epochs", "100"),
@@ -91,8 +112,10 @@ SCALES = {
             *("--warmup-epochs", "30", "--qat-epochs", "100"),
         ),
         ("--lambda-br", "1", "--lambda-br-act", "0.1"),
-        "0.0006",
-        3,
+        reach=220.0,  # bins of half a million weights
+        dampening=0.0006,
+        rising=4.48,
+        seeds=3,
     ),
     "smoke": Scale(  # the course of a study in a minute; its figures mean nothing
         ("--model", "resnet20", "--epochs", "1", "--limit", "20", "--batch-size", "32"),
@@ -101,8 +124,10 @@ SCALES = {
             *("--warmup-epochs", "1", "--qat-epochs", "2"),
         ),
         ("--lambda-br", "10", "--lambda-br-act", "0.1"),
-        "0.03",
-        2,
+        reach=250.0,
+        dampening=0.03,
+        rising=4.68,
+        seeds=2,
     ),
 }
 _KEPT = ("epoch", "phase", "ce", "train_acc", "val_acc", "br_w", "br_a", "alphas", "distance_w", "seconds")
@@ -112,7 +137,7 @@ def manifest(scale: str, data: Path | None, extra: list[str]) -> dict[str, Any]:
     """What makes two invocations the same study; seeds and rows may be added to one that is there."""
     chosen = SCALES[scale]
     flags = {"baseline_flags": chosen.baseline, "qat": chosen.qat, "strength": chosen.strength}
-    flags = {key: list(value) for key, value in flags.items()} | {"dampening": chosen.dampening}
+    flags = {key: list(value) for key, value in flags.items()} | chosen.strengths
     return {"scale": scale, **flags, "extra": extra, "data": None if data is None else str(data)}
 
 

@@ -17,7 +17,8 @@ COLORS = {
     "lsq": "#22303c", "default": "#1f6fb2", "freeze": "#2f8f5b", "br-to-alpha": "#d9622b", "weights-only": "#7a9cc6",
     "dampening": "#8a6bbf", "dampening-strong": "#5b3a94", "acts-only": "#c9a227", "br-to-alpha-scaled": "#b0548f",
     "lsq-freeze": "#8c979f", "weights-only-freeze": "#4fb3a5", "weights-only-br-to-alpha": "#e8a07c",
-    "freeze-br-to-alpha": "#8fce9f",
+    "freeze-br-to-alpha": "#8fce9f", "weights-reach": "#2c4f8a", "weights-rising": "#45b4d6",
+    "dampening-rising": "#c8a2e8",
 }  # fmt: skip
 DASHED = {"freeze-br-to-alpha"}  # lies on another row's line
 

@@ -107,7 +107,12 @@ def findings(results: dict[str, Any]) -> list[str]:
     compare("default", "lsq", "BR on weights and activations against LSQ alone")
     compare("weights-only", "lsq", "BR on weights only against LSQ alone")
     compare("acts-only", "lsq", "BR on activations only against LSQ alone")
+    compare("weights-reach", "lsq", "BR on weights only that reaches every layer against LSQ alone")
+    compare("weights-rising", "lsq", "The same with a lambda that rises against LSQ alone")
+    compare("weights-rising", "weights-reach", "A lambda that rises against a constant one of the same strength")
     compare("dampening", "lsq", "Dampening of weights against LSQ alone")
+    compare("dampening-rising", "lsq", "The same with a lambda that rises against LSQ alone")
+    compare("dampening-rising", "dampening", "A lambda of dampening that rises against a constant one")
     compare("dampening-strong", "lsq", "Dampening of weights ten times as strong against LSQ alone")
     compare("freeze", "default", "alpha frozen after warm-up (S1) against alpha that goes on learning (S2)")
     compare("lsq-freeze", "lsq", "The same without BR")
@@ -162,7 +167,7 @@ def _titles() -> dict[str, str]:
 
 def _flags(results: dict[str, Any]) -> list[list[str]]:
     return [["row", "name", "flags beside those above"]] + [
-        [ROWS[row].title, row, " ".join(study.own_flags(row, results.get("dampening")))] for row in by_row(results)
+        [ROWS[row].title, row, " ".join(study.own_flags(row, results))] for row in by_row(results)
     ]
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from experiments.cifar10 import study  # noqa: E402
 from experiments.cifar10.files import UserError, write_json  # noqa: E402
 from experiments.cifar10.sources import commit  # noqa: E402
 
@@ -106,6 +107,7 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
         "record": trained.pop("record"),
         "profile": [[PY, "benchmarks/profile_kernels.py", "--device", device, "--output", str(out / "profile.txt")]],
         "fast": trained.pop("fast"),
+        "reach": trained.pop("reach"),
         "memory": memory,
         **trained,
     }
@@ -141,13 +143,21 @@ def training(out: Path, on_gpu: bool, data: Path | None) -> dict[str, list[list[
 
     fast, record, small = ["--recipe", "fast"], ["--recipe", "record"], ["--recipe", "fast", "--model", "resnet20"]
     seeds = range(1, 6) if on_gpu else range(1, 3)
-    study = ["--scale", "gpu" if on_gpu else "smoke", "--output", str(out / "alpha-study")]
-    study += [*(["--data", str(data)] if data else []), *([] if on_gpu else ["--gpu", "-1"])]
+    scale = "gpu" if on_gpu else "smoke"
+    rows = ["--scale", scale, "--output", str(out / "alpha-study")]
+    rows += [*(["--data", str(data)] if data else []), *([] if on_gpu else ["--gpu", "-1"])]
+    reach = study.own_flags("weights-rising", study.SCALES[scale].strengths)
     return {
         "fast": [
             train("cifar10_baseline", "resnet18-float", *fast),
             *pair("resnet18-w2a2", "resnet18-float", *fast),
             table("resnet18-float", "resnet18-w2a2-lsq", "resnet18-w2a2"),
+        ],
+        "reach": [
+            qat(
+                "resnet18-w2a2-reach", "resnet18-float", *fast, *reach, "--warmup-from", str(out / "resnet18-w2a2-lsq")
+            ),
+            table("resnet18-float", "resnet18-w2a2-lsq", "resnet18-w2a2", "resnet18-w2a2-reach"),
         ],
         "record": [*seeded("1"), table("record-float-1", "record-w2a2-1-lsq", "record-w2a2-1")],
         "record_seeds": [
@@ -166,7 +176,7 @@ def training(out: Path, on_gpu: bool, data: Path | None) -> dict[str, list[list[
             table("resnet18-float", "resnet18-w2a2", "resnet18-w4a4"),
             table("resnet20-float", "resnet20-w2a2", "resnet20-w4a4"),
         ],
-        "alpha_study": [[PY, "experiments/alpha_study.py", *study]],
+        "alpha_study": [[PY, "experiments/alpha_study.py", *rows]],
     }
 
 

@@ -124,7 +124,7 @@ SCALES = {
             *("--warmup-epochs", "1", "--qat-epochs", "2"),
         ),
         ("--lambda-br", "10", "--lambda-br-act", "0.1"),
-        reach=250.0,
+        reach=10.0,
         dampening=0.03,
         rising=4.68,
         seeds=2,

@@ -16,13 +16,17 @@ from typing import NamedTuple
 import triton
 
 # Lanes that a multiprocessor of sm_80 or later serves in a clock, by unit, where these are fewer than the 128 that it
-# issues: NVIDIA's table of arithmetic throughput (CUDA programming guide). Shared memory moves 128 bytes a clock.
+# issues: NVIDIA's table of arithmetic throughput (CUDA programming guide). Shared memory moves 128 bytes a clock. The
+# "alu" compares, selects, shifts, adds integers and packs into bfloat16.
 UNITS = {
     "special": (16, r"MUFU|FCHK|POPC|FLO|BREV|F2I\.[US]64|I2F\.[A-Z0-9.]*[US]64"),
-    "convert": (64, r"F2I|I2F|F2F|FRND"),
+    "convert": (64, r"F2I|I2F|F2F\b|FRND"),
+    "alu": (64, r"FMNMX|FSETP?\b|FSEL|ISETP|I?MNMX|VI?MNMX|SEL|IADD|IABS|LEA|LOP|SHF|PRMT|BMSK|SGXT|PLOP|P2R|R2P|F2FP"),
     "double": (64, r"DADD|DMUL|DFMA|DSETP"),
     "shared": (32, r"LDS|STS|ATOMS|SHFL"),
 }
+# By architecture: sm_80 has float arithmetic (and IMAD) at half the rate that it issues, sm_90 and sm_100 at the whole.
+FLOAT = {80: {"float": (64, r"FADD|FMUL|FFMA|IMAD")}}
 
 
 class Hardware(NamedTuple):
@@ -95,11 +99,11 @@ def _width(opcode: str) -> int:
     return 4
 
 
-def _clocks(taken: list[Instruction]) -> tuple[float, str]:
+def _clocks(taken: list[Instruction], arch: int) -> tuple[float, str]:
     """The busiest unit's clocks for these instructions of one thread."""
     clocks = {"issue": len(taken) / 128}
     for each in taken:
-        for unit, (lanes, pattern) in UNITS.items():
+        for unit, (lanes, pattern) in (UNITS | FLOAT.get(arch, {})).items():
             if re.match(pattern, each.opcode):
                 words = _width(each.opcode) / 4 if unit == "shared" else 1
                 clocks[unit] = clocks.get(unit, 0) + max(words, 1) / lanes
@@ -142,7 +146,7 @@ def _blocks(code: list[Instruction]) -> tuple[dict[int, list[Instruction]], dict
     return blocks, edges
 
 
-def hottest_cycle(code: list[Instruction]) -> Cycle | None:
+def hottest_cycle(code: list[Instruction], arch: int) -> Cycle | None:
     """None for a kernel without a loop over 16-byte loads and stores."""
     blocks, edges = _blocks(code)
 
@@ -162,7 +166,7 @@ def hottest_cycle(code: list[Instruction]) -> Cycle | None:
         table = loads if each.opcode.startswith("LDG") else stores if each.opcode.startswith("STG") else None
         if table is not None:
             table[_width(each.opcode)] = table.get(_width(each.opcode), 0) + 1
-    return Cycle(len(taken), *_clocks(taken), loads, stores)
+    return Cycle(len(taken), *_clocks(taken, arch), loads, stores)
 
 
 def _shortest(blocks, edges, start: int, through: set[int]) -> tuple[int, ...] | None:

@@ -113,7 +113,7 @@ def row(backend, op, dtype, bits, arch, function, threads, shared, launched, who
     launched: how many blocks the grid has for each multiprocessor.
     """
     read, written = STREAMS[op]
-    cycle = sass.hottest_cycle(function.code)
+    cycle = sass.hottest_cycle(function.code, arch)
     itemsize = DTYPES[dtype].itemsize
     hardware = sass.HARDWARE[arch]
     blocks = min(sass.blocks_per_multiprocessor(function.registers, shared, threads, arch), launched)

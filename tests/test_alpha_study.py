@@ -6,6 +6,7 @@ import fcntl
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import qbr
+
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 for _needed in ("tqdm", "PIL", "matplotlib"):
     pytest.importorskip(_needed)
 study, study_report = (importlib.import_module(f"cifar10.{name}") for name in ("study", "study_report"))
+MODELS = importlib.import_module("cifar10.models").MODELS
+expected_pull = importlib.import_module("cifar10.strength").expected_pull
 study_plots = importlib.import_module("cifar10.study_plots")
 files, optim, options = (importlib.import_module(f"cifar10.{name}") for name in ("files", "optim", "options"))
 alpha_study = importlib.import_module("alpha_study").main
@@ -184,8 +189,17 @@ def test_a_run_converges_where_the_seeds_reference_is_in_reach():
     assert study._converged(run(90.0, None, None), reference) is None
 
 
+IMAGES = {"cpu": 13_500, "gpu": 49_000}  # an epoch's, by scale
+
+
 def _options_of(scale: study.Scale, row: str):
     return options.parse(options.qat_parser(), [*scale.flags(row, ["--lambda-br", "7"]), "--output-dir", "x"])[0]
+
+
+def _steps(o, scale: str) -> tuple[int, int]:
+    """The steps before BR, and all of the run."""
+    in_epoch = IMAGES[scale] // o.batch_size if o.drop_last else -(-IMAGES[scale] // o.batch_size)
+    return in_epoch * o.warmup_epochs, in_epoch * o.qat_epochs
 
 
 def test_rows_of_dampening_have_the_strength_of_their_scale():
@@ -195,19 +209,30 @@ def test_rows_of_dampening_have_the_strength_of_their_scale():
         assert parsed[1].lambda_br == pytest.approx(10 * parsed[0].lambda_br) == 10 * scale.dampening
 
 
-@pytest.mark.parametrize("scale, images", [("cpu", 13_500), ("gpu", 49_000)])
+@pytest.mark.parametrize("scale", list(IMAGES), ids="scale-{}".format)
 @pytest.mark.parametrize("rising, constant", [("weights-rising", "weights-reach"), ("dampening-rising", "dampening")])
-def test_a_rising_row_has_the_strength_of_the_constant_one(scale, images, rising, constant):
+def test_a_rising_row_has_the_strength_of_the_constant_one(scale, rising, constant):
     def strength(row):
         o = _options_of(study.SCALES[scale], row)
         assert o.lambda_br_act == 0
-        in_epoch = images // o.batch_size if o.drop_last else -(-images // o.batch_size)
-        steps, begin = in_epoch * o.qat_epochs, in_epoch * o.warmup_epochs
+        begin, steps = _steps(o, scale)
         lr, share = optim.factor(o.lr_schedule, steps, o.lr_warmup), optim.rise(o.lambda_br_schedule, begin, steps)
         assert (share is None) == (row == constant)
         return o.lambda_br * sum(lr(step) * (share(step) if share else 1) for step in range(begin, steps))
 
     assert strength(rising) == pytest.approx(strength(constant), rel=0.01)
+
+
+@pytest.mark.parametrize("scale", list(IMAGES), ids="scale-{}".format)
+def test_br_that_reaches_takes_the_median_weight_half_of_the_way(scale):
+    o = _options_of(study.SCALES[scale], "weights-rising")
+    torch.manual_seed(0)
+    model = qbr.prepare(MODELS[o.model](), qbr.QATConfig(weight_bits=2, act_bits=2))
+    qbr.calibrate(model, [torch.randn(2, 3, 32, 32)], method=o.alpha_init)
+    model(torch.randn(2, 3, 32, 32))
+    line = expected_pull(model, o, *_steps(o, scale), ())
+    assert float(re.search(r"move the median weight by ([\d.]+) %", line)[1]) == pytest.approx(50, abs=10), line
+    assert "oscillate" not in line or " (0 of " in line
 
 
 def test_the_report_comes_from_results_json_alone(folder, tmp_path_factory):

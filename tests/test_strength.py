@@ -60,7 +60,7 @@ def test_the_pull_of_br_is_that_of_the_formula(schedule):
     line = strength.expected_pull(model, chosen, begin, steps, ())
     assert "oscillate" not in line
     chosen.lambda_br = 400.0
-    told = "weights will oscillate and grow: 2 * lambda * lr is up to"
+    told = "now) will oscillate and grow: 2 * lambda * lr is up to"
     assert told in strength.expected_pull(model, chosen, begin, steps, ())
     weight, quantizer = model[0].weight, model[0].weight_quantizer
     quantizer.alpha.requires_grad_(False)

@@ -44,8 +44,10 @@ def expected_pull(model: nn.Module, options: Any, begin: int, steps: int, skip: 
     if median < FAINT:
         line += "; most bins are too large for BR to move them far (--regularizer dampening weighs every weight alike)"
     if beyond > 1:
-        line += (f"; bins of fewer than {beyond:.3g} weights will oscillate and grow: 2 * lambda * lr is up to "
-                 f"{max(rates):.3g}, and this momentum follows {most:.3g} a weight: a lower --lambda-br or --lr helps")
+        small = int((sizes < beyond).sum())
+        line += (f"; bins of fewer than {beyond:.3g} weights ({small} of {len(sizes)} now) will oscillate and grow: "
+                 f"2 * lambda * lr is up to {max(rates):.3g}, and this momentum follows {most:.3g} a weight: a lower "
+                 "--lambda-br or --lr helps")
     return line
 
 

@@ -48,6 +48,8 @@ FEW = {"triton": ["env", "QBR_PROPERTIES=few"]}
 COMPILED = "resnet18-w2a2"  # the one pair of runs of a rehearsal on the CPU that is compiled, too
 # What such a rehearsal adds to the flags of each script.
 SMALL = {"cifar10_baseline": ["--epochs", "1"], "cifar10_qat_br": ["--warmup-epochs", "1", "--qat-epochs", "2"]}
+# Epochs of each phase that tell how long a hundred take, from random weights.
+PACE = ["--qat-epochs", "6", "--warmup-epochs", "3"]
 
 # Seconds that a command may take, but for those that train, which go on in a later call.
 LIMIT = 480
@@ -104,6 +106,7 @@ def stages(out: Path, device: str, data: Path | None) -> dict[str, list[list[str
                 "128" if on_gpu else "2",
             ]
         ],
+        "pace": trained.pop("pace"),
         "record": trained.pop("record"),
         "profile": [[PY, "benchmarks/profile_kernels.py", "--device", device, "--output", str(out / "profile.txt")]],
         "fast": trained.pop("fast"),
@@ -148,6 +151,13 @@ def training(out: Path, on_gpu: bool, data: Path | None) -> dict[str, list[list[
     rows += [*(["--data", str(data)] if data else []), *([] if on_gpu else ["--gpu", "-1"])]
     reach = study.own_flags("weights-rising", study.SCALES[scale].strengths)
     return {
+        "pace": [
+            *(
+                train("cifar10_qat_br", f"pace-{mode}", *fast, *PACE, "--compile", mode)
+                for mode in ("default", "none", "reduce-overhead")
+            ),
+            table("pace-default", "pace-none", "pace-reduce-overhead"),
+        ],
         "fast": [
             train("cifar10_baseline", "resnet18-float", *fast),
             *pair("resnet18-w2a2", "resnet18-float", *fast),

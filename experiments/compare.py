@@ -25,7 +25,7 @@ def row(folder: Path) -> list[str]:
 
     accuracy = [f"{final[which]['test_acc']:.2f} (epoch {final[which]['epoch']})" for which in ("best", "last")]
     validation = " → ".join(f"{e['val_acc']:.2f}" for e in epochs if e["val_acc"] is not None) or "–"
-    seconds = ", ".join(f"{e['seconds']:.0f}" for e in epochs)
+    seconds = ", ".join(f"{e['seconds']:.{1 if e['seconds'] < 100 else 0}f}" for e in epochs)
     return [folder.name, *accuracy, validation, per_epoch("br_w", 4), per_epoch("br_a", 3), seconds, results["device"]]
 
 

@@ -107,7 +107,7 @@ def findings(results: dict[str, Any]) -> list[str]:
     compare("default", "lsq", "BR on weights and activations against LSQ alone")
     compare("weights-only", "lsq", "BR on weights only against LSQ alone")
     compare("acts-only", "lsq", "BR on activations only against LSQ alone")
-    compare("weights-reach", "lsq", "BR on weights only that reaches every layer against LSQ alone")
+    compare("weights-reach", "lsq", "Strong BR on weights only, which reaches every layer, against LSQ alone")
     compare("weights-rising", "lsq", "The same with a lambda that rises against LSQ alone")
     compare("weights-rising", "weights-reach", "A lambda that rises against a constant one of the same strength")
     compare("dampening", "lsq", "Dampening of weights against LSQ alone")

@@ -25,7 +25,8 @@ UNITS = {
     "double": (64, r"DADD|DMUL|DFMA|DSETP"),
     "shared": (32, r"LDS|STS|ATOMS|SHFL"),
 }
-# By architecture: sm_80 has float arithmetic (and IMAD) at half the rate that it issues, sm_90 and sm_100 at the whole.
+# By architecture: sm_80 has float arithmetic (and IMAD) at half the rate that it issues, sm_90 at the whole. sm_100 is
+# taken to have sm_90's rates.
 FLOAT = {80: {"float": (64, r"FADD|FMUL|FFMA|IMAD")}}
 
 
@@ -101,9 +102,9 @@ def _width(opcode: str) -> int:
 
 def _clocks(taken: list[Instruction], arch: int) -> tuple[float, str]:
     """The busiest unit's clocks for these instructions of one thread."""
-    clocks = {"issue": len(taken) / 128}
+    clocks, units = {"issue": len(taken) / 128}, UNITS | FLOAT.get(arch, {})
     for each in taken:
-        for unit, (lanes, pattern) in (UNITS | FLOAT.get(arch, {})).items():
+        for unit, (lanes, pattern) in units.items():
             if re.match(pattern, each.opcode):
                 words = _width(each.opcode) / 4 if unit == "shared" else 1
                 clocks[unit] = clocks.get(unit, 0) + max(words, 1) / lanes

@@ -223,16 +223,28 @@ def test_a_rising_row_has_the_strength_of_the_constant_one(scale, rising, consta
     assert strength(rising) == pytest.approx(strength(constant), rel=0.01)
 
 
-@pytest.mark.parametrize("scale", list(IMAGES), ids="scale-{}".format)
-def test_br_that_reaches_takes_the_median_weight_half_of_the_way(scale):
-    o = _options_of(study.SCALES[scale], "weights-rising")
+def _pull(o, scale: str) -> tuple[float, str]:
+    """Percent of its way that BR alone moves the median weight, and the line that says so, at random weights."""
     torch.manual_seed(0)
     model = qbr.prepare(MODELS[o.model](), qbr.QATConfig(weight_bits=2, act_bits=2))
     qbr.calibrate(model, [torch.randn(2, 3, 32, 32)], method=o.alpha_init)
     model(torch.randn(2, 3, 32, 32))
     line = expected_pull(model, o, *_steps(o, scale), ())
-    assert float(re.search(r"move the median weight by ([\d.]+) %", line)[1]) == pytest.approx(50, abs=10), line
+    return float(re.search(r"move the median weight by ([\d.]+) %", line)[1]), line
+
+
+@pytest.mark.parametrize("scale", list(IMAGES), ids="scale-{}".format)
+def test_br_that_reaches_takes_the_median_weight_half_of_the_way(scale):
+    share, line = _pull(_options_of(study.SCALES[scale], "weights-rising"), scale)
+    assert share == pytest.approx(50, abs=10), line
     assert "oscillate" not in line or " (0 of " in line
+
+
+@pytest.mark.parametrize("recipe, percent", [("record", 0.76), ("fast", 0.32)])
+def test_br_of_the_recipes_leaves_a_resnet18_where_it_is(recipe, percent):
+    """The figures of docs/recipes.md."""
+    o, _ = options.parse(options.qat_parser(), ["--recipe", recipe, "--output-dir", "x"])
+    assert _pull(o, "gpu")[0] == pytest.approx(percent, rel=0.1)
 
 
 def test_the_report_comes_from_results_json_alone(folder, tmp_path_factory):

@@ -85,7 +85,7 @@ def own_flags(row: str, strengths: Mapping[str, Any]) -> list[str]:
     if strength is None:
         return list(flags)
     times *= float(strengths["rising"]) if _RISING[0] in flags else 1.0
-    return [*flags, "--lambda-br", f"{float(f'{times * float(strengths[strength]):.3g}'):g}"]
+    return [*flags, "--lambda-br", f"{times * float(strengths[strength]):g}"]
 
 
 SCALES = {

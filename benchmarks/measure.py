@@ -108,14 +108,16 @@ def alternate(
 def alternate_apart(
     runs: dict[str, Callable[[], object]], slow: str, device: str, repeats: int, **options
 ) -> dict[str, dict]:
-    """alternate(), with the run named `slow` in a fifth of the rounds, beside the first run alone.
+    """alternate(), with the run named `slow` in a fifth of as many rounds, of its own, beside the first run alone.
 
-    For one that takes so long, and frees so much, that what comes after it would be another measurement.
+    For one that takes so long, and frees so much, that what comes after it would be another measurement. `beside`
+    holds what the first run took in those rounds, to which slow's ratio is.
     """
     first = next(iter(runs))
     result = alternate({name: run for name, run in runs.items() if name != slow}, device, repeats, **options)
     pair = {first: runs[first], slow: runs[slow]}
-    return {**result, slow: alternate(pair, device, max(3, repeats // 5), **options)[slow]}
+    apart = alternate(pair, device, max(3, repeats // 5), **options)
+    return {**result, slow: {**apart[slow], "beside": apart[first]}}
 
 
 def each(

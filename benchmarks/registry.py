@@ -204,6 +204,9 @@ def autograd_runs(case: Case, backend: str = "auto") -> tuple[dict[str, Callable
         except NotInstalled as error:
             missing[name] = str(error)
             continue
+        except ImportError as error:  # of a package that is there, and lacks what it needs
+            missing[name] = f"does not import: {error}"
+            continue
         got = forward(x).detach()
         wrong = ((got - expected).abs() > 0.01 * alpha.detach()).float().mean().item()
         if wrong > 1e-4:  # their scales go through other roundings: a few ties
@@ -211,6 +214,17 @@ def autograd_runs(case: Case, backend: str = "auto") -> tuple[dict[str, Callable
             continue
         runs[f"{name} lsq"] = both(lambda forward=forward: ([forward(x)], [grad]), parameters)
     return runs, missing
+
+
+def versions() -> dict[str, str]:
+    """Of the packages whose quantizers are peers, those that are installed."""
+    found = {}
+    for package in LSQ_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _torch_learnable(case: Case, alpha: Tensor):
@@ -243,11 +257,9 @@ def _brevitas(case: Case, alpha: Tensor):
 
 def _nncf(case: Case, alpha: Tensor):
     _installed("nncf")
-    try:
-        from nncf.common.quantization.structs import QuantizationScheme
-        from nncf.torch.quantization.layers import PTQuantizerSpec, SymmetricQuantizer
-    except ImportError as error:
-        raise NotInstalled(f"nncf does not import: {error}") from error
+    from nncf.common.quantization.structs import QuantizationScheme
+    from nncf.torch.quantization.layers import PTQuantizerSpec, SymmetricQuantizer
+
     if case.bits != 8:
         # Its scale is that of the upper end, and its signed range narrower the fewer bits there are.
         raise NotInstalled("NNCF's symmetric quantizer has LSQ's grid at 8 bits only")
@@ -260,17 +272,51 @@ def _nncf(case: Case, alpha: Tensor):
     return module, [p for p in module.parameters() if p.requires_grad]
 
 
+def _torchao(case: Case, alpha: Tensor):
+    """Its learned ranges, symmetric: one scale for the one row that the tensor is seen as."""
+    _installed("torchao")
+    from torchao.quantization.granularity import PerAxis
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, initialize_fake_quantizers
+    from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
+
+    integers = getattr(torch, f"int{case.bits}")
+    config = IntxFakeQuantizeConfig(
+        integers, granularity=PerAxis(0), is_symmetric=True, is_dynamic=False, range_learning=True
+    )
+    module = IntxFakeQuantizer(config)
+    initialize_fake_quantizers(module, (torch.ones(1, 2, device=case.device),))  # makes the scale a parameter
+    module.scale.data.fill_(alpha.item())
+    return _as_one_row(module), [module.scale]
+
+
+def _modelopt(case: Case, alpha: Tensor):
+    """Its LSQ, which learns the upper end (amax): one scale for quantizing and for what comes of it, one block."""
+    _installed("nvidia-modelopt")
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn.modules.tensor_quantizer import StaticBlockScaleQuantizer, TensorQuantizer
+
+    plain = TensorQuantizer(QuantizerAttributeConfig(num_bits=case.bits), amax=alpha * case.spec.qp)
+    module = StaticBlockScaleQuantizer.from_tensor_quantizer(plain)
+    module.enable_lsq(quantize_scales=False, learnable_amax=["pre", "post"], tied_amax=True)
+    return _as_one_row(module), list(module.parameters())
+
+
+def _as_one_row(module: Callable) -> Callable:
+    return lambda x: module(x.view(1, -1)).view_as(x)
+
+
 def _installed(package: str) -> None:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise NotInstalled(f"{package} is not installed") from None
+    if package not in versions():
+        raise NotInstalled(f"{package} is not installed")
 
 
+LSQ_PACKAGES = ["brevitas", "nncf", "torchao", "nvidia-modelopt"]
 LSQ_PEERS: dict[str, Callable] = {
     "torch learnable": _torch_learnable,
     "brevitas": _brevitas,
     "nncf": _nncf,
+    "torchao": _torchao,
+    "modelopt": _modelopt,
 }
 
 

@@ -115,7 +115,7 @@ def peer_cases(device: str, quick: bool, repeats: int) -> steps.Cases:
             own = result["qbr lsq_bin" if name.endswith("lsq_bin") else "qbr lsq"]["median_s"]
             row[f"times {name}"] = r["median_s"] / own
         print(f"{case.name}: " + ", ".join(f"{n} {r['median_s'] * 1e6:.0f} us" for n, r in result.items()), missing)
-        return {**row, "missing": missing, "times": result}
+        return {**row, "missing": missing, "versions": registry.versions(), "times": result}
 
     return sizes_and_bits(quick), measured
 
@@ -147,7 +147,7 @@ def save(path: Path, device: str, part: str, rows: list[dict], repeats: int) -> 
     parts[part] = {"environment": measure.environment(device, repeats=repeats), "rows": rows}
     measure.write(path, json.dumps(parts, indent=1) + "\n")
     flat = [
-        {**{k: v for k, v in row.items() if not isinstance(v, dict)}, "run": name, **r}
+        {**_plain(row), "run": name, **_plain(r)}
         for each in parts.values()
         for row in each["rows"]
         for name, r in row["times"].items()
@@ -157,6 +157,10 @@ def save(path: Path, device: str, part: str, rows: list[dict], repeats: int) -> 
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(flat)
+
+
+def _plain(row: dict) -> dict:
+    return {name: value for name, value in row.items() if not isinstance(value, dict)}
 
 
 def main() -> None:

@@ -44,6 +44,32 @@ def test_calls_that_the_host_was_late_for_are_told(monkeypatch):
     assert "host_late" not in measure.alternate(runs, "cuda", 4)["slow"]
 
 
+def test_a_run_of_rounds_of_its_own_tells_what_it_is_compared_with(monkeypatch):
+    import measure
+
+    seconds = iter([1.0, 2.0] * 5 + [3.0, 12.0, 4.0, 12.0, 2.0, 12.0])
+    monkeypatch.setattr(measure, "time_once", lambda *_: measure.Seconds(next(seconds)))
+    runs = dict.fromkeys(["limit", "fused", "eager"], lambda: None)
+    result = measure.alternate_apart(runs, "eager", "cpu", 5)
+    assert list(result) == ["limit", "fused", "eager"] and result["limit"]["median_s"] == 1
+    assert result["eager"]["beside"]["median_s"] == 3 and result["eager"]["ratio"] == 4
+
+
+def test_a_peer_that_does_not_import_is_told(monkeypatch):
+    import registry
+
+    def broken(case, alpha):
+        raise ModuleNotFoundError("No module named 'requests'")
+
+    def other(case, alpha):
+        return lambda x: 0 * x, []
+
+    monkeypatch.setattr(registry, "LSQ_PEERS", {"broken": broken, "other": other, "torch": registry._torch_learnable})
+    runs, missing = registry.autograd_runs(registry.Case("cpu", "float32", 8, 8))
+    assert list(runs) == ["qbr lsq_bin", "qbr lsq", "torch lsq"]
+    assert "'requests'" in missing["broken"] and "not the same operation" in missing["other"]
+
+
 @pytest.mark.parametrize("commit", ["abc", "another", "unknown"])
 def test_a_part_that_was_stopped_goes_on_where_it_stopped(tmp_path, monkeypatch, commit):
     import measure

@@ -118,7 +118,8 @@ class AlphaControl:
 
         Raises:
             ValueError: for a model without quantizers, or without quantized weights where a release waits for them.
-            RuntimeError: for another model than the one it is attached to, or one around that.
+            RuntimeError: for another model than the one it is attached to, or one around that; for alphas that were
+                frozen before torch.distributed was initialised, and would be released. Nothing has changed then.
         """
         found = require_quantizers(model)
         if self._model is not None and not {*found.values()} >= {*quantizers(self._model).values()}:
@@ -128,6 +129,10 @@ class AlphaControl:
             if not grouping.weights(model):
                 raise ValueError("release_tolerance: the model has no quantized weights whose distance could settle; "
                                  "use release_epoch or release_step")  # fmt: skip
+        frozen = self._frozen()
+        for quantizer in found.values():
+            if not frozen[quantizer.kind]:
+                quantizer.check_release()
         watch(model)
         self._model, self._quantizers = model, list(found.values())
         self._apply()

@@ -111,10 +111,13 @@ def _first(batches: Iterable):
     yield from itertools.islice(batches, 1)
 
 
+_FLAGS = "_initialised", "_unconfirmed", "_made_on_meta", "_tries"
+
+
 @contextlib.contextmanager
 def _all_or_none(quantizers: Iterable[LSQQuantizer]):
     """Put the step sizes back as they were if calibration fails."""
-    before = [(q, q.alpha.detach().clone(), q.init_state.clone(), (q._initialised, q._unconfirmed)) for q in quantizers]
+    before = [(q, q.alpha.detach().clone(), q.init_state.clone(), [vars(q)[f] for f in _FLAGS]) for q in quantizers]
     try:
         yield
     except BaseException:
@@ -122,7 +125,7 @@ def _all_or_none(quantizers: Iterable[LSQQuantizer]):
             for quantizer, alpha, init_state, flags in before:
                 quantizer.alpha.copy_(alpha)
                 quantizer.init_state.copy_(init_state)
-                quantizer._initialised, quantizer._unconfirmed = flags
+                vars(quantizer).update(zip(_FLAGS, flags))
         raise
 
 

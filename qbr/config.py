@@ -90,9 +90,9 @@ class QATConfig:
     act_regularizer: str | None = None
 
     def __post_init__(self) -> None:
-        for name in fields(self):
-            if name.name != "skip" and name.name != "overrides":
-                object.__setattr__(self, name.name, _checked(name.name, getattr(self, name.name), name.name))
+        for name in (each.name for each in fields(self)):
+            if name not in ("skip", "overrides"):
+                object.__setattr__(self, name, _checked(name, getattr(self, name), name))
         patterns = self.skip if isinstance(self.skip, (list, tuple)) else [None]
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(f"skip={self.skip!r}: expected a list or tuple of patterns")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qbr.functional import BinLoss, Bins
+from qbr.kernels import reference
 
 _AVAILABLE = dist.is_available()
 
@@ -75,7 +76,7 @@ def check_known(parameters: Sequence[Tensor], ddp: nn.parallel.DistributedDataPa
 
 def may_reclaim_parameters() -> bool:
     """Whether a parameter's memory may be taken back once its layer has run (FSDP), from what refers to it later."""
-    return torch.compiler.is_compiling() or is_initialised()
+    return torch.compiler.is_compiling() or (is_initialised() and running_ddp() is None)
 
 
 def is_sharded(modules: Sequence[nn.Module]) -> bool:
@@ -117,7 +118,9 @@ def with_global_bins(
         with torch.autograd._unsafe_preserve_version_counter(tuple(tables)):
             torch._foreach_copy_(tables, sums.split([table.numel() for table in tables]))
         losses = [
-            (entry.bins.squares.sum() if sums_squares else _loss(entry.bins)).to(entry.loss.dtype)
+            entry.bins.squares.sum().to(entry.loss.dtype)
+            if sums_squares
+            else reference.loss_of(entry.bins.table, entry.bins.spec.num_slots, entry.loss.dtype)
             for entry, sums_squares in zip(entries, dampened)
         ]
         corrections = [
@@ -145,12 +148,7 @@ class _Global(torch.autograd.Function):
         return None, None, None, *own, *alphas
 
 
-def _loss(bins: Bins) -> Tensor:
-    """L_BR = sum over occupied k of Q_k / n_k; an empty bin's Q_k is 0."""
-    return (bins.squares / bins.counts.clamp(min=1)).sum()
-
-
 def _dloss_dalpha(bins: Bins) -> Tensor:
-    """dL/dalpha = -2 * sum_k k * S_k / n_k, [1]; for one step per tensor."""
-    codes = torch.arange(bins.spec.qn, bins.spec.qp + 1, dtype=torch.float64, device=bins.table.device)
-    return -2 * (codes * bins.sums / bins.counts.clamp(min=1)).sum().reshape(1)
+    """[1] float64; for one step per tensor."""
+    spec = bins.spec
+    return reference.dloss_dalpha_of(bins.table, bins.sums[:, None], bins.alpha.double(), spec.qn, spec.qp)

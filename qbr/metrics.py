@@ -65,7 +65,9 @@ def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
     if not tensors:
         return []
     device = tensors[0].device
-    flat = torch.cat([t.detach().reshape(-1).to(device, torch.float64, non_blocking=True) for t in tensors]).tolist()
+    wait = device.type == "cpu"  # else the copy may be read before it is there
+    rows = [t.detach().reshape(-1).to(device, torch.float64, non_blocking=not wait) for t in tensors]
+    flat = torch.cat(rows).tolist()
     ends = list(itertools.accumulate(t.numel() for t in tensors))
     return [flat[end - t.numel() : end] for t, end in zip(tensors, ends)]
 
@@ -130,8 +132,8 @@ class LazyInfo(dict):
 
     def _read(self) -> None:
         if self._load is not None:
-            load, self._load = self._load, None
-            super().update(load())
+            super().update(self._load())
+            self._load = None
 
     def __getitem__(self, key):
         self._read()

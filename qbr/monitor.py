@@ -96,7 +96,9 @@ class Monitor:
         self._observers: dict[str, Observer] = {}
         for name, quantizer in found.items():
             codes = CodeChanges(weights[quantizer], quantizer, frequency) if quantizer in weights else None
-            quantizer.observer = self._observers[name] = Observer(quantizer, codes)
+            self._observers[name] = Observer(quantizer, codes)
+        for observer in self._observers.values():  # once nothing can fail any more, for want of memory
+            observer.quantizer.observer = observer
 
     def read(self, *, reset: bool = False) -> dict[str, LayerFigures]:
         """Each layer's figures, in one transfer from the device.

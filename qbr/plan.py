@@ -14,11 +14,12 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from qbr import discovery, distributed, observed, plan_warnings, running
 from qbr.calls import joined
-from qbr.config import LayerConfig, QATConfig, matches
+from qbr.config import LayerConfig, QATConfig
 from qbr.discovery import FunctionalReLU, Reading
 from qbr.graph_modules import RewrittenGraphs
 from qbr.kernels.reference import DTYPES
 from qbr.layers import ATTENTION, RELUS, WEIGHT_LAYERS
+from qbr.patterns import matches
 from qbr.quantizers import quantizers
 from qbr.spec import QuantSpec
 from qbr.traced_forward import TracedForward

@@ -145,7 +145,7 @@ class LSQQuantizer(nn.Module):
         if not self._initialised and not self._was_sent():
             if self.training:
                 arguments.check(x, self.alpha, self.spec, relu, clip)  # what is refused below sets no step
-                self.initialise(x, relu=relu, clip=clip, force=False)
+                self.initialise(x, relu=relu, clip=clip)
                 if not torch.compiler.is_compiling() and not isinstance(self.alpha, nn.Parameter):
                     warnings.warn(_SET_OUTSIDE, stacklevel=2)
             elif not torch.compiler.is_compiling() and not self._was_set_outside():
@@ -209,6 +209,14 @@ class LSQQuantizer(nn.Module):
             return False
         return self.br_to_alpha if self.alpha.requires_grad else False
 
+    def check_release(self) -> None:
+        """Raise RuntimeError if freeze(False) would let ranks go apart."""
+        mine = self.alpha.requires_grad == self._set_requires_grad  # else the user has set it since
+        if self.frozen and mine and self._learns and not self.alpha.requires_grad and distributed.ranks() > 1:
+            raise RuntimeError("an alpha that was frozen before torch.distributed was initialised is released: "
+                               "DistributedDataParallel would not see its gradient, and ranks would differ; attach "
+                               "the AlphaControl after init_process_group")  # fmt: skip
+
     def freeze(self, frozen: bool = True) -> None:
         """Hold alpha as it is, or release it: no gradient, no weight decay and no momentum of a torch.optim optimizer
         moves it. An alpha whose requires_grad is False without that stays so.
@@ -217,14 +225,12 @@ class LSQQuantizer(nn.Module):
         every step for the gradient of each parameter that it was made with, and for no other.
         """
         check_flag(frozen, "frozen")
+        if not frozen:
+            self.check_release()
         if not self.frozen or self.alpha.requires_grad != self._set_requires_grad:  # else it is what was set here
             self._learns = self.alpha.requires_grad
         if not self.frozen and not frozen:
             return
-        if self._learns and not frozen and not self.alpha.requires_grad and distributed.ranks() > 1:
-            raise RuntimeError("an alpha that was frozen before torch.distributed was initialised is released: "
-                               "DistributedDataParallel would not see its gradient, and ranks would differ; attach "
-                               "the AlphaControl after init_process_group")  # fmt: skip
         watched = distributed.is_initialised() and (not self.frozen or self.alpha.requires_grad)
         self.frozen = frozen
         self.alpha.requires_grad_(self._learns and (not frozen or watched))
@@ -258,16 +264,15 @@ class LSQQuantizer(nn.Module):
         self._retained.append(entry)
 
     @torch.no_grad()
-    def initialise(self, x: Tensor, *, relu: bool = False, clip: float | None = None, force: bool = True) -> None:
+    def initialise(self, x: Tensor, *, relu: bool = False, clip: float | None = None) -> None:
         """Set alpha = 2 * mean|x| / sqrt(max(qp, 1)) (LSQ, section 2.1); binary: mean|x|, its least-squares step.
 
         The first training forward calls it. With torch.distributed the mean is over all ranks, so that all hold
         the same alpha: every rank has to take part. A mean that is 0 or not finite leaves alpha and init_state as they
-        were.
+        were, as an init_state that is 1 does.
 
         Args:
             x, relu, clip: as in forward.
-            force: False leaves alpha alone where init_state was set to 1 by hand.
         """
         shared = distributed.ranks() > 1
         if x.numel() == 0 and not shared:
@@ -279,9 +284,7 @@ class LSQQuantizer(nn.Module):
             total = distributed.total(torch.cat([mean * count, torch.full_like(mean[:1], count)]))
             mean = total[:-1] / total[-1]
         step = sketch.lsq_step(mean, self.spec)
-        usable = arguments.usable(step)
-        if not force:
-            usable = usable & (self.init_state == 0)
+        usable = arguments.usable(step) & (self.init_state == 0)
         self.write_alpha(torch.where(usable, step, self.alpha), usable)
         self._unconfirmed = self._initialised
 
@@ -328,7 +331,8 @@ class LSQQuantizer(nn.Module):
 
     def take_retained(self) -> list[BinLoss]:
         """What training forwards have collected since the last call, in order; nothing is kept."""
-        entries, self._retained = self._retained, []
+        entries = self._retained
+        grouping.assign(self, "_retained", [])
         return entries
 
     def extra_repr(self) -> str:

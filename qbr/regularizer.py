@@ -96,8 +96,11 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False, skip: Sequence[str]
     skipped = _skipped(tuple(found), tuple(skip)) if skip else ()
     layers: dict[str, BinLoss] = {}
     losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
+    share = global_bins and distributed.ranks() > 1
+    if share:
+        _check_global_bins({name: q for name, q in found.items() if q.kind == "activation" and q._retained})
     taken = {name: quantizer.take_retained() for name, quantizer in found.items()}
-    if global_bins and distributed.ranks() > 1:
+    if share:
         taken |= _with_global_bins({n: found[n] for n in taken if found[n].kind == "activation" and taken[n]}, taken)
     steps = Counter(_layer_and_call(name)[0] for name in found)
     for name, quantizer in found.items():
@@ -157,7 +160,8 @@ def by_layer(model: nn.Module) -> dict[str, LSQQuantizer]:
     return found
 
 
-def _with_global_bins(acts: dict[str, LSQQuantizer], taken: dict[str, list[BinLoss]]) -> dict[str, list[BinLoss]]:
+def _check_global_bins(acts: dict[str, LSQQuantizer]) -> None:
+    """Raise ValueError where one of these has what global bins cannot do; nothing has been taken then."""
     for name, quantizer in acts.items():
         layer, _ = _layer_and_call(name)
         if quantizer._saved_elsewhere:
@@ -167,6 +171,9 @@ def _with_global_bins(acts: dict[str, LSQQuantizer], taken: dict[str, list[BinLo
         if br and quantizer.bin_loss_to_alpha() and quantizer.alpha.numel() > 1:
             raise ValueError(f"global_bins=True: BR's gradient of {layer}'s {quantizer.alpha.numel()} alphas needs "
                              "bins per channel; use br_to_alpha_acts=False, or global_bins=False")
+
+
+def _with_global_bins(acts: dict[str, LSQQuantizer], taken: dict[str, list[BinLoss]]) -> dict[str, list[BinLoss]]:
     calls = [(name, entry) for name in acts for entry in taken[name]]
     to_alpha = [_to_alpha_factor(acts[name], entry.bins) for name, entry in calls]
     in_graph = {name: quantizer._alpha_in_graph or (quantizer.alpha,) for name, quantizer in acts.items()}
@@ -188,6 +195,14 @@ def _to_alpha_factor(quantizer: LSQQuantizer, bins: Bins) -> float:
 def _layer_and_call(name: str) -> tuple[str, int]:
     """What a quantizer is reported as: its layer, without the prefix that torch.compile's wrapper adds, and which of
     the layer's calls is its first."""
+    return _parsed(name)
+
+
+_layer_and_call._dynamo_marked_constant = True  # the cache is none of compiled code's; as in qbr/ops.py
+
+
+@lru_cache(maxsize=4096)  # every step asks, with the same names
+def _parsed(name: str) -> tuple[str, int]:
     layer, _, last = name.replace("_orig_mod.", "").rpartition(".")
     owned = _OWNED.fullmatch(last)
     if owned and owned["tensor"]:

@@ -45,7 +45,7 @@ class Mean:
         self.total, self.count = sum_(self.total), sum_(self.count)
 
 
-class Bins(NamedTuple):
+class Histogram(NamedTuple):
     """Count, sum and sum of squares of the values in each of n bins, for C tensors: [C, n] float64."""
 
     count: Tensor
@@ -53,11 +53,11 @@ class Bins(NamedTuple):
     square: Tensor
 
 
-def elements(rows: Tensor) -> Bins:
+def elements(rows: Tensor) -> Histogram:
     """A tensor [C, n] that is at hand, every element a bin of its own; what is not finite counts nowhere."""
     usable = torch.isfinite(rows)
     total = torch.where(usable, rows, 0).double()
-    return Bins(usable.double(), total, total.square())
+    return Histogram(usable.double(), total, total.square())
 
 
 class Sketch:
@@ -85,17 +85,19 @@ class Sketch:
         index = (octave * _PER_OCTAVE).long().clamp_(0, _BINS - 1) + _BINS * (x < 0)
         index = torch.where(usable & (x != 0), index, 2 * _BINS)
         value = torch.where(usable, x, 0).double()
-        self.table[0].index_add_(0, index, usable.double())
-        self.table[1].index_add_(0, index, value)
-        self.table[2].index_add_(0, index, value.square())
+        for row, values in zip(self.table, (usable.double(), value, value.square())):
+            if x.is_cuda:  # index_add_ adds there in an order of its own each time
+                row.index_put_((index,), values, accumulate=True)
+            else:
+                row.index_add_(0, index, values)
 
     def reduce(self, sum_) -> None:
         self.table = sum_(self.table)
 
-    def bins(self, merged: int = 1) -> Bins:
+    def bins(self, merged: int = 1) -> Histogram:
         """The bins that have values, [1, n], ``merged`` neighbours (1, 2, 4, ... 512) as one."""
         table = torch.cat([self.table[:, :-1].reshape(3, -1, merged).sum(2), self.table[:, -1:]], 1)
-        return Bins(*table[:, table[0] > 0][:, None])
+        return Histogram(*table[:, table[0] > 0][:, None])
 
 
 def mean_per_step(x: Tensor, axis: int | None) -> Tensor:
@@ -116,7 +118,7 @@ def mean_step(statistics: Mean, spec: QuantSpec) -> Tensor:
     return lsq_step((statistics.total / statistics.count).float(), spec)
 
 
-def mse_step(bins: Bins, spec: QuantSpec) -> Tensor:
+def mse_step(bins: Histogram, spec: QuantSpec) -> Tensor:
     """The step with the least sum of (x - xhat)^2, [C], within 0.6 %. NaN where all is 0 or nothing was seen."""
     if not bins.count.numel():
         return bins.count.new_full(bins.count.shape[:1], math.nan)
@@ -151,7 +153,7 @@ def _search(largest: Tensor, spec: QuantSpec, error: Callable[[Tensor], Tensor])
     return torch.where(largest > 0, best, math.nan)
 
 
-def quantile_step(bins: Bins, spec: QuantSpec, quantile: float) -> Tensor:
+def quantile_step(bins: Histogram, spec: QuantSpec, quantile: float) -> Tensor:
     """The step that puts the quantile of |x| on the outermost level, [C]. NaN where nothing was seen."""
     if not bins.count.numel():
         return bins.count.new_full(bins.count.shape[:1], math.nan)

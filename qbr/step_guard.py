@@ -86,8 +86,7 @@ def _elsewhere() -> set[int]:
 
 
 def _check_optimizer(optimizer: Optimizer, owned: set[int]) -> None:
-    """At an optimizer's first step: raise RuntimeError if it moves weights whose step sizes no optimizer has."""
-    _checked.add(optimizer)
+    """Raise RuntimeError, at every step of it, if this optimizer moves weights whose step sizes no optimizer has."""
     steps = {q: q._parameters.get("alpha") for q in _beside}  # None while FSDP1 holds it
     if any(distributed.local(p) is not p for group in optimizer.param_groups for p in group["params"]):
         # FSDP2's are there as ordinary tensors, which no optimizer has, from a forward to its backward.
@@ -107,6 +106,7 @@ def _check_optimizer(optimizer: Optimizer, owned: set[int]) -> None:
             "no optimizer, so they would never be trained. Was it built before prepare()? Build it afterwards, from "
             "qbr.parameter_groups(model, ...); to keep step sizes as they are, set their requires_grad to False"
         )
+    _checked.add(optimizer)
 
 
 @_disable_dynamo  # a compiled step would be compiled anew whenever a quantizer comes or goes

@@ -129,6 +129,20 @@ def test_a_broken_source_raises_the_compilers_words(fresh_native, stubs):
     assert [p.suffix for p in cache.iterdir()] == [".lock"]
 
 
+def test_a_full_disk_is_not_tried_again(fresh_native, monkeypatch):
+    tries = []
+
+    def full():
+        tries.append(1)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fresh_native, "_find_or_build", full)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            fresh_native.load("cpu")
+    assert len(tries) == 1
+
+
 @needs_compiler
 def test_a_failed_nvcc_leaves_the_cpu_part_and_says_so(stubs, cache, tmp_path, monkeypatch):
     monkeypatch.delenv("QBR_CUDA", raising=False)

@@ -329,3 +329,18 @@ def test_what_grad_scale_gives_may_be_written_to():
     with torch.no_grad():
         grad_scale(alpha, 0.1).mul_(2)
     assert alpha.item() == 0.5
+
+
+def test_figures_that_could_not_be_read_are_read_again():
+    answers = iter([RuntimeError("out of memory"), {"a": 1}])
+
+    def load():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    info = qbr.metrics.LazyInfo(("a",), load)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        info["a"]
+    assert info["a"] == 1 and info == {"a": 1}

@@ -232,6 +232,7 @@ def _refusals():
     with pytest.raises(ValueError) as error:
         qbr.bin_loss(channels, global_bins=True)
     messages.append(str(error.value))
+    assert len(qbr.bin_loss(channels).layers) == 1  # what was refused has taken nothing
     for wrapped in (nn.parallel.DistributedDataParallel(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8), nn.ReLU())):
         if isinstance(wrapped, nn.Sequential):
             _shard(wrapped)

@@ -260,6 +260,25 @@ def test_compiled():
             assert same, (name, figure)
 
 
+def test_a_monitor_that_cannot_be_made_watches_nothing(monkeypatch):
+    from qbr import monitor
+
+    made = iter([monitor.CodeChanges])
+
+    def no_memory(*arguments):
+        try:
+            return next(made)(*arguments)
+        except StopIteration:
+            raise torch.OutOfMemoryError from None
+
+    model = _model()
+    with monkeypatch.context() as patched:
+        patched.setattr(monitor, "CodeChanges", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            Monitor(model)
+    Monitor(model).close()
+
+
 def test_the_model_is_left_as_it_was():
     model = _model()
     keys = list(model.state_dict())

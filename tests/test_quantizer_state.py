@@ -349,6 +349,19 @@ def test_what_was_made_on_meta_is_looked_at_no_more_once_it_is_there():
     torch._dynamo.reset()
 
 
+def test_a_calibration_that_fails_leaves_what_was_made_on_meta_to_the_next_forward():
+    model = _from_meta()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # as from_pretrained leaves missing keys
+        owner, _, last = name.rpartition(".")
+        memory = torch.full(tensor.shape, 5.0)
+        setattr(model.get_submodule(owner), last, nn.Parameter(memory) if isinstance(tensor, nn.Parameter) else memory)
+    with pytest.raises(TypeError):
+        qbr.calibrate(model, [_x(), 3])
+    model(_x())
+    assert all(quantizer.init_state.item() == 1 for quantizer in quantizers(model).values())
+    assert 5.0 not in _alphas(model)
+
+
 def test_a_skeleton_on_meta_takes_what_functional_call_gives_it():
     model, skeleton = qbr.calibrate(_model(), [_x()]).eval(), _from_meta().eval()
     state = model.state_dict()

@@ -151,6 +151,28 @@ def test_alphas_that_were_frozen_before_there_were_ranks_are_not_released(monkey
     monkeypatch.setattr(qbr.distributed, "ranks", lambda: 2)
     with pytest.raises(RuntimeError, match="attach the AlphaControl after init_process_group"):
         control.begin_epoch(2)
+    before, other = {name: vars(q).copy() for name, q in quantizers(model).items()}, qbr.AlphaControl(warmup_epochs=7)
+    with pytest.raises(RuntimeError, match="attach the AlphaControl after init_process_group"):
+        other.attach(model)
+    assert before == {name: vars(q) for name, q in quantizers(model).items()}
+    with pytest.raises(RuntimeError, match="before attach"):
+        other.begin_epoch(1)
+
+
+def test_a_copy_of_each_step_is_made_where_parameters_may_be_reclaimed_alone(monkeypatch):
+    """FSDP takes their memory back after a layer has run; DistributedDataParallel does not."""
+    monkeypatch.setattr(qbr.distributed, "is_initialised", lambda: True)
+    monkeypatch.setattr(qbr.distributed, "ranks", lambda: 1)
+    model = made()
+    qbr.calibrate(model, [batch()])
+    ddp = nn.Module()  # stands for the DistributedDataParallel whose forward runs
+    for running in (None, ddp):
+        monkeypatch.setattr(qbr.distributed, "running_ddp", lambda: running)
+        monkeypatch.setattr(qbr.distributed, "check_known", lambda *_: None)
+        model(batch()[0])
+        found = quantizers(model).values()
+        shared = [q._retained[0].bins.alpha.data_ptr() == q.alpha.data_ptr() for q in found]
+        assert set(shared) == {running is ddp}
 
 
 def test_quantizers_that_come_after_attach_are_controlled_too():

@@ -136,8 +136,6 @@ class Lowering:
         self._note(name, spec, type_name)
         if spec.binary:
             return self._cast(node, self._binary(node, name, y, step, spec), dtype, name)
-        if relu and spec.qn < 0:
-            y = self._op(node, "Relu", [y], name)
         y = self._clip(node, name, y, step, spec, clip, type_name, zero_point)
         parameters = [
             self._scale(name, step, spec),

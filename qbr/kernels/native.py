@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _lock = ForkLock()
 _loaded: build.Built | None = None
-_broken: RuntimeError | None = None
+_broken: RuntimeError | OSError | None = None
 
 
 def load(device_type: str) -> None:
@@ -56,7 +56,7 @@ def _load() -> build.Built:
                 raise RuntimeError(message) from error
         except BackendUnavailable:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:  # OSError: a full disk, say
             _broken = error
             raise
         _loaded = built

@@ -84,13 +84,13 @@ def _bin_sums(q: _Quantized, qn, qp, channel_axis, per_step: bool) -> tuple[Tens
     return bins, torch.stack([_sum_per_step(torch.where(slot == k, q.d, 0.0), channel_axis) for k in range(levels)])
 
 
-def _loss(bins: Tensor, levels: int, dtype) -> Tensor:
+def loss_of(bins: Tensor, levels: int, dtype) -> Tensor:
     """L_BR = sum over occupied k of Q_k / n_k."""
     n, sq = bins[:levels], bins[2 * levels : 3 * levels]
     return torch.where(n > 0, sq / n.clamp(min=1), 0.0).sum().to(dtype)
 
 
-def _dloss_dalpha(bins: Tensor, s_step: Tensor | None, alpha: Tensor, qn: int, qp: int) -> Tensor:
+def dloss_dalpha_of(bins: Tensor, s_step: Tensor | None, alpha: Tensor, qn: int, qp: int) -> Tensor:
     """dL/dalpha_c = -2 * sum_k k * S_(k,c) / n_k, in alpha's shape; empty where nobody asked for it."""
     if s_step is None:
         return alpha.new_empty(0)
@@ -147,7 +147,7 @@ def lsq_bwd(grad_xhat, x, alpha, qn, qp, binary, channel_axis, relu, clip, grad_
 def bin_loss_fwd(x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_to_alpha):
     q = _quantize(x, alpha, qn, qp, binary, channel_axis, relu, clip)
     bins, s_step = _bin_sums(q, qn, qp, channel_axis, backprop_to_alpha)
-    return _loss(bins, qp - qn + 1, alpha.dtype), bins, _dloss_dalpha(bins, s_step, alpha, qn, qp)
+    return loss_of(bins, qp - qn + 1, alpha.dtype), bins, dloss_dalpha_of(bins, s_step, alpha, qn, qp)
 
 
 def bin_loss_bwd(grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, relu, clip):
@@ -159,7 +159,7 @@ def lsq_bin_fwd(x, alpha, qn, qp, binary, channel_axis, relu, clip, backprop_to_
     q = _quantize(x, alpha, qn, qp, binary, channel_axis, relu, clip)
     bins, s_step = _bin_sums(q, qn, qp, channel_axis, backprop_to_alpha)
     xhat = (q.b * q.step).to(x.dtype)
-    return xhat, _loss(bins, qp - qn + 1, alpha.dtype), bins, _dloss_dalpha(bins, s_step, alpha, qn, qp)
+    return xhat, loss_of(bins, qp - qn + 1, alpha.dtype), bins, dloss_dalpha_of(bins, s_step, alpha, qn, qp)
 
 
 def lsq_bin_bwd(grad_xhat, grad_loss, x, alpha, bins, qn, qp, binary, channel_axis, relu, clip, grad_scale):

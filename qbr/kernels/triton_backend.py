@@ -1,8 +1,8 @@
 """The Triton backend: launchers of the kernels in triton_kernels.py, triton_bins.py and triton_finalize.py.
 
 Lists of tensors have launchers of their own, in triton_lists.py, with a constant for their length; every other tuning
-constant stands here. Nothing synchronises with the device, and how work is divided depends on sizes,
-dtype and device alone: the same input gives the same bits.
+constant stands here. Nothing synchronises with the device, but for a list whose sizes are new, once; how work is
+divided depends on sizes, dtype and device alone: the same input gives the same bits.
 """
 
 from __future__ import annotations

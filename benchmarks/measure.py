@@ -74,6 +74,7 @@ def alternate(
     warm_up: int = 2,
     block: int = 1,
     device_only: bool = False,
+    timer: Callable[..., Seconds] | None = None,
 ) -> dict[str, dict]:
     """Time every run in turn, `repeats` rounds: {name: {median_s, low_s, high_s (quartiles), repeats, ratio}}.
 
@@ -84,7 +85,10 @@ def alternate(
     of their own on the CPU; its threads disturb whatever comes directly after them.
 
     device_only: as in time_once; where calls had the host's time in them, host_late is their share.
+
+    timer: in the place of time_once.
     """
+    timer = timer or time_once
     for run in runs.values():
         for _ in range(warm_up):
             run()
@@ -94,7 +98,7 @@ def alternate(
             if block > 1:
                 for _ in range(block):
                     run()
-            times[name].extend(time_once(run, device, device_only) for _ in range(block))
+            times[name].extend(timer(run, device, device_only) for _ in range(block))
     summary = {}
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3

@@ -135,7 +135,7 @@ def compiled_runs(case: Case) -> dict[str, Callable]:
 
 
 def _check_kernels(namespace, case: Case, x, alpha, grad, plain) -> None:
-    """Codes and counts of the whole tensor, gradients of a part: as the reference's, or nothing is timed."""
+    """Values of the whole tensor, all results of a part: as the reference's, or nothing is timed."""
     size = 1 << 16
     part = (slice(None), slice(0, size // 256)) if case.per_channel else slice(0, size)
     px, pgrad, palpha = x[part].cpu().contiguous(), grad[part].cpu().contiguous(), alpha.cpu()
@@ -153,8 +153,11 @@ def _check_kernels(namespace, case: Case, x, alpha, grad, plain) -> None:
     tolerance = 1e-5 if x.dtype == torch.float32 else 1e-2
     torch.testing.assert_close(dx.cpu(), expected_dx, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(dalpha.cpu(), expected_dalpha, rtol=1e-3, atol=1e-3)
-    counts = namespace.lsq_bin_fwd.default(x, alpha, *plain, False)[2][:levels]
-    assert counts.sum().item() == x.numel(), f"{case.name}: the counts do not add up"
+    xhat = reference.lsq_fwd(x.cpu(), alpha.cpu(), *plain)
+    whole = namespace.lsq_bin_fwd.default(x, alpha, *plain, False)
+    assert torch.equal(namespace.lsq_fwd.default(x, alpha, *plain).cpu(), xhat), f"{case.name}: values differ"
+    assert torch.equal(whole[0].cpu(), xhat), f"{case.name}: values of the pass with bins differ"
+    assert whole[2][:levels].sum().item() == x.numel(), f"{case.name}: the counts do not add up"
 
 
 # ---- peers that do LSQ alone, and the predecessor: forward and backward through autograd ---------------------------
@@ -164,7 +167,7 @@ class NotInstalled(Exception):
     """A peer cannot be had here; the message says why."""
 
 
-def autograd_runs(case: Case, backend: str = "auto") -> tuple[dict[str, Callable], dict[str, str]]:
+def autograd_runs(case: Case) -> tuple[dict[str, Callable], dict[str, str]]:
     """({peer: run}, {peer that is missing: why}). qbr's own functions are among them."""
     x, alpha, grad = case.tensors()
     spec = case.spec
@@ -183,10 +186,10 @@ def autograd_runs(case: Case, backend: str = "auto") -> tuple[dict[str, Callable
     one = torch.ones((), device=case.device)
 
     def qbr_lsq():
-        return [functional.fake_quantize(x, alpha, spec, backend=backend)], [grad]
+        return [functional.fake_quantize(x, alpha, spec)], [grad]
 
     def qbr_lsq_bin():
-        made = functional.fake_quantize_with_bin_loss(x, alpha, spec, backend=backend)
+        made = functional.fake_quantize_with_bin_loss(x, alpha, spec)
         return [made.xhat, made.loss], [grad, one]
 
     def eager():

@@ -1,5 +1,5 @@
 // One call's arguments as the ops get them, checked and put into the kernels' terms; and fresh tensors for its results.
-// For bindings.cpp alone. What people see is checked and explained in Python (qbr/ops.py).
+// For bindings.cpp alone. What people see is checked and explained in Python (qbr/arguments.py).
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

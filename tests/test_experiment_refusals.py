@@ -66,7 +66,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path, capsys):
     names = "truncated", "text", "list", "other", "quantized"
     truncated, text, tensor, other, quantized = (tmp_path / f"{name}.pth" for name in names)
-    checkpoints.save(truncated, {"model_state_dict": models.resnet20().state_dict()})
+    checkpoints.save({"model_state_dict": models.resnet20().state_dict()}, truncated)
     truncated.write_bytes(truncated.read_bytes()[:-2000])
     text.write_text("not a checkpoint")
     like_pickles = [tmp_path / f"text{i}" for i in range(4)]  # each begins with an opcode of pickle's
@@ -134,3 +134,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": None, "b": [1.5]}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_rank_0_leaves_no_rank_waiting(monkeypatch):
+    processes = importlib.import_module("cifar10.processes")
+    sent, met = [], []
+    monkeypatch.setattr(processes, "world", lambda: 2)
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(processes.dist, "broadcast_object_list", lambda answer, src: sent.extend(answer))
+    monkeypatch.setattr(processes.dist, "barrier", lambda: met.append(1))
+    with pytest.raises(ZeroDivisionError):
+        processes.on_main(lambda: 1 // 0)
+    ((_, error),) = sent
+    assert isinstance(error, files.UserError) and "rank 0" in str(error)
+    with pytest.raises(ZeroDivisionError), processes.first_on_each_machine(True):
+        1 // 0  # noqa: B018
+    assert met == [1]

@@ -28,12 +28,13 @@ _NOT_READ = (
 )  # fmt: skip
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """torch.save by atomic_write: the file at ``path`` is always a whole checkpoint, the old one or the new."""
+def save(state: dict[str, Any], *paths: Path) -> None:
+    """torch.save by atomic_write, to one path after another: each is always a whole checkpoint, the old or the new."""
     whole = io.BytesIO()  # of a full disk under its archive, torch would tell as of a broken archive
     torch.save(state, whole)
-    with atomic_write(path) as file:
-        file.write(whole.getbuffer())
+    for path in paths:
+        with atomic_write(path) as file:
+            file.write(whole.getbuffer())
 
 
 def load(path: Path, flag: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def take(folder: Path, fresh: bool, lock: contextlib.ExitStack) -> None:
 def mend_best(path: Path, state: dict[str, Any]) -> None:
     """Write best.pth from ``state``, last.pth's, whose epoch is the best, if a kill between the two left it out."""
     if not path.exists() or checkpoints.load(path, "--resume").get("epoch") != state["epoch"]:
-        checkpoints.save(path, state)
+        checkpoints.save(state, path)
 
 
 @contextlib.contextmanager

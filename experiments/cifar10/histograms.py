@@ -27,7 +27,7 @@ def weight_histograms(model: nn.Module) -> dict[str, Any]:
         if not isinstance(quantizer, qbr.LSQQuantizer):
             continue
         if not quantizer.initialised:  # as its first training forward would, from the same weight
-            quantizer.initialise(module.weight, force=False)
+            quantizer.initialise(module.weight)
         spec = quantizer.spec
         steps = quantizer.alpha.reshape(spec.step_shape(module.weight.dim()))
         low, high = spec.qn - MARGIN, spec.qp + MARGIN

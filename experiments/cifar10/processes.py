@@ -68,7 +68,8 @@ def share(start: int, stop: int) -> slice:
 
 
 def on_main(function: Callable, *args) -> Any:
-    """What function(*args) returns on rank 0, which alone calls it, on every rank; its UserError too."""
+    """What function(*args) returns on rank 0, which alone calls it, on every rank; its UserError too. With any other
+    error of rank 0 the others end by a UserError."""
     if world() == 1:
         return function(*args)
     answer: list = [None]
@@ -77,6 +78,9 @@ def on_main(function: Callable, *args) -> Any:
             answer = [(function(*args), None)]
         except UserError as error:
             answer = [(None, error)]
+        except Exception:  # the others wait for an answer: they end with it, and this rank with what it is
+            dist.broadcast_object_list([(None, UserError("rank 0 has failed"))], src=0)
+            raise
     dist.broadcast_object_list(answer, src=0)
     result, error = answer[0]
     if error is not None:
@@ -90,9 +94,11 @@ def first_on_each_machine(wanted: bool):
     wanted = wanted and world() > 1
     if wanted and local_rank() > 0:
         dist.barrier()
-    yield
-    if wanted and local_rank() == 0:
-        dist.barrier()
+    try:
+        yield
+    finally:  # after an error, too, which the others meet then
+        if wanted and local_rank() == 0:
+            dist.barrier()
 
 
 def total(values: Tensor) -> Tensor:

@@ -373,9 +373,8 @@ class Run:
         }
         if processes.rank():
             return
-        checkpoints.save(self.last_path, state)
-        if best["epoch"] == len(history):
-            checkpoints.save(self.best_path, state)
+        best_too = [self.best_path] if best["epoch"] == len(history) else []
+        checkpoints.save(state, self.last_path, *best_too)
 
     def _keep_warmup(self, epoch: int) -> None:
         if getattr(self.options, "keep_warmup", False) and epoch == self.options.warmup_epochs:
@@ -395,7 +394,7 @@ class Run:
             val = history[epoch - 1]["val_acc"]
             final[which] = {"epoch": epoch, "val_acc": val, "test_loss": loss, "test_acc": accuracy}
             if processes.rank() == 0:
-                checkpoints.save(path, {**state, "test_acc": accuracy})
+                checkpoints.save({**state, "test_acc": accuracy}, path)
             if board:
                 board.test(epoch, loss, accuracy)
         with_br = [figures for figures in history if "br_w" in figures]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -279,6 +280,8 @@ class AlphaControl:
             ValueError, TypeError: for a state that is not AlphaControl's; nothing has changed then.
         """
         expected = {*_SETTINGS, "epoch"}
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is a {type(state).__name__}: expected what AlphaControl.state_dict() gives")
         if not expected <= set(state) <= expected | {"step", "convergence"}:
             raise ValueError(f"state has the keys {sorted(state)}: expected {sorted(expected)}, step and convergence")
         check_count(state["epoch"], "epoch", least=1)

@@ -74,6 +74,8 @@ def calibrate(
         raise TypeError(f"percentile={percentile!r}: expected a number, more than 0, at most 100")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile={percentile}: expected more than 0, at most 100")
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward={forward!r}: expected a function of (model, batch), or None")
     iterable = hasattr(type(batches), "__iter__") or hasattr(type(batches), "__getitem__")
     if not (iterable or batches is None) or isinstance(batches, (Tensor, Mapping, str)):
         raise TypeError(f"batches is one {type(batches).__name__}: expected an iterable of batches; pass [batch]")

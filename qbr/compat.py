@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qbr.layers import QuantizedClippedReLU, clipped_relu
-from qbr.spec import check_flag
+from qbr.layers import QuantizedClippedReLU, check_version, clipped_relu, version_of
+from qbr.spec import check_flag, is_number
 
 
 class _GradScale(torch.autograd.Function):
@@ -36,12 +36,21 @@ class _RoundPass(torch.autograd.Function):
 
 def grad_scale(x: Tensor, scale: float) -> Tensor:
     """x itself, to the last bit; its gradient times scale (LSQ paper, section 2.2)."""
+    _check_tensor(x)
+    if not isinstance(scale, Tensor) and not is_number(scale):
+        raise TypeError(f"scale={scale!r}: expected a number")
     return _GradScale.apply(x, scale)
 
 
 def round_pass(x: Tensor) -> Tensor:
     """x rounded half to even; the gradient passes unchanged (straight-through estimator)."""
+    _check_tensor(x)
     return _RoundPass.apply(x)
+
+
+def _check_tensor(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x={x!r}: expected a tensor")
 
 
 class ActivationHookManager:
@@ -71,6 +80,8 @@ class ActivationHookManager:
         exclude_first_last: bool = True,
         detach_activations: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r}: expected an nn.Module")
         self.model = model
         check_flag(exclude_first_last, "exclude_first_last")
         check_flag(detach_activations, "detach_activations")
@@ -78,13 +89,15 @@ class ActivationHookManager:
             raise TypeError(f"layer_names={layer_names!r}: expected a list of names")
         if isinstance(target_modules, type):
             raise TypeError(f"target_modules={target_modules.__name__}: expected a list of module types")
+        if not all(isinstance(each, type) for each in target_modules or ()):
+            raise TypeError(f"target_modules={target_modules!r}: expected a list of module types, such as nn.ReLU")
         self.target_modules: tuple[type, ...] = (nn.ReLU, nn.ReLU6) if target_modules is None else tuple(target_modules)
         self.layer_names: list[str] | None = None if layer_names is None else list(layer_names)
         self.exclude_first_last = exclude_first_last
         self.detach_activations = detach_activations
         self.training: bool = True
         self.activations: dict[str, Tensor] = {}
-        self._inputs: dict[str, tuple[Tensor, float | None]] = {}
+        self._inputs: dict[str, tuple[Tensor, int, float | None]] = {}
         self._calls: dict[str, int] = {}
         matches = self._matches()
         if exclude_first_last and len(matches) > 2:
@@ -127,7 +140,8 @@ class ActivationHookManager:
             self.activations[key] = output.detach() if self.detach_activations else output
             if isinstance(module, QuantizedClippedReLU):
                 x = inputs[0] if inputs else kwargs["input"]
-                self._inputs[key] = x.detach() if self.detach_activations else x, module.clip_value
+                x = x.detach() if self.detach_activations else x
+                self._inputs[key] = x, version_of(x), module.clip_value
 
         return hook
 
@@ -136,8 +150,14 @@ class ActivationHookManager:
         return dict(self.activations)
 
     def get_pre_quant_activations(self) -> dict[str, Tensor]:
-        """{name: after ReLU and clip, before quantization} of every QuantizedClippedReLU call, in the graph."""
-        return {name: clipped_relu(x, clip) for name, (x, clip) in self._inputs.items()}
+        """{name: after ReLU and clip, before quantization} of every QuantizedClippedReLU call, in the graph.
+
+        Raises:
+            RuntimeError: where the input of such a call has been written to since.
+        """
+        for name, (x, version, _) in self._inputs.items():
+            check_version(x, version, f"pre-quantization activation of {name!r}")
+        return {name: clipped_relu(x, clip) for name, (x, _, clip) in self._inputs.items()}
 
     def clear_activations(self) -> None:
         """Drop what was kept; calls count from 1 again."""

@@ -150,6 +150,8 @@ class QATConfig:
         Raises:
             TypeError, ValueError: naming the field.
         """
+        if not isinstance(text, (str, bytes)):
+            raise TypeError(f"text is a {type(text).__name__}: expected the JSON that QATConfig.to_json() gives")
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:

@@ -222,10 +222,11 @@ def _for_each(xs: list, value, argument: str) -> list:
 
 
 def _checked(xs, alphas, specs) -> tuple[list, list, list]:
+    xs, alphas = list(xs), list(alphas)
     specs = [specs] * len(xs) if isinstance(specs, QuantSpec) else list(specs)
     if not len(xs) == len(alphas) == len(specs):
         raise ValueError(f"{len(xs)} tensors, {len(alphas)} alphas and {len(specs)} specs: expected as many of each")
-    return list(xs), list(alphas), specs
+    return xs, alphas, specs
 
 
 def _bins(table: Tensor, x: Tensor, alpha, spec: QuantSpec) -> Bins:

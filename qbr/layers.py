@@ -216,7 +216,7 @@ class QuantizedClippedReLU(Counted, nn.Module):
         self.quantizer: LSQQuantizer = LSQ_ActivationQuantizer(num_bits, clip_value, device=device)
         for name in call_names("quantizer", calls)[1:]:
             self.add_module(name, LSQ_ActivationQuantizer(num_bits, clip_value, device=device))
-        self._input: TensorWeakRef | None = None
+        self._input: tuple[TensorWeakRef, int] | None = None
         self._kept: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class QuantizedClippedReLU(Counted, nn.Module):
         if self._kept is not None:
             self._kept = None
         # Weak: the input lives as long as the graph that needs it, and not because of this module.
-        assign(self, "_input", None if torch.compiler.is_compiling() else TensorWeakRef(x))
+        assign(self, "_input", None if torch.compiler.is_compiling() else (TensorWeakRef(x), version_of(x)))
         return quantizer(x, relu=True, clip=self.clip_value)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -253,11 +253,18 @@ class QuantizedClippedReLU(Counted, nn.Module):
         There from a forward with gradients until its backward; in compiled code None. What is kept is the forward's
         input, weakly: None where nothing else holds it, as after backward or under no_grad, unless
         ``keep_pre_quant_activation`` is set. None may be assigned, which drops it.
+
+        Raises:
+            RuntimeError: where the forward's input has been written to since.
         """
-        if self._kept is not None:
+        if self._kept is not None or self._input is None:
             return self._kept
-        x = self._input() if self._input is not None else None
-        return None if x is None else clipped_relu(x, self.clip_value)
+        reference, version = self._input
+        x = reference()
+        if x is None:
+            return None
+        check_version(x, version, "pre_quant_activation")
+        return clipped_relu(x, self.clip_value)
 
     @pre_quant_activation.setter
     def pre_quant_activation(self, value: None) -> None:
@@ -270,6 +277,18 @@ class QuantizedClippedReLU(Counted, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_input": None, "_kept": None}
+
+
+def version_of(x: Tensor) -> int:
+    """How often x has been written to; 0 for a tensor of torch.inference_mode, which does not count."""
+    return 0 if x.is_inference() else x._version
+
+
+def check_version(x: Tensor, version: int, name: str) -> None:
+    """Raise RuntimeError, naming what was asked for, if x has been written to since its version was that."""
+    if version_of(x) != version:
+        raise RuntimeError(f"{name}: the forward's input has been written to since; read it before that, or use "
+                           "QuantizedClippedReLU(keep_pre_quant_activation=True)")  # fmt: skip
 
 
 def clipped_relu(x: Tensor, clip: float | None) -> Tensor:

@@ -30,8 +30,13 @@ def check(quantizer: nn.Module, state_dict, prefix: str = "") -> None:
             got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{key} is {got} in the state_dict: expected float32 {tuple(mine.shape)}; "
                              "load it into a model that was prepared with the same configuration")
-        if name == "alpha" and not value.is_meta and not bool(usable(value).all()):
-            raise ValueError(f"{key}={value.tolist()} in the state_dict: expected positive, finite step sizes; "
+        if value.is_meta:
+            continue
+        if name == "init_state" and not bool(((value >= 0) & (value <= 1)).all()):
+            raise ValueError(f"{key}={value.tolist()} in the state_dict: expected 0 (unset) or 1; delete it and "
+                             f"{prefix}alpha and load with strict=False to set the step from data again")
+        if name == "alpha" and not bool(usable(value.to(mine.dtype)).all()):
+            raise ValueError(f"{key}={value.tolist()} in the state_dict: expected positive, finite steps in float32; "
                              f"delete it and {prefix}init_state and load with strict=False to set it from data again")
 
 

@@ -137,11 +137,13 @@ class LSQQuantizer(nn.Module):
     def forward(self, x: Tensor, *, relu: bool = False, clip: float | None = None) -> Tensor:
         """xhat, in x's shape and dtype; of min(max(x, 0), clip) with ``relu``.
 
-        Waits for the device only while nothing is known to have set alpha: in eval mode, under torch.distributed, and
-        once for a model that was made on meta.
+        Waits for the device only while nothing is known to have set alpha: in eval mode, under torch.distributed, once
+        for a model that was made on meta, and once where no optimizer has stepped since data have set it.
         """
         if self._made_on_meta and not torch.compiler.is_compiling():
             quantizer_state.leave_meta(self)
+        if not torch.compiler.is_compiling() and self._unconfirmed:
+            step_guard.confirm([self])
         if not self._initialised and not self._was_sent():
             if self.training:
                 arguments.check(x, self.alpha, self.spec, relu, clip)  # what is refused below sets no step
@@ -184,7 +186,7 @@ class LSQQuantizer(nn.Module):
 
     def confirm(self, init_state: float) -> None:
         """Take over what was read of init_state, 0 or 1, after a forward: one without usable data leaves alpha to the
-        next, for TRIES optimizer steps in all."""
+        next, for TRIES of them in all."""
         self._unconfirmed = False
         if init_state == 0:
             self._tries += 1

@@ -402,6 +402,9 @@ class BinRegularizer:
 
     def _bin_losses(self, weights_dict: Mapping[str, Tensor], alphas_dict: Alphas, to_alpha: ToAlpha):
         """{layer: BinLoss} of the layers that have an alpha, from one call of the backend."""
+        for name, given in (("weights_dict", weights_dict), ("alphas_dict", alphas_dict)):
+            if not isinstance(given, Mapping):
+                raise TypeError(f"{name} is a {type(given).__name__}: expected {{layer: ...}}")
         named = list(_with_alphas(weights_dict, alphas_dict))
         tensors, alphas = [tensor for _, tensor, _ in named], [alpha for *_, alpha in named]
         try:

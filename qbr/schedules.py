@@ -54,6 +54,8 @@ class Linear:
             raise ValueError(f"begin={self.begin}, until={self.until}: expected begin < until")
 
     def __call__(self, when: float) -> float:
+        if not is_number(when):
+            raise TypeError(f"when={when!r}: expected a number, in the unit of begin and until")
         return self.start + (self.end - self.start) * self._done(self._fraction(when))
 
     def _fraction(self, when: float) -> float:

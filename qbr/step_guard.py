@@ -147,7 +147,7 @@ def _forget_directions(optimizer: Optimizer, quantizers: list[nn.Module]) -> Non
         torch._foreach_zero_(means)
 
 
-def _confirm(quantizers: list[nn.Module]) -> None:
+def confirm(quantizers: list[nn.Module]) -> None:
     """Read once whether the forward that has just set step sizes from data could."""
     if not quantizers or torch._guards.active_fake_mode() is not None:
         return
@@ -181,7 +181,7 @@ def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
     still = [(alpha, value) for (q, alpha), value in zip(held, values) if q() is not None and q().frozen]
     if still:
         torch._foreach_copy_(*map(list, zip(*still)))
-    _confirm([quantizer for quantizer in list(_live) if quantizer._unconfirmed])  # also what no optimizer has
+    confirm([quantizer for quantizer in mine if quantizer._unconfirmed])  # what no optimizer has, its next forward
     for quantizer in mine:
         if quantizer._retained:
             quantizer._retained = []

@@ -344,3 +344,39 @@ def test_figures_that_could_not_be_read_are_read_again():
     with pytest.raises(RuntimeError, match="out of memory"):
         info["a"]
     assert info["a"] == 1 and info == {"a": 1}
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_an_input_that_was_written_to_gives_no_wrong_activation(detached):
+    model = nn.Sequential(qbr.QuantizedClippedReLU(2.0))
+    manager = ActivationHookManager(model, detach_activations=detached)
+    x = torch.ones(4)
+    model(x)
+    assert model[0].pre_quant_activation.tolist() == manager.get_pre_quant_activations()["0"].tolist() == [1.0] * 4
+    x.fill_(-5.0)
+    with pytest.raises(RuntimeError, match="written to since"):
+        _ = model[0].pre_quant_activation
+    with pytest.raises(RuntimeError, match="'0'.*written to since"):
+        manager.get_pre_quant_activations()
+    with torch.inference_mode():
+        model(torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ActivationHookManager(nn.ReLU(), target_modules=["ReLU"]), r"target_modules=\['ReLU'\]: expected"),
+        (lambda: ActivationHookManager(None), "model=None: expected an nn.Module"),
+        (lambda: BinRegularizer().compute_total_loss([torch.ones(3)], {}), "weights_dict is a list: expected"),
+        (lambda: BinRegularizer().get_bin_statistics({"a": torch.ones(3)}, [0.3]), "alphas_dict is a list: expected"),
+        (lambda: round_pass(3.0), "x=3.0: expected a tensor"),
+        (lambda: grad_scale(torch.ones(3), "x"), "scale='x': expected a number"),
+        (lambda: qbr.calibrate(nn.Sequential(qbr.QuantizedLinear(2, 2)), [], forward=3), "forward=3: expected"),
+        (lambda: qbr.AlphaControl().load_state_dict(None), "state is a NoneType: expected"),
+        (lambda: qbr.schedules.Linear(0.0, 1.0, begin=1, until=3)("x"), "when='x': expected a number"),
+        (lambda: qbr.QATConfig.from_json(None), "text is a NoneType: expected"),
+    ],
+)
+def test_arguments_of_another_type_are_named(call, words):
+    with pytest.raises(TypeError, match=words):
+        call()

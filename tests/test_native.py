@@ -84,3 +84,17 @@ def test_a_raw_call_that_would_leave_its_memory_is_refused(native, name):
     op, arguments, message = REFUSED[name]
     with pytest.raises(RuntimeError, match=message):
         getattr(native, op)(*arguments)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_sums_of_equal_values_do_not_drift(bits, share):
+    """A flat background: every addition of a bin rounds the same way."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        value, alpha = torch.rand(2, generator=generator) * torch.tensor([2.0, 0.5]) + 0.01
+        x = torch.where(torch.rand(1 << 14, generator=generator) < share, value, 0.0)
+        spec = QuantSpec(bits, signed=False)
+        expected, got = (F.bin_loss(x, alpha, spec, backend=name) for name in ("reference", "native"))
+        torch.testing.assert_close(got.loss, expected.loss, rtol=SUM_TOLERANCE, atol=1e-9)
+        torch.testing.assert_close(got.bins.sums, expected.bins.sums, rtol=SUM_TOLERANCE, atol=1e-6)

@@ -57,8 +57,9 @@ def _step(model: nn.Module, optimizer, x: torch.Tensor) -> float:
     return loss.item()
 
 
+@pytest.mark.parametrize("steps", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0], ids=["nan", "inf", "zero after ReLU"])
-def test_a_first_batch_that_sets_nothing_leaves_it_to_the_next(bad):
+def test_a_first_batch_that_sets_nothing_leaves_it_to_the_next(bad, steps):
     model = _model()
     with torch.no_grad():
         model[0].bias.fill_(-10 if bad == -1.0 else 0)
@@ -71,12 +72,11 @@ def test_a_first_batch_that_sets_nothing_leaves_it_to_the_next(bad):
         qbr.convert(model)
     with torch.no_grad():
         model[0].bias.copy_(_float()[0].bias)
-    model(_x())  # no optimizer has stepped since: nobody has looked
-    assert relu.init_state.item() == 0
-    for parameter in model.parameters():
-        parameter.grad = None
-    optimizer.step()
-    assert not relu.initialised
+    if steps:
+        for parameter in model.parameters():
+            parameter.grad = None
+        optimizer.step()
+        assert not relu.initialised
     model(_x())
     assert relu.init_state.item() == 1 and _alphas(model) == pytest.approx(_from_data())
     optimizer.step()
@@ -347,6 +347,36 @@ def test_what_was_made_on_meta_is_looked_at_no_more_once_it_is_there():
     model.eval()(_x())
     assert _alphas(model) == pytest.approx([0.07] * 3)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", [qbr.LSQ_WeightQuantizer, qbr.LSQ_ActivationQuantizer])
+@pytest.mark.parametrize("grad", [False, True])
+def test_first_data_that_are_unusable_are_forgotten_where_no_optimizer_steps(kind, grad):
+    quantizer = kind(2)
+    placeholder = quantizer.alpha.item()
+    with torch.set_grad_enabled(grad):
+        quantizer(torch.zeros(8))
+        with pytest.warns(UserWarning, match="nothing has set"):
+            quantizer.eval()(_x())
+        quantizer.train()(_x())
+    expected = kind(2)
+    expected(_x())
+    assert quantizer.alpha.item() == expected.alpha.item() != placeholder and quantizer.init_state.item() == 1
+    with no_host_reads():
+        quantizer._unconfirmed = False  # as after an optimizer's step, or the next forward
+        quantizer(_x())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("alpha", 1e-46), ("alpha", 1e300), ("init_state", math.nan), ("init_state", 2.0)]
+)
+def test_a_state_that_float32_does_not_have_is_refused(name, value):
+    model = qbr.calibrate(_model(), [_x()])
+    state = {**model.state_dict(), f"0.weight_quantizer.{name}": torch.tensor([value], dtype=torch.float64)}
+    before = _alphas(model)
+    with pytest.raises(ValueError, match=rf"0\.weight_quantizer\.{name}=\[.*strict=False"):
+        model.load_state_dict(state)
+    assert _alphas(model) == before
 
 
 def test_a_calibration_that_fails_leaves_what_was_made_on_meta_to_the_next_forward():

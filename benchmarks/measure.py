@@ -174,8 +174,9 @@ def environment(device: str, **facts) -> dict:
         model = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
         hardware = model[0].split(":", 1)[1].strip() if model else platform.processor()
     commit = sources.commit() or "unknown"
+    malloc = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
     return {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": " ".join([*malloc, "python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "commit": commit
         + ("+changes" if _git("status", "--porcelain", "--", "qbr", "csrc", "benchmarks/*.py") else ""),
         "date": time.strftime("%Y-%m-%d"),

@@ -30,7 +30,7 @@ if not options.restore:
     for x, y in batches:
         loss = nn.functional.cross_entropy(compiled(x), y)
         br = qbr.bin_loss(model)
-        (loss + br.weights + 0.1 * br.activations).backward()
+        (loss + br.weights).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""torchvision's VGG-11 with 2 bits, its classifier with 4.
+"""torchvision's VGG-11 with 2 bits, 4 for the classifier's weights; its first convolution stays in float.
 
 Prepare, calibrate, train, compile, save; then restore in a fresh process and convert:
     python examples/vgg11_bn.py vgg11_bn.pt && python examples/vgg11_bn.py vgg11_bn.pt --restore
@@ -30,7 +30,7 @@ if not options.restore:
     for x, y in batches:
         loss = nn.functional.cross_entropy(compiled(x), y)
         br = qbr.bin_loss(model)
-        (loss + br.weights + 0.1 * br.activations).backward()
+        (loss + br.weights).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():

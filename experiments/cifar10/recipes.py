@@ -36,8 +36,8 @@ BASELINE: dict[str, dict[str, Any]] = {
     "fast": {**_FAST, "epochs": 100, "lr": 0.4},
     "record": {**_RECORD, "epochs": 15, "lr": 0.4},
 }
-# Seven epochs of BR are 665 steps at a mean lr of 0.036: lambda 1 would move a bin of 1,000 weights a third of the way
-# to its level, 9 moves it all the way, and 2 * lambda * lr <= 1.31 stays below 1.36, where a bin of one weight starts
+# Seven epochs of BR are 665 steps at a mean lr of 0.073: lambda 0.5 would move a bin of 1,000 weights a third of the way
+# to its level, 4.5 moves it all the way, and 2 * lambda * lr <= 1.31 stays below 1.36, where a bin of one weight starts
 # to oscillate under Nesterov's momentum (strength.limit). BR of activations has cost accuracy wherever it was measured.
 QAT: dict[str, dict[str, Any]] = {
     "default": {},
@@ -47,10 +47,10 @@ QAT: dict[str, dict[str, Any]] = {
         "alpha_init": "mse",
         "qat_epochs": 12,
         "warmup_epochs": 5,
-        "lr": 0.1,
+        "lr": 0.2,
         "lr_alpha": 0.02,
         "lr_alpha_act": 0.2,
-        "lambda_br": 9.0,
+        "lambda_br": 4.5,
         "lambda_br_act": 0.0,
         "freeze_weight_alpha_epoch": 6,
         "freeze_act_alpha_epoch": 10,

@@ -53,11 +53,12 @@ def kernel_cases(device: str, quick: bool, repeats: int, only: int | None = None
     return itertools.product(backends(device), wanted), measured
 
 
-def sizes_and_bits(quick: bool) -> Iterable[tuple[int, int]]:
-    return itertools.product([16] if quick else [16, 20, 24], (2,) if quick else (2, 4, 8))
+def sizes_and_bits(quick: bool, only: int | None) -> Iterable[tuple[int, int]]:
+    sizes = [only] if only is not None else [16] if quick else [16, 20, 24]
+    return itertools.product(sizes, (2,) if quick else (2, 4, 8))
 
 
-def compiled_cases(device: str, quick: bool, repeats: int) -> steps.Cases:
+def compiled_cases(device: str, quick: bool, repeats: int, only: int | None = None) -> steps.Cases:
     """The kernels that "auto" takes against the same formulas under torch.compile."""
 
     def measured(size: int, bits: int) -> dict:
@@ -75,7 +76,7 @@ def compiled_cases(device: str, quick: bool, repeats: int) -> steps.Cases:
         facts = {"backend": backend, "dtype": case.dtype, "bits": bits, "log2_size": size}
         return {"part": "compiled", "device": device, **facts, **ratios, "times": result}
 
-    return sizes_and_bits(quick), measured
+    return sizes_and_bits(quick, only), measured
 
 
 def kernel_row(case: registry.Case, backend: str, result: dict) -> dict:
@@ -103,7 +104,7 @@ def print_kernel_row(row: dict) -> None:
     )
 
 
-def peer_cases(device: str, quick: bool, repeats: int) -> steps.Cases:
+def peer_cases(device: str, quick: bool, repeats: int, only: int | None = None) -> steps.Cases:
     """Forward and backward through autograd: qbr, the predecessor's formulas, and libraries that do LSQ alone."""
 
     def measured(size: int, bits: int) -> dict:
@@ -117,7 +118,7 @@ def peer_cases(device: str, quick: bool, repeats: int) -> steps.Cases:
         print(f"{case.name}: " + ", ".join(f"{n} {r['median_s'] * 1e6:.0f} us" for n, r in result.items()), missing)
         return {**row, "missing": missing, "versions": registry.versions(), "times": result}
 
-    return sizes_and_bits(quick), measured
+    return sizes_and_bits(quick, only), measured
 
 
 def backends(device: str) -> list[str]:
@@ -167,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--part", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--log2-size", type=int, default=None, help="kernels: this size alone (with --output)")
+    parser.add_argument("--log2-size", type=int, default=None, help="this size of kernels, compiled, peers")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--quick", action="store_true", help="few sizes, few repeats: under two minutes")
     parser.add_argument("--resume", action="store_true", help="keep what the same commit measured here, do the rest")
@@ -179,7 +180,7 @@ def main() -> None:
     failures, repeats = [], 5 if args.quick else args.repeats
     for part in args.part:
         print(f"# {part}", flush=True)
-        only = (args.log2_size,) if part == "kernels" else ()
+        only = (args.log2_size,) if part in ("kernels", "compiled", "peers") else ()
         before = json.loads(path.read_text()).get(part) if args.resume and path.exists() else None
         rows, kept = [], measure.still_true(before, args.device, repeats)
         cases = PARTS[part](args.device, args.quick, repeats, *only)

@@ -36,9 +36,9 @@ BASELINE: dict[str, dict[str, Any]] = {
     "fast": {**_FAST, "epochs": 100, "lr": 0.4},
     "record": {**_RECORD, "epochs": 15, "lr": 0.4},
 }
-# Seven epochs of BR are 665 steps at a mean lr of 0.073: lambda 0.5 would move a bin of 1,000 weights a third of the way
-# to its level, 4.5 moves it all the way, and 2 * lambda * lr <= 1.31 stays below 1.36, where a bin of one weight starts
-# to oscillate under Nesterov's momentum (strength.limit). BR of activations has cost accuracy wherever it was measured.
+# Seven epochs of BR are 665 steps at a mean lr of 0.073: lambda 0.5 would move a bin of 1,000 weights a third of its
+# way, 4.5 moves it all the way, and 2 * lambda * lr <= 1.31 stays below 1.36, where a bin of one weight starts to
+# oscillate under Nesterov's momentum (strength.limit). BR of activations has cost accuracy wherever it was measured.
 QAT: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {**_FAST, "lr": 0.04, "lr_alpha_act": 0.2, "lambda_br_act": 0.1, "alpha_init": "mse"},

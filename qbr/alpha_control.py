@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -130,10 +130,7 @@ class AlphaControl:
             if not grouping.weights(model):
                 raise ValueError("release_tolerance: the model has no quantized weights whose distance could settle; "
                                  "use release_epoch or release_step")  # fmt: skip
-        frozen = self._frozen()
-        for quantizer in found.values():
-            if not frozen[quantizer.kind]:
-                quantizer.check_release()
+        self._check_releases(found.values())
         watch(model)
         self._model, self._quantizers = model, list(found.values())
         self._apply()
@@ -203,7 +200,14 @@ class AlphaControl:
         """Whether the current epoch comes after warm-up, so that the bin loss is collected."""
         return self._epoch > self.warmup_epochs
 
+    def _check_releases(self, found: Iterable[LSQQuantizer]) -> None:
+        frozen = self._frozen()
+        for quantizer in found:
+            if not frozen[quantizer.kind]:
+                quantizer.check_release()
+
     def _apply(self) -> None:
+        self._check_releases(self._quantizers)  # before any of them has changed
         frozen = self._frozen()
         plans = [record.plan for record in self._records.values() if record.plan is not None]
         awaits_epoch = not self._begun and (self.warmup_epochs > 0 or any(plan.by_epoch for plan in plans))

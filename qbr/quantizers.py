@@ -143,7 +143,7 @@ class LSQQuantizer(nn.Module):
         if self._made_on_meta and not torch.compiler.is_compiling():
             quantizer_state.leave_meta(self)
         if not torch.compiler.is_compiling() and self._unconfirmed:
-            step_guard.confirm([self])
+            step_guard.confirm()
         if not self._initialised and not self._was_sent():
             if self.training:
                 arguments.check(x, self.alpha, self.spec, relu, clip)  # what is refused below sets no step

@@ -96,12 +96,12 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False, skip: Sequence[str]
     skipped = _skipped(tuple(found), tuple(skip)) if skip else ()
     layers: dict[str, BinLoss] = {}
     losses: dict[str, list[Tensor]] = {"weight": [], "activation": []}
-    share = global_bins and distributed.ranks() > 1
-    if share:
-        _check_global_bins({name: q for name, q in found.items() if q.kind == "activation" and q._retained})
+    acts: dict[str, LSQQuantizer] = {}
+    if global_bins and distributed.ranks() > 1:
+        acts = {name: q for name, q in found.items() if q.kind == "activation" and q._retained}
+        _check_global_bins(acts)
     taken = {name: quantizer.take_retained() for name, quantizer in found.items()}
-    if share:
-        taken |= _with_global_bins({n: found[n] for n in taken if found[n].kind == "activation" and taken[n]}, taken)
+    taken |= _with_global_bins(acts, taken) if acts else {}
     steps = Counter(_layer_and_call(name)[0] for name in found)
     for name, quantizer in found.items():
         layer, first = _layer_and_call(name)

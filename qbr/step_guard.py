@@ -147,8 +147,9 @@ def _forget_directions(optimizer: Optimizer, quantizers: list[nn.Module]) -> Non
         torch._foreach_zero_(means)
 
 
-def confirm(quantizers: list[nn.Module]) -> None:
-    """Read once whether the forward that has just set step sizes from data could."""
+def confirm() -> None:
+    """Read once, for all quantizers, whether the forward that has just set step sizes from data could."""
+    quantizers = [quantizer for quantizer in list(_live) if quantizer._unconfirmed]
     if not quantizers or torch._guards.active_fake_mode() is not None:
         return
     # Neither fake nor on meta, as copies of a model that is in use may be.
@@ -181,7 +182,7 @@ def guard_step(optimizer: Optimizer, args=(), kwargs=None) -> None:
     still = [(alpha, value) for (q, alpha), value in zip(held, values) if q() is not None and q().frozen]
     if still:
         torch._foreach_copy_(*map(list, zip(*still)))
-    confirm([quantizer for quantizer in mine if quantizer._unconfirmed])  # what no optimizer has, its next forward
+    confirm()
     for quantizer in mine:
         if quantizer._retained:
             quantizer._retained = []

@@ -236,7 +236,7 @@ MUTANTS = [
     Mutant("guard: layers that join are not looked for", GUARD,
            "    check_again()  # an optimizer may have stepped before these were there\n", "", "guard"),
     Mutant("state: nobody looks whether data were usable", GUARD,
-           "[quantizer for quantizer in mine if quantizer._unconfirmed]", "[]", "state"),
+           "    confirm()\n", "    pass\n", "state"),
     Mutant("state: a forward does not look whether the last one's data were usable", QUANTIZERS,
            "not torch.compiler.is_compiling() and self._unconfirmed", "False", "state"),
     Mutant("state: a closure's first steps of frozen alphas are taken back", GUARD,

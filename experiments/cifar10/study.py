@@ -91,11 +91,11 @@ def own_flags(row: str, strengths: Mapping[str, Any]) -> list[str]:
 SCALES = {
     "cpu": Scale(
         (
-            *("--model", "resnet20", "--epochs", "10", "--amp", "bf16", "--channels-last"),
+            *("--model", "resnet20", "--epochs", "10", "--channels-last"),
             *("--lr", "0.2", "--lr-schedule", "onecycle", "--nesterov"),
         ),
         (
-            *("--model", "resnet20", "--limit", "1500", "--batch-size", "64", "--amp", "bf16", "--channels-last"),
+            *("--model", "resnet20", "--limit", "1500", "--batch-size", "64", "--channels-last"),
             *("--warmup-epochs", "2", "--qat-epochs", "5"),
             *("--lr", "0.01", "--lr-alpha-act", "0.2", "--alpha-init", "mse"),
         ),

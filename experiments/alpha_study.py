@@ -171,7 +171,8 @@ class _Study:
         """One run in a process of its own; its output goes to log.txt in its folder."""
         command = self._command(folder)
         environment = dict(os.environ)
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.options.jobs)))
+        beside = 1 if folder.name == "baseline" else self.options.jobs  # nothing else can run before the baseline has
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // beside)))
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a") as log:
             return subprocess.Popen(

@@ -20,7 +20,8 @@ def check(x: Tensor, alpha, spec: QuantSpec, relu: bool, clip: float | None) -> 
     """
     if not isinstance(x, Tensor) or x.dtype not in reference.DTYPES:
         got = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x is a {got}: expected a tensor of float32, bfloat16, float16 or float64; cast it first")
+        remedy = "trace the model before qbr.prepare, or after qbr.convert" if got == "Proxy" else "cast it first"
+        raise TypeError(f"x is a {got}: expected a tensor of float32, bfloat16, float16 or float64; {remedy}")
     if x.layout is not torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else x.layout
         raise TypeError(f"x is a {kind} tensor: expected a strided one; pass x.to_dense()")

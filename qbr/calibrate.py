@@ -79,6 +79,10 @@ def calibrate(
     iterable = hasattr(type(batches), "__iter__") or hasattr(type(batches), "__getitem__")
     if not (iterable or batches is None) or isinstance(batches, (Tensor, Mapping, str)):
         raise TypeError(f"batches is one {type(batches).__name__}: expected an iterable of batches; pass [batch]")
+    unmade = [name for name, quantizer in found.items() if quantizer.alpha.is_meta]
+    if unmade:
+        raise ValueError(f"model has parameters on meta, without data ({unmade[0]}.alpha): make them first, "
+                         "model.to_empty(device=...), and load a state_dict")  # fmt: skip
     calibrator = _Calibrator(method, percentile / 100)
     names = {quantizer: name for name, quantizer in found.items()}
     with _all_or_none(names):

@@ -73,7 +73,8 @@ def fake_quantize(
 
     Args:
         x: any shape and strides; float32, bfloat16, float16 (float64 in the reference backend).
-        alpha: the step size, positive: one element, or [C] with ``spec.channel_axis``; a number for a fixed step.
+        alpha: the step size, positive: one element, or [C] with ``spec.channel_axis``; a number for a fixed step. A
+            tensor's values are not read, and no optimizer is watched: LSQQuantizer is a step that stays positive.
         spec: the integer range.
         relu: quantize min(max(x, 0), clip) instead of x, in the same pass; needs an unsigned range.
         clip: the upper bound of that ReLU.

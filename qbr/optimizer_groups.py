@@ -26,7 +26,7 @@ def parameter_groups(
 
     Weight decay pulls a step size to 0, and Adam undoes LSQ's gradient scale, so that alpha wants a learning rate of
     its own there (qbr/kernels/README.md, "Strength"). An activation's scale counts the elements of the whole batch: its
-    alpha hardly moves at the lr of weights (docs/recipes.md, "First step sizes, and how fast they learn").
+    alpha hardly moves at the lr of weights (docs/accuracy.md, "First step sizes, and how fast they learn").
 
         parameter_groups(model, lr=0.04, weight_decay=1e-4, alpha_lr_overrides={"conv1": 5e-4, "fc": 5e-4})
 

@@ -130,7 +130,8 @@ def plan(model: nn.Module, config: QATConfig | None = None, *, example: Any = No
         raise TypeError(f"config={config!r}: expected a qbr.QATConfig")
     before = next(iter(quantizers(model)), None)
     if before is not None:
-        raise ValueError(f"model has quantizers already ({before!r}): prepare it once, from its float form")
+        raise ValueError(f"model has quantizers already ({before!r}): prepare it once, from its float form, and "
+                             "add quantizers of your own afterwards")  # fmt: skip
     return _Planner(model, config, example).plan
 
 

@@ -46,6 +46,11 @@ _NO_EPOCH = (
     "1: call control.begin_epoch(epoch) when each epoch begins"
 )
 
+_NOT_TOLD = (
+    "bin_loss(model): {} collects no bin loss, while the model's other quantizers do: it came after qbr.prepare; set "
+    "its .collecting to True, or to False to leave it out (an AlphaControl's begin_epoch sets it for all)"
+)
+
 
 class ModelBinLoss(NamedTuple):
     """The bin losses that the last training forward collected.
@@ -112,6 +117,9 @@ def bin_loss(model: nn.Module, *, global_bins: bool = False, skip: Sequence[str]
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         if not layers and any(quantizer.collecting and quantizer.training for quantizer in found.values()):
             warnings.warn(_NOTHING_COLLECTED, stacklevel=2)
+        untold = [repr(name) for name, quantizer in found.items() if quantizer.collecting is None]
+        if untold:
+            warnings.warn(_NOT_TOLD.format(", ".join(untold)), stacklevel=2)
         if any(quantizer.awaits_epoch and quantizer.training for quantizer in found.values()):
             warnings.warn(_NO_EPOCH, stacklevel=2)
     device = next(iter(found.values())).alpha.device

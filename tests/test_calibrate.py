@@ -429,3 +429,10 @@ def test_empty_batches_are_told_as_such():
     with pytest.warns(UserWarning, match="the data of .'1.quantizer'. has no element: empty batches: their step sizes"):
         qbr.calibrate(model, [torch.randn(0, 3)])
     assert not model[1].quantizer.initialised and model[0].weight_quantizer.initialised
+
+
+def test_a_model_on_meta_is_to_be_made_first():
+    with torch.device("meta"):
+        model = qbr.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), qbr.QATConfig())
+    with pytest.raises(ValueError, match=r"on meta, without data \(0.weight_quantizer.alpha\): .*to_empty"):
+        qbr.calibrate(model, [torch.randn(2, 4)])

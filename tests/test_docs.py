@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ("README.md", 2),
     ("docs/drop_in.md", 4),
-    ("docs/prepare.md", 4),
+    ("docs/prepare.md", 5),
     ("docs/control.md", 4),
     ("docs/monitoring.md", 2),
     ("docs/distributed.md", 3),

@@ -368,3 +368,22 @@ def test_an_average_of_the_model_is_packed_as_the_model(tmp_path):
     save_packed(average, tmp_path / "average.safetensors")
     again = load_packed(_net, tmp_path / "average.safetensors").eval()
     assert torch.equal(again(x), average.eval()(x))
+
+
+def test_a_model_that_was_prepared_in_parts_says_so_when_it_is_written(tmp_path):
+    def make():
+        return nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.Sequential(nn.Linear(6, 3)))
+
+    def in_parts():
+        model = make()
+        for part, width in zip(model, (4, 2)):
+            qbr.prepare(part, QATConfig(weight_bits=width, act_bits=None))
+        return model
+
+    model, x = in_parts(), torch.rand(4, 6)
+    expected = model(x)
+    with pytest.warns(UserWarning, match=r"has no config: the model was prepared in parts \(0, 1\)"):
+        path = save_packed(model, tmp_path / "model.safetensors")
+    assert torch.equal(load_packed(in_parts, path)(x), expected)
+    with pytest.raises(ValueError, match="has no config, and model has no quantizers"):
+        load_packed(make, path)

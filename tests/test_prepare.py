@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -236,3 +237,39 @@ def test_weights_of_other_dtypes_are_refused_by_name(dtype):
     with pytest.raises(TypeError, match=f"1 has a weight of {dtype}: expected float32"):
         prepare(model, QATConfig(act_bits=None))
     prepare(model, QATConfig(act_bits=None, skip=["1"]))
+
+
+class Operand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.place, self.last = nn.Linear(8, 8), nn.Identity(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.place(torch.sigmoid(self.first(x))))
+
+
+def test_a_quantizer_that_comes_after_prepare_is_not_left_out_of_the_loss_in_silence():
+    model, x = prepare(Operand(), QATConfig(weight_bits=4, act_bits=None)), _x()[..., 0, :]
+    model.place = qbr.LSQ_ActivationQuantizer(4)
+    model(x)
+    with pytest.warns(UserWarning, match=r"'place' collects no bin loss.*set its .collecting to True"):
+        assert list(qbr.bin_loss(model).layers) == ["first", "last"]
+    model.place.collecting = True
+    model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = qbr.bin_loss(model)
+        assert set(found.layers) == {"first", "place", "last"} and found.activations > 0
+        model.place.collecting = False
+        model(x)
+        assert list(qbr.bin_loss(model).layers) == ["first", "last"]
+    with pytest.raises(ValueError, match="prepare it once.*add quantizers of your own afterwards"):
+        prepare(model)
+
+
+def test_tracing_a_prepared_model_says_when_to_trace():
+    model = prepare(_model())
+    with pytest.raises(TypeError, match="x is a Proxy.*trace the model before qbr.prepare, or after qbr.convert"):
+        torch.fx.symbolic_trace(model)
+    with pytest.raises(TypeError, match="x is a float: .*cast it first"):
+        qbr.functional.fake_quantize(1.0, 1.0, qbr.QuantSpec(2))

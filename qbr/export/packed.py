@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -102,7 +103,8 @@ def save_packed(
             something that is no tensor.
 
     Warns:
-        UserWarning: of step sizes that were never set from data.
+        UserWarning: of step sizes that were never set from data, and of a model that was prepared in parts, of which
+            the file has no config.
     """
     model = unwrapped(model)
     found = quantizers(model)
@@ -121,6 +123,10 @@ def save_packed(
     if None not in (config, noted) and config != noted:
         raise ValueError(f"config={config}: the model was prepared with {noted}; leave config out")
     config = noted if config is None else config
+    apart = [name for name, module in model.named_modules() if name and getattr(module, "qat_config", None) is not None]
+    if config is None and apart:
+        warnings.warn(f"{path} has no config: the model was prepared in parts ({', '.join(apart[:3])}); load_packed "
+                      "wants a model whose parts are prepared as these were", stacklevel=2)  # fmt: skip
     return write_packed(path, model.state_dict(keep_vars=True), weights, specs, config, float_dtype)
 
 
